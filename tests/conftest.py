@@ -1,0 +1,170 @@
+"""What every test stands on: a real PostgreSQL, a fresh migrated database, the application in this
+process (`client`) and, where sockets, signals or settings matter, a real server (`serve`)."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import psycopg
+import pytest
+
+import incidents
+
+ROOT = Path(incidents.__file__).parent
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL whose role may create databases: TEST_DATABASE_URL, or the embedded one."""
+    if url := os.environ.get("TEST_DATABASE_URL"):
+        yield incidents.postgres_url(url)
+        return
+    with incidents.embedded_postgres(tmp_path_factory.mktemp("postgres")) as url:
+        yield url
+
+
+def in_database(url: str, name: str) -> str:
+    """The URL of another database on the same server."""
+    return urlsplit(url)._replace(path=f"/{name}").geturl()
+
+
+@pytest.fixture(scope="session")
+def new_database(server_url: str) -> Iterator[Callable[..., str]]:
+    """Make a database and give its URL; all of them are dropped at the end."""
+    names: list[str] = []
+
+    def create(template: str = "template0") -> str:
+        names.append(f"incidents_{uuid.uuid4().hex[:12]}")
+        session.execute(f"CREATE DATABASE {names[-1]} TEMPLATE {template}")
+        return in_database(server_url, names[-1])
+
+    with psycopg.connect(server_url, autocommit=True) as session:
+        yield create
+        for name in names:
+            session.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def migrated(new_database: Callable[..., str]) -> str:
+    """The name of a database with every migration, to copy."""
+    url = new_database()
+    incidents.migrate(url)
+    return urlsplit(url).path.removeprefix("/")
+
+
+@pytest.fixture
+def database_url(new_database: Callable[..., str], migrated: str) -> str:
+    """A migrated database of the test's own, empty."""
+    return new_database(template=migrated)
+
+
+@pytest.fixture
+def sql(database_url: str) -> Iterator[Callable[..., list[tuple[Any, ...]]]]:
+    """Run a statement in the test's database, and give its rows."""
+    with psycopg.connect(database_url, autocommit=True) as session:
+
+        def run(statement: Any, *arguments: Any) -> list[tuple[Any, ...]]:
+            cursor = session.execute(statement, arguments or None)
+            return cursor.fetchall() if cursor.description else []
+
+        yield run
+
+
+@pytest.fixture
+async def client(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the application in this process, which runs on the test's database."""
+    monkeypatch.setattr(incidents.settings, "database_url", database_url)
+    transport = httpx.ASGITransport(incidents.app, raise_app_exceptions=False)
+    async with (
+        incidents.lifespan(incidents.app),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+    ):
+        yield client
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
+    """Wait for a condition, and give what it gave."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"nothing came of it in {seconds} seconds"
+        time.sleep(0.02)
+    return value
+
+
+class Server:
+    """The service as a process of its own: its URL, its process, and what it has printed."""
+
+    def __init__(self, command: list[str], port: int, log: Path, settings: dict[str, str]) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        environment = {k: v for k, v in os.environ.items() if k.upper() not in SETTINGS}
+        environment |= {"API_PORT": str(port), "PYTHONUNBUFFERED": "1"} | settings
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=output, stderr=output
+            )
+
+    def answers(self) -> bool:
+        """Whether it serves; fails the test at once when it has ended instead."""
+        assert self.process.poll() is None, self.log.read_text("utf-8")
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"{self.url}/health/live", timeout=1).is_success
+        return False
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 10) -> int:
+        """Send a signal, and give the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(seconds)
+
+    def printed(self) -> str:
+        return self.log.read_text("utf-8")
+
+
+SETTINGS = {name.upper() for name in incidents.Settings.model_fields}
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Start the service with some settings and wait until it answers; ended with the test."""
+    servers: list[Server] = []
+
+    def start(
+        *, command: list[str] | None = None, wait: bool = True, port: int = 0, **settings: str
+    ) -> Server:
+        log = tmp_path / f"server-{len(servers)}.log"
+        port = port or free_port()
+        command = command or [sys.executable, "incidents.py"]
+        servers.append(Server(command, port, log, settings))
+        if wait:
+            until(servers[-1].answers)
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait(10)
