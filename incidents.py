@@ -11,6 +11,8 @@ import asyncio
 import codecs
 import contextlib
 import functools
+import hashlib
+import json
 import logging
 import os
 import re
@@ -21,8 +23,8 @@ import time
 import tomllib
 import unicodedata
 import warnings
-from collections.abc import AsyncIterator, Iterator
-from datetime import datetime
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,13 +32,13 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from urllib.parse import quote, urlencode
 
 import asyncpg
+import mimeparse
 import openapi_ui_bundles
 import psycopg
 import uvicorn
 import yoyo
 from psycopg.conninfo import conninfo_to_dict
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
-from pydantic.json_schema import models_json_schema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -102,6 +104,7 @@ settings = read_settings()
 
 Status = Literal["open", "in_progress", "resolved", "closed"]
 Source = Literal["operator", "monitoring", "partner"]
+Form = Literal["csv", "ndjson", "json"]
 
 # Blank by category, and the letters and symbols that show nothing: Hangul fillers, empty Braille.
 BLANK_CATEGORIES = frozenset({"Zs", "Zl", "Zp", "Cc", "Cf"})
@@ -118,6 +121,9 @@ def visible_text(text: str) -> str:
 
 
 Text = Annotated[str, Field(min_length=1, max_length=5000), AfterValidator(visible_text)]
+
+# None for what was not sent, though a null is refused. A factory stays out of the schema.
+NOT_GIVEN: Any = Field(default_factory=lambda: None)
 
 
 class Input(BaseModel, extra="forbid"):
@@ -137,14 +143,72 @@ class StatusChange(Input):
     status: Status = Field(examples=["in_progress"])
 
 
+class IncidentChange(Input, json_schema_extra={"minProperties": 1}):
+    """What to change of an incident: at least one of these. What is left out stays as it is."""
+
+    description: Text = NOT_GIVEN
+    source: Source = NOT_GIVEN
+    status: Status = NOT_GIVEN
+
+
+class NewNote(Input):
+    """A note for an incident's timeline."""
+
+    note: Text = Field(examples=["Перезапустили сервер"])
+
+
 class NoQuery(Input):
     """The query of a route that takes no query parameters."""
 
 
-class ListQuery(Input):
-    """Which incidents to list."""
+def only_value(values: list[str]) -> str:
+    """The value of a query parameter that may be given once."""
+    if len(values) > 1:
+        raise ValueError("it is given more than once; give it once")
+    return values[0]
 
-    status: Annotated[Status | None, Field(description="Only those in this status.")] = None
+
+def all_values(values: list[str]) -> list[str]:
+    """The values of a query parameter that may be repeated, or hold several between commas."""
+    return [part for value in values for part in value.split(",")]
+
+
+def moment(text: str) -> datetime:
+    """An RFC 3339 time, or a date: the midnight in UTC with which it begins."""
+    if re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII):
+        text += "T00:00:00Z"
+    if not re.fullmatch(r"[\d-]{10}[Tt][\d:]{8}(\.\d+)?([Zz]|[+-]\d\d:\d\d)", text, re.ASCII):
+        raise ValueError(
+            "write a date, 2024-01-15, or a time with its offset, 2024-01-15T10:30:00Z or "
+            "2024-01-15T13:30:00%2B03:00 (in a URL, + means a space)"
+        )
+    try:
+        return datetime.fromisoformat(text.upper()).astimezone(UTC)
+    except OverflowError:
+        raise ValueError("it is outside the years 1 to 9999") from None
+
+
+Once = BeforeValidator(only_value)
+Many = BeforeValidator(all_values)
+Moment = Annotated[datetime, BeforeValidator(moment), Once]
+
+
+class Period(Input):
+    """When the incidents were created."""
+
+    since: Annotated[Moment, Field(description="Created then or later.")] = NOT_GIVEN
+    until: Annotated[Moment, Field(description="Created before then.")] = NOT_GIVEN
+
+
+class ListQuery(Period):
+    """Which incidents to list, and how."""
+
+    status: Annotated[list[Status], Many, Field(description="In one of these.")] = NOT_GIVEN
+    source: Annotated[list[Source], Many, Field(description="From one of these.")] = NOT_GIVEN
+    q: Annotated[Text, Once, Field(description="With this in the description.")] = NOT_GIVEN
+    limit: Annotated[int, Once, Field(ge=1, le=1000, description="A page of these.")] = NOT_GIVEN
+    after: Annotated[str, Once, Field(description="The place in a `Link`.")] = NOT_GIVEN
+    format: Annotated[Form, Once, Field(description="Instead of Accept.")] = NOT_GIVEN
 
 
 class Incident(BaseModel):
@@ -159,6 +223,38 @@ class Incident(BaseModel):
     version: int = Field(examples=[1])
 
 
+class TimelineEntry(BaseModel):
+    """One thing that happened to an incident, and who did it. What does not apply is left out."""
+
+    id: int = Field(examples=[2])
+    incident_id: int = Field(examples=[1])
+    kind: Literal["created", "status", "edited", "note"] = Field(examples=["status"])
+    field: Literal["description", "source"] = NOT_GIVEN
+    before: str = Field(alias="from", default_factory=str, examples=["open"])
+    after: str = Field(alias="to", default_factory=str, examples=["in_progress"])
+    note: str = NOT_GIVEN
+    actor: str = Field(examples=["anonymous"])
+    created_at: datetime = Field(examples=["2024-01-15T10:30:00Z"])
+
+
+class Durations(BaseModel):
+    """How many incidents got to a status, and in how many seconds from their creation."""
+
+    count: int
+    mean: float | None
+    p50: float | None
+    p95: float | None
+
+
+class Stats(BaseModel):
+    """How many incidents there are, and how long they took."""
+
+    incidents: int
+    by_status: dict[Status, int]
+    by_source: dict[Source, int]
+    seconds_to: dict[Literal["in_progress", "resolved"], Durations]
+
+
 class ProblemDetails(BaseModel):
     """A refusal (RFC 9457). With 422, `errors` says what is wrong where (RFC 6901 pointers)."""
 
@@ -166,23 +262,18 @@ class ProblemDetails(BaseModel):
     title: str = Field(examples=["Unprocessable Entity"])
     status: int = Field(examples=[422])
     detail: str = Field(examples=["Correct this and send it again. #/source: it is required."])
-    errors: list[dict[Literal["pointer", "detail"], str]] | None = None
-
-
-MODELS = (NewIncident, StatusChange, Incident, ProblemDetails)
+    errors: list[dict[Literal["pointer", "detail"], str]] = NOT_GIVEN
 
 
 # ── Problems ──────────────────────────────────────────────────────────────────────────────────────
 
-Errors = list[dict[Literal["pointer", "detail"], str]]
+Errors = Sequence[dict[Literal["pointer", "detail"], str]]
 
 
 class Problem(HTTPException):
     """A refusal: an HTTP status, and a sentence that says what to do about it."""
 
-    def __init__(self, status: int, detail: str, errors: Errors | None = None, **headers: str):
-        super().__init__(status, detail, {k.replace("_", "-"): v for k, v in headers.items()})
-        self.errors = errors
+    errors: Errors = ()
 
 
 # What the drivers raise while the server is away, restarting, or does not answer.
@@ -199,15 +290,17 @@ def problem_of(request: Request, error: Exception) -> Problem:
     """The problem that an error makes for the client: ours, the database's, or Starlette's."""
     if isinstance(error, Problem):
         return error
+    if isinstance(error, asyncpg.DataError):
+        return Problem(422, f"A value cannot be taken: {reason_of(error)}.")
     if isinstance(error, UNAVAILABLE):
         log.warning("The database is away: %s", reason_of(error))
-        return Problem(503, "The database is away; try again soon.", Retry_After="2")
+        return Problem(503, "The database is away; try again soon.", {"Retry-After": "2"})
     if isinstance(error, HTTPException) and error.status_code == 404:
         return Problem(404, "There is nothing at this path; /docs lists what there is.")
     if isinstance(error, HTTPException) and error.status_code == 405:
         near = [r for r in request.app.routes if r.matches(request.scope)[0] is Match.PARTIAL]
         allowed = ", ".join(sorted({m for route in near for m in route.methods})) or "GET, HEAD"
-        return Problem(405, f"This path takes {allowed} only.", Allow=allowed)
+        return Problem(405, f"This path takes {allowed} only.", {"Allow": allowed})
     return Problem(500, "The service failed on this request; its log says why.")
 
 
@@ -219,7 +312,7 @@ async def on_problem(request: Request, error: Exception) -> Response:
     return JSONResponse(body, problem.status_code, problem.headers, media_type)
 
 
-def problem_body(status: int, detail: str, errors: Errors | None = None) -> dict[str, Any]:
+def problem_body(status: int, detail: str, errors: Errors = ()) -> dict[str, Any]:
     """A problem as RFC 9457 writes it; of type about:blank, so its title is the status's own."""
     title = HTTPStatus(status).phrase
     body = {"type": "about:blank", "title": title, "status": status, "detail": detail}
@@ -393,7 +486,6 @@ async def bring_up_to_date() -> None:
 
 JSON = "application/json; charset=utf-8"
 MAX_BODY = 1024 * 1024  # bytes; no incident can reach 128 KiB
-MAX_ID = 2**63 - 1  # PostgreSQL's bigint
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -409,20 +501,29 @@ def actor_of(request: Request) -> str:
 
 
 def incident_id_of(request: Request) -> int:
-    """The incident's id in the path; 404 for what can be no incident's id."""
-    text = request.path_params["incident_id"]
-    if not re.fullmatch("[0-9]{1,19}", text) or int(text) > MAX_ID:
+    """The incident's id in the path; 404 for what can be no id, which has 18 digits at most."""
+    text: str = request.path_params["incident_id"]
+    if not re.fullmatch("[0-9]{1,18}", text):
         raise Problem(404, "There is no such incident: an id is a whole number, as in a list.")
     return int(text)
 
 
+def idempotency_key_of(request: Request) -> str | None:
+    """The Idempotency-Key, bare or quoted; 422 when it cannot be one."""
+    header = request.headers.get("idempotency-key")
+    if header is None:
+        return None
+    key = re.sub(r'^"(.*)"$', r"\1", header.strip())
+    if not re.fullmatch("[ -~]{1,255}", key):
+        raise Problem(422, "An Idempotency-Key is 1 to 255 visible ASCII characters; send another.")
+    return key
+
+
 def query_of(request: Request, model: type[Model]) -> Model:
-    """The query parameters; 422 when one is unknown, repeated or wrong."""
-    pairs = request.query_params.multi_items()
-    if len(dict(pairs)) < len(pairs):
-        raise Problem(422, "A query parameter is given twice; give each of them once.")
+    """The query parameters; 422 when one is unknown or wrong."""
+    query = request.query_params
     try:
-        return model.model_validate(dict(pairs))
+        return model.model_validate({name: query.getlist(name) for name in query})
     except ValidationError as error:
         raise invalid(error, "query parameter", model) from None
 
@@ -454,12 +555,14 @@ def invalid(error: ValidationError, noun: str, model: type[BaseModel]) -> Proble
         "extra_forbidden": f"There is no such {noun} here; there is: {known}.",
         "model_type": f"A JSON object is needed, with: {known}.",
     }
-    errors: Errors = []
+    errors: list[dict[Literal["pointer", "detail"], str]] = []
     for item in wrong:
         detail = texts.get(item["type"], item["msg"].removeprefix("Value error, "))
         errors.append({"pointer": pointer_to(*item["loc"]), "detail": detail})
     first = f"{errors[0]['pointer']}: {errors[0]['detail']}".removeprefix("#: ")
-    return Problem(422, f"Correct this and send it again. {first}", errors)
+    problem = Problem(422, f"Correct this and send it again. {first}")
+    problem.errors = errors
+    return problem
 
 
 def pointer_to(*parts: str | int) -> str:
@@ -472,6 +575,8 @@ def reply(row: Any, status: int = 200, **headers: str) -> Response:
     """The JSON body that a statement made; 404 when it found no incident."""
     if row["body"] is None:
         raise Problem(404, "There is no such incident; GET /incidents/ lists those that there are.")
+    if "etag" in row:
+        headers["ETag"] = row["etag"]
     return Response(row["body"], status, headers, media_type=JSON)
 
 
@@ -480,48 +585,140 @@ def reply(row: Any, status: int = 200, **headers: str) -> Response:
 STREAM_PAGE = 250  # incidents; what one slow reader of the whole list keeps in memory
 
 
+# The media types of a list's forms; to Accept, a tie goes to the last.
+FORMS: dict[Form, str] = {
+    "csv": "text/csv; charset=utf-8; header=present",
+    "ndjson": "application/x-ndjson",
+    "json": JSON,
+}
+
+
 async def create_incident(request: Request) -> Response:
     """Report an incident."""
     new = await body_of(request, NewIncident)
-    actor = actor_of(request)
-    row = await database.run(SQL.incident_create, new.description, new.source, actor)
-    return reply(row, 201, Location=f"/incidents/{row['id']}")
+    made, headers = await once(request, SQL.incident_create, new.description, new.source)
+    row = await database.run(SQL.incident_get, made["id"], None) if headers else made
+    return reply(row, 201, Location=f"/incidents/{made['id']}", **headers)
+
+
+async def once(request: Request, statement: str, *arguments: Any) -> tuple[Any, dict[str, str]]:
+    """Run a statement that makes something, once for each Idempotency-Key of the caller.
+
+    Gives its row, and the header that says that it was made before: the row has only its id then.
+    """
+    key = idempotency_key_of(request)
+    digest = key and hashlib.sha256(json.dumps(arguments).encode()).digest()
+    row = await database.run(statement, *arguments, actor_of(request), key, digest)
+    if not row["same"]:
+        raise Problem(422, "This Idempotency-Key came with another request; send a new one.")
+    return row, {"Idempotent-Replayed": "true"} if row["replayed"] else {}
 
 
 async def list_incidents(request: Request) -> Response:
     """List incidents, newest first."""
-    pages = incident_pages(query_of(request, ListQuery))
-    body = json_array(await anext(pages), pages)
-    return StreamingResponse(iter(()) if request.method == "HEAD" else body, media_type=JSON)
+    query = query_of(request, ListQuery)
+    form = query.format or form_of(request)
+    page = await page_of(query, form, query.after, opens=True)
+    headers = {"Vary": "Accept"} | (links_of(request, page["next"]) if query.limit else {})
+    if query.limit or not page["next"]:
+        return Response(page["body"], headers=headers, media_type=FORMS[form])
+    parts = iter(()) if request.method == "HEAD" else whole_list(query, form, page)
+    return StreamingResponse(parts, headers=headers, media_type=FORMS[form])
 
 
-async def incident_pages(query: ListQuery) -> AsyncIterator[bytes]:
-    """The incidents, a page at a time; no connection is held between two pages."""
-    statement: str = SQL.incident_page
-    chosen: tuple[Any, ...] = ()
-    if query.status:
-        statement, chosen = SQL.incident_page_filtered, ([query.status], get_args(Source))
-    page = await database.run(statement, *chosen, None, STREAM_PAGE)
-    yield page["body"] or b""
+def form_of(request: Request) -> Form:
+    """The form that Accept asks for; JSON when it asks for none that there is."""
+    offered = {media_type.split(";")[0]: form for form, media_type in FORMS.items()}
+    with contextlib.suppress(mimeparse.MimeTypeParseException):
+        best = mimeparse.best_match(list(offered), request.headers.get("accept", "*/*"))
+        return offered.get(best, "json")
+    return "json"
+
+
+async def page_of(query: ListQuery, form: Form, after: str | None, opens: bool) -> Any:
+    """One page of the list, by the statement that finds it without a detour."""
+    size = query.limit or STREAM_PAGE
+    page = (query.since, query.until, after, size, form, opens, bool(query.limit))
+    chosen = (query.status or get_args(Status), query.source or get_args(Source))
+    if query.q:
+        return await database.run(SQL.incident_search, *chosen, *page, query.q)
+    if query.status or query.source:
+        return await database.run(SQL.incident_page_filtered, *chosen, *page)
+    return await database.run(SQL.incident_page, *page)
+
+
+async def whole_list(query: ListQuery, form: Form, page: Any) -> AsyncIterator[bytes]:
+    """All pages; no connection is held between two. When one fails, the reply is cut off."""
+    yield page["body"]
     while page["next"]:
-        page = await database.run(statement, *chosen, page["next"], STREAM_PAGE)
+        page = await page_of(query, form, page["next"], opens=False)
         yield page["body"]
 
 
-async def json_array(first: bytes, pages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """One JSON array of several pages; when one fails, it is left open and the connection cut."""
-    yield b"[" + first
-    async for page in pages:
-        yield b",\n" + page
-    yield b"]"
+def links_of(request: Request, after: str | None) -> dict[str, str]:
+    """The Link header of a page (RFC 8288), which keeps every filter; the last has no next."""
+    kept = [pair for pair in request.query_params.multi_items() if pair[0] != "after"]
+    first = f'</incidents/?{urlencode(kept)}>; rel="first"'
+    if after is None:
+        return {"Link": first}
+    return {"Link": f'</incidents/?{urlencode([*kept, ("after", after)])}>; rel="next", {first}'}
+
+
+async def get_incident(request: Request) -> Response:
+    """Show an incident."""
+    seen = request.headers.get("if-none-match")
+    row = await database.run(SQL.incident_get, incident_id_of(request), seen)
+    return Response(None, 304, {"ETag": row["etag"]}) if row["unchanged"] else reply(row)
+
+
+async def change_incident(request: Request) -> Response:
+    """Change an incident's description, source or status."""
+    incident_id = incident_id_of(request)
+    change = await body_of(request, IncidentChange)
+    if not change.model_fields_set:
+        raise Problem(422, "There is nothing to change; send a description, source or status.")
+    return await changed(request, incident_id, change.description, change.source, change.status)
 
 
 async def change_status(request: Request) -> Response:
     """Move an incident to another status."""
     incident_id = incident_id_of(request)
     change = await body_of(request, StatusChange)
-    actor = actor_of(request)
-    return reply(await database.run(SQL.incident_change_status, incident_id, change.status, actor))
+    return await changed(request, incident_id, None, None, change.status)
+
+
+async def changed(request: Request, incident_id: int, *values: str | None) -> Response:
+    """Make a change, and answer with the incident; 412 when If-Match does not allow its version."""
+    arguments = (incident_id, *values, request.headers.get("if-match"), actor_of(request))
+    row = await database.run(SQL.incident_change, *arguments)
+    if row["matched"] is False:
+        detail = "The incident has changed since you read it; read it again, then change it."
+        raise Problem(412, detail, {"ETag": row["etag"]})
+    return reply(row)
+
+
+# ── Handlers: timeline and figures ────────────────────────────────────────────────────────────────
+
+
+async def show_timeline(request: Request) -> Response:
+    """Show all that happened to an incident, oldest first."""
+    return reply(await database.run(SQL.timeline, incident_id_of(request)))
+
+
+async def add_note(request: Request) -> Response:
+    """Add a note to an incident's timeline."""
+    incident_id = incident_id_of(request)
+    new = await body_of(request, NewNote)
+    row, headers = await once(request, SQL.note_create, incident_id, new.note)
+    if headers:
+        row = await database.run(SQL.timeline_entry, row["id"])
+    return reply(row, 201, **headers)
+
+
+async def show_stats(request: Request) -> Response:
+    """Count incidents by status and source, and time their way to in progress and resolved."""
+    period = query_of(request, Period)
+    return reply(await database.run(SQL.stats, period.since, period.until))
 
 
 # ── Handlers: the service itself ──────────────────────────────────────────────────────────────────
@@ -543,7 +740,7 @@ async def ready(request: Request) -> Response:
     """Say whether the service can do its work."""
     if missing := await migrations_missing():
         detail = f"The database lacks the migrations {', '.join(missing)}; restart the service."
-        raise Problem(503, detail, Retry_After="10")
+        raise Problem(503, detail, {"Retry-After": "10"})
     return JSONResponse({"status": "ok"}, media_type=JSON)
 
 
@@ -574,37 +771,49 @@ async def redoc(request: Request) -> Response:
 
 
 class Operation(Route):
-    """A method on a path, with and without its trailing slash, and what its documentation says."""
+    """A method on a path, with and without its trailing slash: what it takes and what it answers."""
 
-    def __init__(self, method: str, path: str, handler: Any, answer: Any, **docs: Any) -> None:
+    def __init__(
+        self,
+        method: str,
+        path: str,
+        handler: Any,
+        answer: Any,
+        body: Any = None,
+        query: Any = NoQuery,
+    ) -> None:
         super().__init__(path.rstrip("/") or path, handler, methods=[method])
         self.path_regex = re.compile(self.path_regex.pattern.replace("$", "/?$"))
-        self.shown, self.method, self.answer, self.docs = path, method.lower(), answer, docs
+        self.shown, self.method, self.answer, self.body, self.query = (
+            path,
+            method,
+            answer,
+            body,
+            query,
+        )
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["query_string"] and "query" not in self.docs:
+        if scope["query_string"] and self.query is NoQuery:
             query_of(Request(scope), NoQuery)
         await super().handle(scope, receive, send)
 
 
-WRITE = (400, 413, 415, 422, 503)
-
-# fmt: off
 OPERATIONS = [
-    Operation("POST", "/incidents/", create_incident, Incident, status=201, body=NewIncident,
-              gives=("Location",), refuses=WRITE),
-    Operation("GET", "/incidents/", list_incidents, [Incident], query=ListQuery,
-              refuses=(422, 503)),
-    Operation("PATCH", "/incidents/{incident_id}/status", change_status, Incident,
-              body=StatusChange, refuses=(404, *WRITE)),
-    Operation("GET", "/health/live", live, "object"),
-    Operation("GET", "/health/ready", ready, "object", refuses=(503,)),
-    Operation("GET", "/", greet, "object"),
-    Operation("GET", "/openapi.json", openapi_json, "object"),
-    Operation("GET", "/docs", swagger_ui, "string", media=["text/html"]),
-    Operation("GET", "/redoc", redoc, "string", media=["text/html"]),
+    Operation("POST", "/incidents/", create_incident, Incident, NewIncident),
+    Operation("GET", "/incidents/", list_incidents, list[Incident], query=ListQuery),
+    Operation("GET", "/incidents/{incident_id}", get_incident, Incident),
+    Operation("PATCH", "/incidents/{incident_id}", change_incident, Incident, IncidentChange),
+    Operation("PATCH", "/incidents/{incident_id}/status", change_status, Incident, StatusChange),
+    Operation("GET", "/incidents/{incident_id}/timeline", show_timeline, list[TimelineEntry]),
+    Operation("POST", "/incidents/{incident_id}/notes", add_note, TimelineEntry, NewNote),
+    Operation("GET", "/stats", show_stats, Stats, query=Period),
+    Operation("GET", "/health/live", live, dict[str, str]),
+    Operation("GET", "/health/ready", ready, dict[str, str]),
+    Operation("GET", "/", greet, dict[str, str]),
+    Operation("GET", "/openapi.json", openapi_json, dict[str, Any]),
+    Operation("GET", "/docs", swagger_ui, str),
+    Operation("GET", "/redoc", redoc, str),
 ]
-# fmt: on
 FILES = [
     Mount("/docs/vendor", StaticFiles(directory=Path(openapi_ui_bundles.__file__).parent)),
     Mount("/docs", StaticFiles(directory=HERE / "docs")),
@@ -618,56 +827,65 @@ FILES = [
 def openapi() -> dict[str, Any]:
     """The OpenAPI 3.1 description: the routes, the models, and the words of docs/openapi.toml."""
     description = tomllib.loads((HERE / "docs/openapi.toml").read_text("utf-8"))
-    components = description["components"]
-    models: list[Any] = [(model, "validation") for model in MODELS]
-    _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
-    components["schemas"] = schemas["$defs"]
+    words = description.pop("operations")
+    kinds = [kind for operation in OPERATIONS for kind in (operation.answer, operation.body)]
+    schemas, definitions = TypeAdapter.json_schemas(
+        [(repr(kind), "validation", TypeAdapter(kind)) for kind in (*kinds, ProblemDetails)],
+        ref_template="#/components/schemas/{model}",
+    )
+    of_kind = {name: schema for (name, _), schema in schemas.items()}
+    components = description["components"] | {"schemas": definitions["$defs"]}
     for status, response in components["responses"].items():
-        example = problem_body(int(status), response["description"])
-        content = {"schema": schema_of(ProblemDetails), "example": example}
-        response["content"] = {"application/problem+json": content}
+        if int(status) >= 400:
+            example = problem_body(int(status), response["description"])
+            content = {"schema": of_kind[repr(ProblemDetails)], "example": example}
+            response["content"] = {"application/problem+json": content}
+    paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
-        description["paths"].setdefault(operation.shown, {})[operation.method] = describe(operation)
-    return description
+        described = describe(operation, words.get(operation.name, {}), of_kind)
+        paths.setdefault(operation.shown, {})[operation.method.lower()] = described
+    return description | {"paths": paths, "components": components}
 
 
-def describe(operation: Operation) -> dict[str, Any]:
+def describe(
+    operation: Operation, words: dict[str, Any], of_kind: dict[str, Any]
+) -> dict[str, Any]:
     """One operation of the OpenAPI description; its handler's docstring is its summary."""
-    docs = operation.docs
-    status = docs.get("status", 200)
-    media = docs.get("media", ["application/json"])
-    named = (*operation.param_convertors, *docs.get("headers", ()))
+    status = words.get("status", 200)
+    media = words.get("media", ["application/json"])
     answer = {
         "description": HTTPStatus(status).phrase,
-        "content": {name: {"schema": schema_of(operation.answer)} for name in media},
-        "headers": {name: component("headers", name) for name in docs.get("gives", ())},
+        "content": {
+            media_type: {"schema": of_kind[repr(operation.answer)]} for media_type in media
+        },
+        "headers": references("headers", words.get("gives", ())),
     }
-    refusals = {str(n): component("responses", n) for n in docs.get("refuses", ())}
-    described: dict[str, Any] = {
+    named = (*operation.param_convertors, *words.get("takes", ()))
+    described = {
         "operationId": operation.name,
         "summary": operation.endpoint.__doc__,
-        "parameters": [component("parameters", name) for name in named],
-        "responses": {str(status): answer} | refusals,
+        "parameters": [
+            *references("parameters", named).values(),
+            *(
+                {
+                    "name": name,
+                    "in": "query",
+                    "description": field.pop("description"),
+                    "schema": field,
+                }
+                for name, field in operation.query.model_json_schema().get("properties", {}).items()
+            ),
+        ],
+        "responses": {str(status): answer} | references("responses", words.get("refuses", ())),
     }
-    for name, field in docs.get("query", NoQuery).model_json_schema().get("properties", {}).items():
-        query = {"name": name, "in": "query", "description": field["description"], "schema": field}
-        described["parameters"].append(query)
-    if "body" in docs:
-        content = {"application/json": {"schema": schema_of(docs["body"])}}
-        described["requestBody"] = {"required": True, "content": content}
-    return described
+    content = {"application/json": {"schema": of_kind[repr(operation.body)]}}
+    body = {"requestBody": {"required": True, "content": content}} if operation.body else {}
+    return described | body
 
 
-def component(kind: str, name: Any) -> dict[str, str]:
-    """A reference to a part of the description."""
-    return {"$ref": f"#/components/{kind}/{name}"}
-
-
-def schema_of(answer: Any) -> dict[str, Any]:
-    """The schema of a model, of a list of them, or of a plain type."""
-    if isinstance(answer, list):
-        return {"type": "array", "items": schema_of(answer[0])}
-    return {"type": answer} if isinstance(answer, str) else component("schemas", answer.__name__)
+def references(kind: str, names: Iterable[str]) -> dict[str, Any]:
+    """References to components of the description, by their names."""
+    return {name: {"$ref": f"#/components/{kind}/{name}"} for name in names}
 
 
 # ── Lifespan, application, main ───────────────────────────────────────────────────────────────────
@@ -694,7 +912,9 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
 
 app = Starlette(
     routes=[*OPERATIONS, *FILES],
-    exception_handlers=dict.fromkeys((*UNAVAILABLE, HTTPException, Exception), on_problem),
+    exception_handlers=dict.fromkeys(
+        (*UNAVAILABLE, asyncpg.DataError, HTTPException, Exception), on_problem
+    ),
     lifespan=lifespan,
 )
 app.router.redirect_slashes = False

@@ -91,7 +91,7 @@ async def client(
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the application in this process, which runs on the test's database."""
     monkeypatch.setattr(incidents.settings, "database_url", database_url)
-    transport = httpx.ASGITransport(incidents.app, raise_app_exceptions=False)
+    transport = httpx.ASGITransport(incidents.app, raise_app_exceptions=True)
     async with (
         incidents.lifespan(incidents.app),
         httpx.AsyncClient(transport=transport, base_url="http://test") as client,
