@@ -12,6 +12,7 @@ import codecs
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -340,15 +341,99 @@ SQL = SimpleNamespace(**{file.stem: file.read_text("utf-8") for file in HERE.glo
 LIBPQ_ONLY = re.compile(r"(connect_timeout|channel_binding|gssencmode|keepalives\w*)=[^&]*&?")
 
 
+BATCH = 64  # calls in a round trip
+LANE_WORKERS = 2  # one is on the server while the answers of the other are written
+MAX_WAITING = 1000  # calls of one statement; a tenth of a second's work
+MAX_SECONDS = 4.5  # from a call to its answer, or to 503
+
+# The arguments of a call, and those who wait for its row: several when the call is shared.
+Call = tuple[tuple[Any, ...], list[asyncio.Future[Any]]]
+
+
+def settle(futures: list[asyncio.Future[Any]], row: Any = None, error: Any = None) -> None:
+    """Give a call's row or its error to those who still wait for it."""
+    for future in futures:
+        if future.done():
+            continue
+        if error is None:
+            future.set_result(row)
+        else:
+            future.set_exception(error)
+
+
+class Lane:
+    """Group commit: the calls of one statement that wait go to the server together, and alone at once.
+
+    Answers come after the commit. A batch that the server refused was rolled back, and its calls are
+    run one by one, so that one never fails another; after a lost connection nothing is run again, for
+    it may have been committed. Calls are sent in the order of their first argument, which names the
+    row that they lock, so that two batches do not deadlock. Equal calls that wait are one if `shared`.
+    """
+
+    def __init__(self, pool: Any, statement: str, shared: bool) -> None:
+        self.pool, self.statement, self.shared = pool, statement, shared
+        self.waiting: dict[Any, Call] = {}
+        self.workers: set[asyncio.Task[None]] = set()
+
+    async def run(self, arguments: tuple[Any, ...]) -> Any:
+        """The statement's row for these arguments; 503 when too many wait, or it takes too long."""
+        if len(self.waiting) >= MAX_WAITING:
+            raise Problem(503, "Too many requests wait; try again soon.", {"Retry-After": "1"})
+        future = asyncio.get_running_loop().create_future()
+        key = arguments if self.shared else future
+        self.waiting.setdefault(key, (arguments, []))[1].append(future)
+        if len(self.waiting) == 1 and len(self.workers) < LANE_WORKERS:
+            self.workers.add(asyncio.create_task(self.work()))
+        async with asyncio.timeout(MAX_SECONDS):
+            return await future
+
+    async def work(self) -> None:
+        """Send what waits, batch by batch, until nothing does."""
+        while self.waiting:
+            batch: list[Call] = []
+            try:
+                async with self.pool.acquire(timeout=MAX_SECONDS) as connection:
+                    batch = self.take(BATCH)
+                    await self.send(connection, batch)
+            except Exception as error:
+                for _, futures in batch or self.take(MAX_WAITING):
+                    settle(futures, error=error)
+        # No await since the check: a call that comes now finds this worker gone, and starts another.
+        self.workers.discard(asyncio.current_task())
+
+    def take(self, most: int) -> list["Call"]:
+        """The calls that have waited longest, less those that nobody waits for any more."""
+        calls = [self.waiting.pop(key) for key in list(itertools.islice(self.waiting, most))]
+        wanted = [call for call in calls if not all(future.done() for future in call[1])]
+        return wanted if self.shared else sorted(wanted, key=lambda call: str(call[0][0]))
+
+    async def send(self, connection: Any, batch: list["Call"]) -> None:
+        """Run a batch in one round trip and one transaction, or else its calls one by one."""
+        try:
+            rows = await connection.fetchmany(self.statement, [call[0] for call in batch])
+        except asyncpg.PostgresError as error:
+            if len(batch) == 1 or isinstance(error, asyncpg.PostgresConnectionError):
+                raise
+            for call in batch:
+                try:
+                    await self.send(connection, [call])
+                except asyncpg.PostgresError as error:
+                    settle(call[1], error=error)
+        else:
+            for call, row in zip(batch, rows, strict=True):
+                settle(call[1], row)
+
+
 class Database:
-    """A pool of connections, and the statements that go through it."""
+    """A pool of connections, and a lane for each statement that goes through it."""
 
     pool: Any
     url: str
+    lanes: dict[str, Lane]
 
     async def open(self, url: str, tries: int = 30, pause: float = 2) -> None:
         """Open the pool, once the server answers; a `StartupError` when it does not."""
-        self.url = url
+        self.url, self.lanes = url, {}
         for attempt in range(1, tries + 1):
             try:
                 self.pool = await asyncpg.create_pool(
@@ -372,10 +457,18 @@ class Database:
         parts = conninfo_to_dict(self.url)
         return f"{parts.get('host', 'localhost')}:{parts.get('port', 5432)}"
 
-    async def run(self, statement: str, *arguments: Any) -> Any:
-        """Run one statement, commit it, and return its one row."""
-        async with self.pool.acquire(timeout=5) as connection:
-            return await connection.fetchrow(statement, *arguments)
+    async def read(self, statement: str, *arguments: Any) -> Any:
+        """The row of a statement that changes nothing."""
+        return await self.lane(statement, shared=True).run(arguments)
+
+    async def write(self, statement: str, *arguments: Any) -> Any:
+        """The row of a statement that changes something, once that is committed."""
+        return await self.lane(statement, shared=False).run(arguments)
+
+    def lane(self, statement: str, shared: bool) -> Lane:
+        if statement not in self.lanes:
+            self.lanes[statement] = Lane(self.pool, statement, shared)
+        return self.lanes[statement]
 
 
 database = Database()
@@ -432,21 +525,22 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
 
 # ── Migrations ────────────────────────────────────────────────────────────────────────────────────
 
-MIGRATIONS = sorted(
-    file.stem for file in HERE.glob("migrations/*.sql") if not file.stem.endswith(".rollback")
+MIGRATIONS = tuple(
+    sorted(f.stem for f in HERE.glob("migrations/*.sql") if not f.stem.endswith(".rollback"))
 )
 
 # The advisory lock under which one process at a time migrates a database: "incident" in ASCII.
 MIGRATION_LOCK = 0x696E636964656E74
 
 
-async def migrations_missing() -> list[str]:
+async def migrations_missing() -> Sequence[str]:
     """The names of the migrations that the database has not had yet."""
     try:
-        row = await database.run(SQL.migrations_missing, MIGRATIONS)
+        row = await database.read(SQL.migrations_missing, MIGRATIONS)
     except asyncpg.UndefinedTableError:
         return MIGRATIONS
-    return list(row["names"])
+    missing: list[str] = row["names"]
+    return missing
 
 
 def migrate(url: str) -> None:
@@ -597,7 +691,7 @@ async def create_incident(request: Request) -> Response:
     """Report an incident."""
     new = await body_of(request, NewIncident)
     made, headers = await once(request, SQL.incident_create, new.description, new.source)
-    row = await database.run(SQL.incident_get, made["id"], None) if headers else made
+    row = await database.read(SQL.incident_get, made["id"], None) if headers else made
     return reply(row, 201, Location=f"/incidents/{made['id']}", **headers)
 
 
@@ -608,7 +702,7 @@ async def once(request: Request, statement: str, *arguments: Any) -> tuple[Any, 
     """
     key = idempotency_key_of(request)
     digest = key and hashlib.sha256(json.dumps(arguments).encode()).digest()
-    row = await database.run(statement, *arguments, actor_of(request), key, digest)
+    row = await database.write(statement, key, digest, actor_of(request), *arguments)
     if not row["same"]:
         raise Problem(422, "This Idempotency-Key came with another request; send a new one.")
     return row, {"Idempotent-Replayed": "true"} if row["replayed"] else {}
@@ -639,12 +733,12 @@ async def page_of(query: ListQuery, form: Form, after: str | None, opens: bool) 
     """One page of the list, by the statement that finds it without a detour."""
     size = query.limit or STREAM_PAGE
     page = (query.since, query.until, after, size, form, opens, bool(query.limit))
-    chosen = (query.status or get_args(Status), query.source or get_args(Source))
+    chosen = (tuple(query.status or get_args(Status)), tuple(query.source or get_args(Source)))
     if query.q:
-        return await database.run(SQL.incident_search, *chosen, *page, query.q)
+        return await database.read(SQL.incident_search, *chosen, *page, query.q)
     if query.status or query.source:
-        return await database.run(SQL.incident_page_filtered, *chosen, *page)
-    return await database.run(SQL.incident_page, *page)
+        return await database.read(SQL.incident_page_filtered, *chosen, *page)
+    return await database.read(SQL.incident_page, *page)
 
 
 async def whole_list(query: ListQuery, form: Form, page: Any) -> AsyncIterator[bytes]:
@@ -667,7 +761,7 @@ def links_of(request: Request, after: str | None) -> dict[str, str]:
 async def get_incident(request: Request) -> Response:
     """Show an incident."""
     seen = request.headers.get("if-none-match")
-    row = await database.run(SQL.incident_get, incident_id_of(request), seen)
+    row = await database.read(SQL.incident_get, incident_id_of(request), seen)
     return Response(None, 304, {"ETag": row["etag"]}) if row["unchanged"] else reply(row)
 
 
@@ -690,7 +784,7 @@ async def change_status(request: Request) -> Response:
 async def changed(request: Request, incident_id: int, *values: str | None) -> Response:
     """Make a change, and answer with the incident; 412 when If-Match does not allow its version."""
     arguments = (incident_id, *values, request.headers.get("if-match"), actor_of(request))
-    row = await database.run(SQL.incident_change, *arguments)
+    row = await database.write(SQL.incident_change, *arguments)
     if row["matched"] is False:
         detail = "The incident has changed since you read it; read it again, then change it."
         raise Problem(412, detail, {"ETag": row["etag"]})
@@ -702,7 +796,7 @@ async def changed(request: Request, incident_id: int, *values: str | None) -> Re
 
 async def show_timeline(request: Request) -> Response:
     """Show all that happened to an incident, oldest first."""
-    return reply(await database.run(SQL.timeline, incident_id_of(request)))
+    return reply(await database.read(SQL.timeline, incident_id_of(request)))
 
 
 async def add_note(request: Request) -> Response:
@@ -711,14 +805,14 @@ async def add_note(request: Request) -> Response:
     new = await body_of(request, NewNote)
     row, headers = await once(request, SQL.note_create, incident_id, new.note)
     if headers:
-        row = await database.run(SQL.timeline_entry, row["id"])
+        row = await database.read(SQL.timeline_entry, row["id"])
     return reply(row, 201, **headers)
 
 
 async def show_stats(request: Request) -> Response:
     """Count incidents by status and source, and time their way to in progress and resolved."""
     period = query_of(request, Period)
-    return reply(await database.run(SQL.stats, period.since, period.until))
+    return reply(await database.read(SQL.stats, period.since, period.until))
 
 
 # ── Handlers: the service itself ──────────────────────────────────────────────────────────────────

@@ -1,24 +1,24 @@
 -- Append a note to an incident's timeline: once for each Idempotency-Key of an actor. id is null when
 -- there is no such incident; for replayed and same see incident_create.sql.
---   $1 incident_id  bigint
---   $2 note         text
+--   $1 key          text    null for none
+--   $2 digest       bytea   of the request, null for none
 --   $3 actor        text
---   $4 key          text   null for none
---   $5 digest       bytea  of the request, null for none
+--   $4 incident_id  bigint
+--   $5 note         text
   WITH incident AS (
        SELECT id
          FROM incidents
-        WHERE id = $1),
+        WHERE id = $4),
        used AS (
        INSERT INTO idempotency_keys AS kept (actor, key, digest, made_id)
-       SELECT $3, $4, $5, nextval('timeline_id_seq')
+       SELECT $3, $1, $2, nextval('timeline_id_seq')
          FROM incident
-        WHERE $4::text IS NOT NULL
+        WHERE $1::text IS NOT NULL
        ON CONFLICT (actor, key) DO UPDATE SET replays = kept.replays + 1
-       RETURNING made_id, replays > 0 AS replayed, digest = $5 AS same),
+       RETURNING made_id, replays > 0 AS replayed, digest = $2 AS same),
        entry AS (
        INSERT INTO timeline (id, incident_id, kind, note, actor)
-       SELECT coalesce(made_id, nextval('timeline_id_seq')), incident.id, 'note', $2, $3
+       SELECT coalesce(made_id, nextval('timeline_id_seq')), incident.id, 'note', $5, $3
          FROM incident LEFT JOIN used ON true
         WHERE replayed IS NOT TRUE
        RETURNING id, timeline_json(timeline) AS body)
