@@ -43,8 +43,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, TypeAdap
 from pydantic_settings import BaseSettings
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Match, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
@@ -107,8 +107,9 @@ Status = Literal["open", "in_progress", "resolved", "closed"]
 Source = Literal["operator", "monitoring", "partner"]
 Form = Literal["csv", "ndjson", "json"]
 
-# Blank by category, and the letters and symbols that show nothing: Hangul fillers, empty Braille.
-BLANK_CATEGORIES = frozenset({"Zs", "Zl", "Zp", "Cc", "Cf"})
+# Blank by category (a mark without a letter is too), and the letters and symbols that show nothing:
+# Hangul fillers, empty Braille.
+BLANK_CATEGORIES = frozenset({"Zs", "Zl", "Zp", "Cc", "Cf", "Mn"})
 BLANK_CHARACTERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 
 
@@ -281,9 +282,13 @@ class Problem(HTTPException):
 UNAVAILABLE = (
     OSError,
     TimeoutError,
-    asyncpg.PostgresConnectionError,
-    asyncpg.CannotConnectNowError,
     asyncpg.InterfaceError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,  # a shutdown, a start, a statement timeout
+    asyncpg.InsufficientResourcesError,  # connections, memory, a full disk
+    asyncpg.ObjectNotInPrerequisiteStateError,  # the database takes no connections
+    asyncpg.TransactionRollbackError,  # a deadlock, a serialization failure
+    asyncpg.ReadOnlySQLTransactionError,  # a standby
 )
 
 
@@ -296,6 +301,8 @@ def problem_of(request: Request, error: Exception) -> Problem:
     if isinstance(error, UNAVAILABLE):
         log.warning("The database is away: %s", reason_of(error))
         return Problem(503, "The database is away; try again soon.", {"Retry-After": "2"})
+    if isinstance(error, ClientDisconnect):
+        return Problem(400, "The body ended too early; send it again.")
     if isinstance(error, HTTPException) and error.status_code == 404:
         return Problem(404, "There is nothing at this path; /docs lists what there is.")
     if isinstance(error, HTTPException) and error.status_code == 405:
@@ -362,12 +369,12 @@ def settle(futures: list[asyncio.Future[Any]], row: Any = None, error: Any = Non
 
 
 class Lane:
-    """Group commit: the calls of one statement that wait go to the server together, and alone at once.
+    """Group commit: the calls of one statement that wait go to the server together, one at once.
 
-    Answers come after the commit. A batch that the server refused was rolled back, and its calls are
-    run one by one, so that one never fails another; after a lost connection nothing is run again, for
-    it may have been committed. Calls are sent in the order of their first argument, which names the
-    row that they lock, so that two batches do not deadlock. Equal calls that wait are one if `shared`.
+    Answers come after the commit. A batch that the server refused was rolled back, so its calls are
+    run one by one, and none fails another; after a lost connection nothing is run again, for it may
+    have been committed. Calls go in the order of their first argument, which names the row that
+    they lock, so that two batches do not deadlock. If `shared`, equal calls that wait are one.
     """
 
     def __init__(self, pool: Any, statement: str, shared: bool) -> None:
@@ -398,7 +405,7 @@ class Lane:
             except Exception as error:
                 for _, futures in batch or self.take(MAX_WAITING):
                     settle(futures, error=error)
-        # No await since the check: a call that comes now finds this worker gone, and starts another.
+        # No await since the check: a call that comes next finds this worker gone, and starts one.
         self.workers.discard(asyncio.current_task())
 
     def take(self, most: int) -> list["Call"]:
@@ -853,53 +860,42 @@ async def openapi_json(request: Request) -> Response:
 
 async def swagger_ui(request: Request) -> Response:
     """Show this API in Swagger UI."""
-    return FileResponse(HERE / "docs/swagger.html", headers=PAGE_HEADERS)
+    return HTMLResponse((HERE / "docs/swagger.html").read_bytes(), headers=PAGE_HEADERS)
 
 
 async def redoc(request: Request) -> Response:
     """Show this API in ReDoc."""
-    return FileResponse(HERE / "docs/redoc.html", headers=PAGE_HEADERS)
+    return HTMLResponse((HERE / "docs/redoc.html").read_bytes(), headers=PAGE_HEADERS)
 
 
 # ── Routes: the table of contents ─────────────────────────────────────────────────────────────────
 
 
 class Operation(Route):
-    """A method on a path, with and without its trailing slash: what it takes and what it answers."""
+    """A method on a path, with and without its trailing slash; what it answers and what it takes."""
 
-    def __init__(
-        self,
-        method: str,
-        path: str,
-        handler: Any,
-        answer: Any,
-        body: Any = None,
-        query: Any = NoQuery,
-    ) -> None:
+    def __init__(self, method: str, path: str, handler: Any, answer: Any, **takes: Any) -> None:
         super().__init__(path.rstrip("/") or path, handler, methods=[method])
-        self.path_regex = re.compile(self.path_regex.pattern.replace("$", "/?$"))
-        self.shown, self.method, self.answer, self.body, self.query = (
-            path,
-            method,
-            answer,
-            body,
-            query,
-        )
+        self.path_regex = re.compile(self.path_regex.pattern.replace("$", r"/?\Z"))
+        self.method, self.shown, self.answer = method, path, answer
+        self.body, self.query = takes.get("body"), takes.get("query", NoQuery)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["query_string"] and self.query is NoQuery:
+        if scope["query_string"] and self.query is NoQuery and self.matches(scope)[0] is Match.FULL:
             query_of(Request(scope), NoQuery)
         await super().handle(scope, receive, send)
 
 
 OPERATIONS = [
-    Operation("POST", "/incidents/", create_incident, Incident, NewIncident),
+    Operation("POST", "/incidents/", create_incident, Incident, body=NewIncident),
     Operation("GET", "/incidents/", list_incidents, list[Incident], query=ListQuery),
     Operation("GET", "/incidents/{incident_id}", get_incident, Incident),
-    Operation("PATCH", "/incidents/{incident_id}", change_incident, Incident, IncidentChange),
-    Operation("PATCH", "/incidents/{incident_id}/status", change_status, Incident, StatusChange),
+    Operation("PATCH", "/incidents/{incident_id}", change_incident, Incident, body=IncidentChange),
+    Operation(
+        "PATCH", "/incidents/{incident_id}/status", change_status, Incident, body=StatusChange
+    ),
     Operation("GET", "/incidents/{incident_id}/timeline", show_timeline, list[TimelineEntry]),
-    Operation("POST", "/incidents/{incident_id}/notes", add_note, TimelineEntry, NewNote),
+    Operation("POST", "/incidents/{incident_id}/notes", add_note, TimelineEntry, body=NewNote),
     Operation("GET", "/stats", show_stats, Stats, query=Period),
     Operation("GET", "/health/live", live, dict[str, str]),
     Operation("GET", "/health/ready", ready, dict[str, str]),
@@ -941,9 +937,7 @@ def openapi() -> dict[str, Any]:
     return description | {"paths": paths, "components": components}
 
 
-def describe(
-    operation: Operation, words: dict[str, Any], of_kind: dict[str, Any]
-) -> dict[str, Any]:
+def describe(operation: Operation, words: Any, of_kind: dict[str, Any]) -> dict[str, Any]:
     """One operation of the OpenAPI description; its handler's docstring is its summary."""
     status = words.get("status", 200)
     media = words.get("media", ["application/json"])
@@ -1004,11 +998,10 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
                 await asyncio.wait_for(database.pool.close(), timeout=2)
 
 
+HANDLED = (*UNAVAILABLE, asyncpg.DataError, ClientDisconnect, HTTPException, Exception)
 app = Starlette(
     routes=[*OPERATIONS, *FILES],
-    exception_handlers=dict.fromkeys(
-        (*UNAVAILABLE, asyncpg.DataError, HTTPException, Exception), on_problem
-    ),
+    exception_handlers=dict.fromkeys(HANDLED, on_problem),
     lifespan=lifespan,
 )
 app.router.redirect_slashes = False

@@ -8,6 +8,18 @@
         WHERE created_at >= coalesce($1::timestamptz, '-infinity')
           AND (created_at, id) < (coalesce($2::timestamptz, 'infinity'),
                                   CASE WHEN $2 IS NULL THEN 9223372036854775807 ELSE 0 END)),
+       counts AS (
+       SELECT count(*) AS incidents,
+              json_build_object(
+                  'open', count(*) FILTER (WHERE status = 'open'),
+                  'in_progress', count(*) FILTER (WHERE status = 'in_progress'),
+                  'resolved', count(*) FILTER (WHERE status = 'resolved'),
+                  'closed', count(*) FILTER (WHERE status = 'closed')) AS by_status,
+              json_build_object(
+                  'operator', count(*) FILTER (WHERE source = 'operator'),
+                  'monitoring', count(*) FILTER (WHERE source = 'monitoring'),
+                  'partner', count(*) FILTER (WHERE source = 'partner')) AS by_source
+         FROM chosen),
        reached AS (
        SELECT to_value AS status, extract(epoch FROM min(timeline.created_at) - chosen.created_at) AS seconds
          FROM timeline
@@ -17,24 +29,13 @@
        durations AS (
        SELECT wanted.status,
               json_build_object(
-                  'count', count(seconds), 'mean', avg(seconds),
+                  'count', count(seconds), 'mean', round(avg(seconds), 6),
                   'p50', percentile_cont(0.5) WITHIN GROUP (ORDER BY seconds),
                   'p95', percentile_cont(0.95) WITHIN GROUP (ORDER BY seconds)) AS figures
-         FROM unnest('{in_progress,resolved}'::text[]) AS wanted (status)
+         FROM (VALUES ('in_progress'), ('resolved')) AS wanted (status)
               LEFT JOIN reached USING (status)
-        GROUP BY wanted.status),
-       by_status AS (
-       SELECT wanted.status, count(id) AS incidents
-         FROM unnest('{open,in_progress,resolved,closed}'::text[]) AS wanted (status)
-              LEFT JOIN chosen USING (status)
-        GROUP BY wanted.status),
-       by_source AS (
-       SELECT wanted.source, count(id) AS incidents
-         FROM unnest('{operator,monitoring,partner}'::text[]) AS wanted (source)
-              LEFT JOIN chosen USING (source)
-        GROUP BY wanted.source)
+        GROUP BY wanted.status)
 SELECT json_build_object(
-           'incidents', (SELECT count(*) FROM chosen),
-           'by_status', (SELECT json_object_agg(status, incidents) FROM by_status),
-           'by_source', (SELECT json_object_agg(source, incidents) FROM by_source),
-           'seconds_to', (SELECT json_object_agg(status, figures) FROM durations)) AS body;
+           'incidents', incidents, 'by_status', by_status, 'by_source', by_source,
+           'seconds_to', (SELECT json_object_agg(status, figures ORDER BY status) FROM durations)) AS body
+  FROM counts;
