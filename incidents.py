@@ -12,7 +12,7 @@ import codecs
 import contextlib
 import functools
 import hashlib
-import itertools
+import hmac
 import json
 import logging
 import os
@@ -23,13 +23,14 @@ import sys
 import time
 import tomllib
 import unicodedata
+import uuid
 import warnings
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 from urllib.parse import quote, urlencode
 
 import asyncpg
@@ -43,11 +44,13 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, TypeAdap
 from pydantic_settings import BaseSettings
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Match, Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HERE = Path(__file__).resolve().parent
 
@@ -71,6 +74,27 @@ def postgres_url(url: str) -> str:
     )
 
 
+class Token(NamedTuple):
+    """Whose token it is, its secret, and whether it may only read."""
+
+    name: str
+    secret: bytes
+    reads_only: bool
+
+
+def tokens_of(text: str) -> list[Token]:
+    """The tokens of API_TOKENS; a `ValueError` that quotes none of them."""
+    tokens = []
+    for part in filter(None, text.split(",")):
+        match = re.fullmatch(r"([\w.@-]+):([!-9;-~]{16,})(:read)?", part.strip())
+        if not match:
+            raise ValueError("write name:secret or name:secret:read; a secret has 16 characters")
+        tokens.append(Token(match[1], match[2].encode(), bool(match[3])))
+    if min(len({t.name for t in tokens}), len({t.secret for t in tokens})) < len(tokens):
+        raise ValueError("a name or a secret is there twice; each token needs its own")
+    return tokens
+
+
 class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="ignore"):
     """The settings, from the environment first and then from `.env`; an empty one is unset."""
 
@@ -79,6 +103,9 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
     api_host: str = "127.0.0.1"
     api_port: Annotated[int, Field(ge=1, le=65535)] = 8000
     debug: bool = False
+    access_log: bool = False
+    api_tokens: Annotated[Any, BeforeValidator(tokens_of)] = ""
+    cors_origins: Annotated[str, Field(pattern=r"^(https?://[^/,\s]+(,|$))*$")] = ""
     db_pool_size: Annotated[int, Field(ge=1, le=1000)] = 10
 
 
@@ -92,7 +119,7 @@ def read_settings() -> Settings:
     except ValidationError as error:
         for wrong in error.errors():
             name = str(wrong["loc"][0]).upper()
-            value = "…" if name == "DATABASE_URL" else repr(wrong["input"])
+            value = "…" if name in ("DATABASE_URL", "API_TOKENS") else repr(wrong["input"])
             reason = wrong["msg"].removeprefix("Value error, ")
             print(f"{name}={value} is refused: {reason}", file=sys.stderr)
     raise SystemExit(2)
@@ -129,7 +156,7 @@ NOT_GIVEN: Any = Field(default_factory=lambda: None)
 
 
 class Input(BaseModel, extra="forbid"):
-    """What a client sends. An unknown field is refused, so that a typo never passes silently."""
+    """What a client sends: nothing, here. An unknown field is refused: no typo passes silently."""
 
 
 class NewIncident(Input):
@@ -157,10 +184,6 @@ class NewNote(Input):
     """A note for an incident's timeline."""
 
     note: Text = Field(examples=["Перезапустили сервер"])
-
-
-class NoQuery(Input):
-    """The query of a route that takes no query parameters."""
 
 
 def only_value(values: list[str]) -> str:
@@ -239,32 +262,30 @@ class TimelineEntry(BaseModel):
     created_at: datetime = Field(examples=["2024-01-15T10:30:00Z"])
 
 
-class Durations(BaseModel):
-    """How many incidents got to a status, and in how many seconds from their creation."""
-
-    count: int
-    mean: float | None
-    p50: float | None
-    p95: float | None
-
-
 class Stats(BaseModel):
-    """How many incidents there are, and how long they took."""
+    """How many incidents there are, and how many seconds from their creation they took."""
 
     incidents: int
     by_status: dict[Status, int]
     by_source: dict[Source, int]
-    seconds_to: dict[Literal["in_progress", "resolved"], Durations]
+    seconds_to: dict[
+        Literal["in_progress", "resolved"],
+        dict[Literal["count", "mean", "p50", "p95"], float | None],
+    ]
 
 
 class ProblemDetails(BaseModel):
-    """A refusal (RFC 9457). With 422, `errors` says what is wrong where (RFC 6901 pointers)."""
+    """A refusal (RFC 9457). With 422, `errors` says what is wrong where (RFC 6901 pointers).
+
+    From 500 on, `request_id` is what the service's log knows the request by.
+    """
 
     type: str = Field(examples=["about:blank"])
     title: str = Field(examples=["Unprocessable Entity"])
     status: int = Field(examples=[422])
     detail: str = Field(examples=["Correct this and send it again. #/source: it is required."])
     errors: list[dict[Literal["pointer", "detail"], str]] = NOT_GIVEN
+    request_id: str = NOT_GIVEN
 
 
 # ── Problems ──────────────────────────────────────────────────────────────────────────────────────
@@ -287,6 +308,8 @@ UNAVAILABLE = (
     asyncpg.OperatorInterventionError,  # a shutdown, a start, a statement timeout
     asyncpg.InsufficientResourcesError,  # connections, memory, a full disk
     asyncpg.ObjectNotInPrerequisiteStateError,  # the database takes no connections
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InvalidCatalogNameError,
     asyncpg.TransactionRollbackError,  # a deadlock, a serialization failure
     asyncpg.ReadOnlySQLTransactionError,  # a standby
 )
@@ -299,8 +322,9 @@ def problem_of(request: Request, error: Exception) -> Problem:
     if isinstance(error, asyncpg.DataError):
         return Problem(422, f"A value cannot be taken: {reason_of(error)}.")
     if isinstance(error, UNAVAILABLE):
-        log.warning("The database is away: %s", reason_of(error))
-        return Problem(503, "The database is away; try again soon.", {"Retry-After": "2"})
+        database.tell(error)
+        detail = f"The database cannot serve this now ({type(error).__name__}); try again soon."
+        return Problem(503, detail, {"Retry-After": "2"})
     if isinstance(error, ClientDisconnect):
         return Problem(400, "The body ended too early; send it again.")
     if isinstance(error, HTTPException) and error.status_code == 404:
@@ -316,6 +340,8 @@ async def on_problem(request: Request, error: Exception) -> Response:
     """Answer a refusal, whoever raised it."""
     problem = problem_of(request, error)
     body = problem_body(problem.status_code, problem.detail, problem.errors)
+    if problem.status_code >= 500:
+        body["request_id"] = request.scope["request_id"]
     media_type = "application/problem+json; charset=utf-8"
     return JSONResponse(body, problem.status_code, problem.headers, media_type)
 
@@ -347,7 +373,6 @@ SQL = SimpleNamespace(**{file.stem: file.read_text("utf-8") for file in HERE.glo
 # What libpq takes in a URL and asyncpg would pass on to the server as an unknown setting.
 LIBPQ_ONLY = re.compile(r"(connect_timeout|channel_binding|gssencmode|keepalives\w*)=[^&]*&?")
 
-
 BATCH = 64  # calls in a round trip
 LANE_WORKERS = 2  # one is on the server while the answers of the other are written
 MAX_WAITING = 1000  # calls of one statement; a tenth of a second's work
@@ -357,15 +382,13 @@ MAX_SECONDS = 4.5  # from a call to its answer, or to 503
 Call = tuple[tuple[Any, ...], list[asyncio.Future[Any]]]
 
 
-def settle(futures: list[asyncio.Future[Any]], row: Any = None, error: Any = None) -> None:
+def settle(futures: list[asyncio.Future[Any]], row: Any, error: Exception | None = None) -> None:
     """Give a call's row or its error to those who still wait for it."""
-    for future in futures:
-        if future.done():
-            continue
-        if error is None:
-            future.set_result(row)
-        else:
+    for future in [future for future in futures if not future.done()]:
+        if error:
             future.set_exception(error)
+        else:
+            future.set_result(row)
 
 
 class Lane:
@@ -374,11 +397,12 @@ class Lane:
     Answers come after the commit. A batch that the server refused was rolled back, so its calls are
     run one by one, and none fails another; after a lost connection nothing is run again, for it may
     have been committed. Calls go in the order of their first argument, which names the row that
-    they lock, so that two batches do not deadlock. If `shared`, equal calls that wait are one.
+    they lock, so that two batches do not deadlock. Equal reads that wait are one.
     """
 
-    def __init__(self, pool: Any, statement: str, shared: bool) -> None:
-        self.pool, self.statement, self.shared = pool, statement, shared
+    def __init__(self, database: "Database", statement: str) -> None:
+        self.database, self.statement = database, statement
+        self.shared = not re.search("INSERT|UPDATE", statement)
         self.waiting: dict[Any, Call] = {}
         self.workers: set[asyncio.Task[None]] = set()
 
@@ -399,22 +423,25 @@ class Lane:
         while self.waiting:
             batch: list[Call] = []
             try:
-                async with self.pool.acquire(timeout=MAX_SECONDS) as connection:
+                async with self.database.pool.acquire(timeout=MAX_SECONDS) as connection:
                     batch = self.take(BATCH)
                     await self.send(connection, batch)
+                self.database.tell(None)
             except Exception as error:
                 for _, futures in batch or self.take(MAX_WAITING):
-                    settle(futures, error=error)
+                    settle(futures, None, error)
+                if isinstance(error, asyncpg.ReadOnlySQLTransactionError):  # after a failover
+                    await self.database.pool.expire_connections()
         # No await since the check: a call that comes next finds this worker gone, and starts one.
         self.workers.discard(asyncio.current_task())
 
-    def take(self, most: int) -> list["Call"]:
+    def take(self, most: int) -> list[Call]:
         """The calls that have waited longest, less those that nobody waits for any more."""
-        calls = [self.waiting.pop(key) for key in list(itertools.islice(self.waiting, most))]
+        calls = [self.waiting.pop(key) for key in list(self.waiting)[:most]]
         wanted = [call for call in calls if not all(future.done() for future in call[1])]
         return wanted if self.shared else sorted(wanted, key=lambda call: str(call[0][0]))
 
-    async def send(self, connection: Any, batch: list["Call"]) -> None:
+    async def send(self, connection: Any, batch: list[Call]) -> None:
         """Run a batch in one round trip and one transaction, or else its calls one by one."""
         try:
             rows = await connection.fetchmany(self.statement, [call[0] for call in batch])
@@ -424,8 +451,8 @@ class Lane:
             for call in batch:
                 try:
                     await self.send(connection, [call])
-                except asyncpg.PostgresError as error:
-                    settle(call[1], error=error)
+                except asyncpg.PostgresError as its_own:
+                    settle(call[1], None, its_own)
         else:
             for call, row in zip(batch, rows, strict=True):
                 settle(call[1], row)
@@ -437,18 +464,20 @@ class Database:
     pool: Any
     url: str
     lanes: dict[str, Lane]
+    refusing = False
 
     async def open(self, url: str, tries: int = 30, pause: float = 2) -> None:
         """Open the pool, once the server answers; a `StartupError` when it does not."""
-        self.url, self.lanes = url, {}
+        self.url = url
+        self.lanes = {statement: Lane(self, statement) for statement in vars(SQL).values()}
         for attempt in range(1, tries + 1):
             try:
                 self.pool = await asyncpg.create_pool(
                     LIBPQ_ONLY.sub("", url),
                     min_size=1,
                     max_size=settings.db_pool_size,
-                    timeout=5,
-                    command_timeout=30,
+                    timeout=MAX_SECONDS,
+                    command_timeout=10,
                     init=pass_json_through,
                     reset=leave_session_alone,
                 )
@@ -464,18 +493,17 @@ class Database:
         parts = conninfo_to_dict(self.url)
         return f"{parts.get('host', 'localhost')}:{parts.get('port', 5432)}"
 
-    async def read(self, statement: str, *arguments: Any) -> Any:
-        """The row of a statement that changes nothing."""
-        return await self.lane(statement, shared=True).run(arguments)
+    def tell(self, error: Exception | None) -> None:
+        """Log once that the database cannot serve, and once that it can again."""
+        if error and not self.refusing:
+            log.warning("The database at %s cannot serve: %s", self, reason_of(error))
+        elif self.refusing and not error:
+            log.warning("The database at %s serves again", self)
+        self.refusing = error is not None
 
-    async def write(self, statement: str, *arguments: Any) -> Any:
-        """The row of a statement that changes something, once that is committed."""
-        return await self.lane(statement, shared=False).run(arguments)
-
-    def lane(self, statement: str, shared: bool) -> Lane:
-        if statement not in self.lanes:
-            self.lanes[statement] = Lane(self.pool, statement, shared)
-        return self.lanes[statement]
+    async def run(self, statement: str, *arguments: Any) -> Any:
+        """The one row of a statement, once what it changed is committed."""
+        return await self.lanes[statement].run(arguments)
 
 
 database = Database()
@@ -490,15 +518,6 @@ async def pass_json_through(connection: Any) -> None:
 
 async def leave_session_alone(connection: Any) -> None:
     """Reset nothing: no statement changes its session, and asyncpg's reset costs a round trip."""
-
-
-@contextlib.contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the process: uvicorn only notes them until it serves."""
-    with contextlib.ExitStack() as stack:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.signal(number, signal.SIG_DFL))
-        yield
 
 
 @contextlib.contextmanager
@@ -543,10 +562,10 @@ MIGRATION_LOCK = 0x696E636964656E74
 async def migrations_missing() -> Sequence[str]:
     """The names of the migrations that the database has not had yet."""
     try:
-        row = await database.read(SQL.migrations_missing, MIGRATIONS)
+        row = await database.run(SQL.readiness, MIGRATIONS)
     except asyncpg.UndefinedTableError:
         return MIGRATIONS
-    missing: list[str] = row["names"]
+    missing: list[str] = row["missing"]
     return missing
 
 
@@ -564,7 +583,7 @@ def migrate(url: str) -> None:
         ask = "SELECT pg_try_advisory_lock(%s)"
         while session.execute(ask, (MIGRATION_LOCK,)).fetchone() != (True,):
             time.sleep(0.1)
-        with yoyo.get_backend(f"postgresql+psycopg:///?{urlencode(parts)}") as backend:
+        with yoyo.get_backend(f"postgresql+psycopg://?{urlencode(parts)}") as backend:
             backend.break_lock()
             with backend.lock():
                 wanted = yoyo.read_migrations(str(HERE / "migrations"))
@@ -587,18 +606,29 @@ async def bring_up_to_date() -> None:
 
 JSON = "application/json; charset=utf-8"
 MAX_BODY = 1024 * 1024  # bytes; no incident can reach 128 KiB
+MAX_BODY_SECONDS = 10
 
 Model = TypeVar("Model", bound=BaseModel)
 
 # A media type of JSON (RFC 6838, "+json" suffix), without a charset or with that of RFC 8259.
 JSON_MEDIA_TYPE = re.compile(
-    r"application/([\w.+-]+\+)?json\s*(;\s*charset\s*=\s*\"?utf-?8\"?\s*)?;?", re.IGNORECASE
+    r'application/([\w.+-]+\+)?json\s*(;(?!\s*charset)[^;]*|;\s*charset\s*="?utf-?8"?\s*)*', re.I
 )
 
 
-def actor_of(request: Request) -> str:
-    """Who is asking, for the timeline."""
-    return "anonymous"
+def authenticate(request: Request) -> str:
+    """The name of the bearer of a token (RFC 6750); 401 without one, 403 if it may only read."""
+    if not settings.api_tokens:
+        return "anonymous"
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    sent = secret.strip().encode()
+    known = [token for token in settings.api_tokens if hmac.compare_digest(token.secret, sent)]
+    if scheme.lower() != "bearer" or not known:
+        detail = "Send the header Authorization: Bearer, with a token that this service knows."
+        raise Problem(401, detail, {"WWW-Authenticate": 'Bearer realm="incidents"'})
+    if known[0].reads_only and request.method not in ("GET", "HEAD"):
+        raise Problem(403, "This token may only read; use one that may write.")
+    return str(known[0].name)
 
 
 def incident_id_of(request: Request) -> int:
@@ -634,10 +664,16 @@ async def body_of(request: Request, model: type[Model]) -> Model:
     if not JSON_MEDIA_TYPE.fullmatch(request.headers.get("content-type", "").strip()):
         raise Problem(415, f"Send JSON in UTF-8 with the header Content-Type: {JSON}")
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise Problem(413, f"The body is over {MAX_BODY} bytes; send less text.")
+    try:
+        async with asyncio.timeout(MAX_BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY:
+                    raise Problem(413, f"The body is over {MAX_BODY} bytes; send less text.")
+    except TimeoutError:
+        raise Problem(
+            408, "The body took too long; send it again.", {"Connection": "close"}
+        ) from None
     try:
         return model.model_validate_json(body.removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
@@ -646,7 +682,7 @@ async def body_of(request: Request, model: type[Model]) -> Model:
 
 def invalid(error: ValidationError, noun: str, model: type[BaseModel]) -> Problem:
     """The problem that says everything that is wrong with a body or a query."""
-    wrong = error.errors(include_url=False, include_context=False, include_input=False)
+    wrong = error.errors(include_url=False, include_context=False, include_input=False)[:20]
     if wrong[0]["type"] == "json_invalid":
         reason = wrong[0]["msg"].removeprefix("Invalid JSON: ")
         return Problem(400, f"The body is not JSON in UTF-8: {reason}. Correct it, send it again.")
@@ -668,7 +704,7 @@ def invalid(error: ValidationError, noun: str, model: type[BaseModel]) -> Proble
 
 def pointer_to(*parts: str | int) -> str:
     """A JSON pointer as a URI fragment (RFC 6901, sections 3 and 6)."""
-    escaped = (str(part).replace("~", "~0").replace("/", "~1") for part in parts)
+    escaped = (str(part)[:100].replace("~", "~0").replace("/", "~1") for part in parts)
     return "#" + "".join("/" + quote(part.encode("utf-8", "replace"), safe="~") for part in escaped)
 
 
@@ -698,7 +734,7 @@ async def create_incident(request: Request) -> Response:
     """Report an incident."""
     new = await body_of(request, NewIncident)
     made, headers = await once(request, SQL.incident_create, new.description, new.source)
-    row = await database.read(SQL.incident_get, made["id"], None) if headers else made
+    row = await database.run(SQL.incident_get, made["id"], None) if headers else made
     return reply(row, 201, Location=f"/incidents/{made['id']}", **headers)
 
 
@@ -709,7 +745,7 @@ async def once(request: Request, statement: str, *arguments: Any) -> tuple[Any, 
     """
     key = idempotency_key_of(request)
     digest = key and hashlib.sha256(json.dumps(arguments).encode()).digest()
-    row = await database.write(statement, key, digest, actor_of(request), *arguments)
+    row = await database.run(statement, key, digest, request.scope["actor"], *arguments)
     if not row["same"]:
         raise Problem(422, "This Idempotency-Key came with another request; send a new one.")
     return row, {"Idempotent-Replayed": "true"} if row["replayed"] else {}
@@ -742,10 +778,10 @@ async def page_of(query: ListQuery, form: Form, after: str | None, opens: bool) 
     page = (query.since, query.until, after, size, form, opens, bool(query.limit))
     chosen = (tuple(query.status or get_args(Status)), tuple(query.source or get_args(Source)))
     if query.q:
-        return await database.read(SQL.incident_search, *chosen, *page, query.q)
+        return await database.run(SQL.incident_search, *chosen, *page, query.q)
     if query.status or query.source:
-        return await database.read(SQL.incident_page_filtered, *chosen, *page)
-    return await database.read(SQL.incident_page, *page)
+        return await database.run(SQL.incident_page_filtered, *chosen, *page)
+    return await database.run(SQL.incident_page, *page)
 
 
 async def whole_list(query: ListQuery, form: Form, page: Any) -> AsyncIterator[bytes]:
@@ -768,7 +804,7 @@ def links_of(request: Request, after: str | None) -> dict[str, str]:
 async def get_incident(request: Request) -> Response:
     """Show an incident."""
     seen = request.headers.get("if-none-match")
-    row = await database.read(SQL.incident_get, incident_id_of(request), seen)
+    row = await database.run(SQL.incident_get, incident_id_of(request), seen)
     return Response(None, 304, {"ETag": row["etag"]}) if row["unchanged"] else reply(row)
 
 
@@ -790,8 +826,8 @@ async def change_status(request: Request) -> Response:
 
 async def changed(request: Request, incident_id: int, *values: str | None) -> Response:
     """Make a change, and answer with the incident; 412 when If-Match does not allow its version."""
-    arguments = (incident_id, *values, request.headers.get("if-match"), actor_of(request))
-    row = await database.write(SQL.incident_change, *arguments)
+    arguments = (incident_id, *values, request.headers.get("if-match"), request.scope["actor"])
+    row = await database.run(SQL.incident_change, *arguments)
     if row["matched"] is False:
         detail = "The incident has changed since you read it; read it again, then change it."
         raise Problem(412, detail, {"ETag": row["etag"]})
@@ -803,7 +839,7 @@ async def changed(request: Request, incident_id: int, *values: str | None) -> Re
 
 async def show_timeline(request: Request) -> Response:
     """Show all that happened to an incident, oldest first."""
-    return reply(await database.read(SQL.timeline, incident_id_of(request)))
+    return reply(await database.run(SQL.timeline, incident_id_of(request)))
 
 
 async def add_note(request: Request) -> Response:
@@ -812,14 +848,14 @@ async def add_note(request: Request) -> Response:
     new = await body_of(request, NewNote)
     row, headers = await once(request, SQL.note_create, incident_id, new.note)
     if headers:
-        row = await database.read(SQL.timeline_entry, row["id"])
+        row = await database.run(SQL.timeline_entry, row["id"])
     return reply(row, 201, **headers)
 
 
 async def show_stats(request: Request) -> Response:
     """Count incidents by status and source, and time their way to in progress and resolved."""
     period = query_of(request, Period)
-    return reply(await database.read(SQL.stats, period.since, period.until))
+    return reply(await database.run(SQL.stats, period.since, period.until))
 
 
 # ── Handlers: the service itself ──────────────────────────────────────────────────────────────────
@@ -842,15 +878,9 @@ async def ready(request: Request) -> Response:
     if missing := await migrations_missing():
         detail = f"The database lacks the migrations {', '.join(missing)}; restart the service."
         raise Problem(503, detail, {"Retry-After": "10"})
+    if (await database.run(SQL.readiness, MIGRATIONS))["read_only"]:
+        raise Problem(503, "The database takes no writes, as a standby.", {"Retry-After": "10"})
     return JSONResponse({"status": "ok"}, media_type=JSON)
-
-
-# The pages load from this server alone. Both bundles write style attributes, and ReDoc searches
-# in a worker that it makes from a blob.
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data:; worker-src blob:; frame-ancestors 'none'"
-}
 
 
 async def openapi_json(request: Request) -> Response:
@@ -860,29 +890,32 @@ async def openapi_json(request: Request) -> Response:
 
 async def swagger_ui(request: Request) -> Response:
     """Show this API in Swagger UI."""
-    return HTMLResponse((HERE / "docs/swagger.html").read_bytes(), headers=PAGE_HEADERS)
+    return HTMLResponse((HERE / "docs/swagger.html").read_bytes())
 
 
 async def redoc(request: Request) -> Response:
     """Show this API in ReDoc."""
-    return HTMLResponse((HERE / "docs/redoc.html").read_bytes(), headers=PAGE_HEADERS)
+    return HTMLResponse((HERE / "docs/redoc.html").read_bytes())
 
 
 # ── Routes: the table of contents ─────────────────────────────────────────────────────────────────
 
 
 class Operation(Route):
-    """A method on a path, with and without its trailing slash; what it answers and what it takes."""
+    """A method on a path, with and without its trailing slash; what it answers and takes."""
 
     def __init__(self, method: str, path: str, handler: Any, answer: Any, **takes: Any) -> None:
         super().__init__(path.rstrip("/") or path, handler, methods=[method])
         self.path_regex = re.compile(self.path_regex.pattern.replace("$", r"/?\Z"))
         self.method, self.shown, self.answer = method, path, answer
-        self.body, self.query = takes.get("body"), takes.get("query", NoQuery)
+        self.body, self.query = takes.get("body"), takes.get("query", Input)
+        self.public = takes.get("public", False)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["query_string"] and self.query is NoQuery and self.matches(scope)[0] is Match.FULL:
-            query_of(Request(scope), NoQuery)
+        if not self.public:
+            scope["actor"] = authenticate(Request(scope))
+        if scope["query_string"] and self.query is Input and self.matches(scope)[0] is Match.FULL:
+            query_of(Request(scope), Input)
         await super().handle(scope, receive, send)
 
 
@@ -897,12 +930,12 @@ OPERATIONS = [
     Operation("GET", "/incidents/{incident_id}/timeline", show_timeline, list[TimelineEntry]),
     Operation("POST", "/incidents/{incident_id}/notes", add_note, TimelineEntry, body=NewNote),
     Operation("GET", "/stats", show_stats, Stats, query=Period),
-    Operation("GET", "/health/live", live, dict[str, str]),
-    Operation("GET", "/health/ready", ready, dict[str, str]),
-    Operation("GET", "/", greet, dict[str, str]),
-    Operation("GET", "/openapi.json", openapi_json, dict[str, Any]),
-    Operation("GET", "/docs", swagger_ui, str),
-    Operation("GET", "/redoc", redoc, str),
+    Operation("GET", "/health/live", live, dict[str, str], public=True),
+    Operation("GET", "/health/ready", ready, dict[str, str], public=True),
+    Operation("GET", "/", greet, dict[str, str], public=True),
+    Operation("GET", "/openapi.json", openapi_json, dict[str, Any], public=True),
+    Operation("GET", "/docs", swagger_ui, str, public=True),
+    Operation("GET", "/redoc", redoc, str, public=True),
 ]
 FILES = [
     Mount("/docs/vendor", StaticFiles(directory=Path(openapi_ui_bundles.__file__).parent)),
@@ -918,57 +951,46 @@ def openapi() -> dict[str, Any]:
     """The OpenAPI 3.1 description: the routes, the models, and the words of docs/openapi.toml."""
     description = tomllib.loads((HERE / "docs/openapi.toml").read_text("utf-8"))
     words = description.pop("operations")
-    kinds = [kind for operation in OPERATIONS for kind in (operation.answer, operation.body)]
+    kinds: list[Any] = [ProblemDetails]
+    for operation in OPERATIONS:
+        kinds += [operation.answer, operation.body]
     schemas, definitions = TypeAdapter.json_schemas(
-        [(repr(kind), "validation", TypeAdapter(kind)) for kind in (*kinds, ProblemDetails)],
+        [(repr(kind), "validation", TypeAdapter(kind)) for kind in kinds],
         ref_template="#/components/schemas/{model}",
     )
     of_kind = {name: schema for (name, _), schema in schemas.items()}
-    components = description["components"] | {"schemas": definitions["$defs"]}
-    for status, response in components["responses"].items():
-        if int(status) >= 400:
-            example = problem_body(int(status), response["description"])
-            content = {"schema": of_kind[repr(ProblemDetails)], "example": example}
-            response["content"] = {"application/problem+json": content}
+    description["components"]["schemas"] = definitions["$defs"]
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
-        described = describe(operation, words.get(operation.name, {}), of_kind)
+        described = describe(operation, words[operation.name], of_kind)
         paths.setdefault(operation.shown, {})[operation.method.lower()] = described
-    return description | {"paths": paths, "components": components}
+    return description | {"paths": paths}
 
 
 def describe(operation: Operation, words: Any, of_kind: dict[str, Any]) -> dict[str, Any]:
     """One operation of the OpenAPI description; its handler's docstring is its summary."""
-    status = words.get("status", 200)
-    media = words.get("media", ["application/json"])
+    schema, media = of_kind[repr(operation.answer)], words.get("media", ["application/json"])
     answer = {
-        "description": HTTPStatus(status).phrase,
-        "content": {
-            media_type: {"schema": of_kind[repr(operation.answer)]} for media_type in media
-        },
+        "description": "What was asked for.",
+        "content": {media_type: {"schema": schema} for media_type in media},
         "headers": references("headers", words.get("gives", ())),
     }
-    named = (*operation.param_convertors, *words.get("takes", ()))
-    described = {
+    parameters = (*operation.param_convertors, *words.get("takes", ()))
+    described: dict[str, Any] = {
         "operationId": operation.name,
         "summary": operation.endpoint.__doc__,
-        "parameters": [
-            *references("parameters", named).values(),
-            *(
-                {
-                    "name": name,
-                    "in": "query",
-                    "description": field.pop("description"),
-                    "schema": field,
-                }
-                for name, field in operation.query.model_json_schema().get("properties", {}).items()
-            ),
-        ],
-        "responses": {str(status): answer} | references("responses", words.get("refuses", ())),
+        "security": [] if operation.public else [{}, {"token": []}],
+        "parameters": list(references("parameters", parameters).values()),
+        "responses": references("responses", words["refuses"])
+        | {words.get("status", "200"): answer},
     }
-    content = {"application/json": {"schema": of_kind[repr(operation.body)]}}
-    body = {"requestBody": {"required": True, "content": content}} if operation.body else {}
-    return described | body
+    for name, field in operation.query.model_json_schema().get("properties", {}).items():
+        query = {"name": name, "in": "query", "description": field.pop("description")}
+        described["parameters"].append(query | {"schema": field})
+    if operation.body:
+        content = {"application/json": {"schema": of_kind[repr(operation.body)]}}
+        described["requestBody"] = {"required": True, "content": content}
+    return described
 
 
 def references(kind: str, names: Iterable[str]) -> dict[str, Any]:
@@ -984,7 +1006,10 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
     """Start the database where it is ours, open the pool, and bring the schema up to date."""
     with contextlib.ExitStack() as stack:
         if settings.database_url:
-            with ended_by_signals():
+            with contextlib.ExitStack() as waiting:
+                for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn only notes them till later
+                    handler = signal.signal(number, signal.SIG_DFL)
+                    waiting.callback(signal.signal, number, handler)
                 await database.open(settings.database_url)
         else:
             await database.open(stack.enter_context(embedded_postgres(settings.data_dir)))
@@ -992,19 +1017,77 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             await bring_up_to_date()
             place = database if settings.database_url else settings.data_dir.resolve()
             log.info("The data is in %s", place)
+            if not settings.api_tokens:
+                open_to = "this machine" if settings.api_host in LOOPBACK else "the network"
+                level = logging.INFO if settings.api_host in LOOPBACK else logging.WARNING
+                log.log(level, "API_TOKENS is not set: everybody on %s may read and write", open_to)
             yield
         finally:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(database.pool.close(), timeout=2)
 
 
+class Envelope:
+    """What every reply has, whoever makes it: an id, headers of safety, a log line if asked for."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        started = time.perf_counter()
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        scope["request_id"] = request_id.decode()
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                scope["status"] = message["status"]
+                private = [(b"cache-control", b"no-store")] if "actor" in scope else []
+                message["headers"] += [(b"x-request-id", request_id), *SAFETY, *private]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_headers)
+        finally:
+            if settings.access_log or settings.debug:
+                known = {
+                    key: scope.get(key)
+                    for key in ("request_id", "actor", "method", "path", "status")
+                }
+                log.info(
+                    json.dumps(known | {"ms": round(1000 * (time.perf_counter() - started), 1)})
+                )
+
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+REQUEST_ID = re.compile(rb"[\w.-]{1,100}")
+# The pages load from this server alone. Both bundles write style attributes, and ReDoc searches
+# in a worker that it makes from a blob.
+POLICY = (
+    b"default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    b"worker-src blob:; frame-ancestors 'none'"
+)
+SAFETY = [(b"x-content-type-options", b"nosniff"), (b"content-security-policy", POLICY)]
+EXPOSED = ("ETag", "Link", "Location", "Idempotent-Replayed", "Retry-After", "X-Request-ID")
 HANDLED = (*UNAVAILABLE, asyncpg.DataError, ClientDisconnect, HTTPException, Exception)
-app = Starlette(
+
+cors = Middleware(
+    CORSMiddleware,
+    allow_origins=settings.cors_origins.split(","),
+    allow_methods=["GET", "POST", "PATCH"],
+    allow_headers=["*"],
+    expose_headers=EXPOSED,
+)
+api = Starlette(
     routes=[*OPERATIONS, *FILES],
+    middleware=[cors] if settings.cors_origins else [],
     exception_handlers=dict.fromkeys(HANDLED, on_problem),
     lifespan=lifespan,
 )
-app.router.redirect_slashes = False
+api.router.redirect_slashes = False
+app = Envelope(api)
 
 
 def main() -> None:
@@ -1017,10 +1100,10 @@ def main() -> None:
         sys.exit(f"Cannot listen on {host}:{port}: {error.strerror}. Set API_PORT or API_HOST.")
     config = uvicorn.Config(
         app,
-        access_log=settings.debug,
+        access_log=False,
         log_level="debug" if settings.debug else "info",
         server_header=False,
-        timeout_graceful_shutdown=4,
+        timeout_graceful_shutdown=3,
     )
     url = f"http://{host}:{port}"
     print(f"The API is at {url}, its documentation at {url}/docs", flush=True)

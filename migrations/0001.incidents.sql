@@ -50,7 +50,7 @@ CREATE TABLE IF NOT EXISTS timeline (
     to_value    text,
     note        text CONSTRAINT timeline_note_length_check CHECK (char_length(note) BETWEEN 1 AND 5000),
     actor       text NOT NULL,
-    created_at  timestamptz NOT NULL DEFAULT now(),
+    created_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
     CONSTRAINT timeline_note_check CHECK ((kind = 'note') = (note IS NOT NULL)),
     CONSTRAINT timeline_edited_check CHECK ((kind = 'edited') = (field IS NOT NULL)),
     CONSTRAINT timeline_change_check

@@ -6,9 +6,11 @@
 --   $4 status       text    null to keep it
 --   $5 if_match     text    the header (RFC 9110, 13.1.1), null for none; weak tags never match
 --   $6 actor        text
--- The row is locked first: only then are the values that the timeline gives as former ones the last.
+-- The row is locked first: only then are the values that the timeline gives as former ones the last,
+-- and the clock, unlike now(), is past the change before this one.
   WITH before AS (
        SELECT id, description, source, status, version, incident_json(incidents) AS body,
+              greatest(updated_at, clock_timestamp()) AS changed_at,
               coalesce($5, '*') = '*'
               OR format('"%s"', version) = ANY (regexp_split_to_array($5, '\s*,\s*')) AS matched
          FROM incidents
@@ -17,7 +19,7 @@
        changed AS (
        UPDATE incidents
           SET description = coalesce($2, before.description), source = coalesce($3, before.source),
-              status = coalesce($4, before.status), version = before.version + 1, updated_at = now()
+              status = coalesce($4, before.status), version = before.version + 1, updated_at = changed_at
          FROM before
         WHERE incidents.id = before.id AND matched
           AND (coalesce($2, before.description), coalesce($3, before.source), coalesce($4, before.status))
@@ -25,8 +27,8 @@
        RETURNING incidents.id, incidents.description, incidents.source, incidents.status,
                  incidents.version, incident_json(incidents) AS body),
        entries AS (
-       INSERT INTO timeline (incident_id, kind, field, from_value, to_value, actor)
-       SELECT changed.id, kind, field, was, becomes, $6
+       INSERT INTO timeline (incident_id, kind, field, from_value, to_value, actor, created_at)
+       SELECT changed.id, kind, field, was, becomes, $6, changed_at
          FROM before
               JOIN changed USING (id)
               CROSS JOIN LATERAL (

@@ -19,10 +19,10 @@
        SELECT coalesce(made_id, nextval('incidents_id_seq')), $4, $5
          FROM (SELECT) AS once LEFT JOIN used ON true
         WHERE replayed IS NOT TRUE
-       RETURNING id, format('"%s"', version) AS etag, incident_json(incidents) AS body),
+       RETURNING id, created_at, format('"%s"', version) AS etag, incident_json(incidents) AS body),
        entry AS (
-       INSERT INTO timeline (incident_id, kind, actor)
-       SELECT id, 'created', $3
+       INSERT INTO timeline (incident_id, kind, actor, created_at)
+       SELECT id, 'created', $3, created_at
          FROM created)
 SELECT coalesce(created.id, made_id) AS id, etag, body::json,
        coalesce(replayed, false) AS replayed, coalesce(same, true) AS same

@@ -93,7 +93,7 @@ async def client(
     monkeypatch.setattr(incidents.settings, "database_url", database_url)
     transport = httpx.ASGITransport(incidents.app, raise_app_exceptions=True)
     async with (
-        incidents.lifespan(incidents.app),
+        incidents.lifespan(incidents.api),
         httpx.AsyncClient(transport=transport, base_url="http://test") as client,
     ):
         yield client
