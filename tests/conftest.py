@@ -86,6 +86,25 @@ def sql(database_url: str) -> Iterator[Callable[..., list[tuple[Any, ...]]]]:
 
 
 @pytest.fixture
+def away(
+    server_url: str, database_url: str
+) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Take the test's database away for a while: every session ends, and none is let in."""
+    name = urlsplit(database_url).path.removeprefix("/")
+
+    @contextlib.contextmanager
+    def refuse_connections() -> Iterator[None]:
+        with psycopg.connect(server_url, autocommit=True) as session:
+            session.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+            sessions = "FROM pg_stat_activity WHERE datname = %s"
+            session.execute(f"SELECT pg_terminate_backend(pid, 5000) {sessions}", (name,))
+            yield
+            session.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+
+    return refuse_connections
+
+
+@pytest.fixture
 async def client(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[httpx.AsyncClient]:
