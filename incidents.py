@@ -11,19 +11,21 @@ import asyncio
 import codecs
 import contextlib
 import functools
+import gc
 import hashlib
 import hmac
+import itertools
 import json
 import logging
 import os
 import re
+import secrets
 import signal
 import socket
 import sys
 import time
 import tomllib
 import unicodedata
-import uuid
 import warnings
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -43,6 +45,7 @@ from psycopg.conninfo import conninfo_to_dict
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings
 from starlette.applications import Starlette
+from starlette.datastructures import QueryParams
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -382,7 +385,7 @@ MAX_SECONDS = 4.5  # from a call to its answer, or to 503
 Call = tuple[tuple[Any, ...], list[asyncio.Future[Any]]]
 
 
-def settle(futures: list[asyncio.Future[Any]], row: Any, error: Exception | None = None) -> None:
+def settle(futures: list[asyncio.Future[Any]], row: Any, error: Any = None) -> None:
     """Give a call's row or its error to those who still wait for it."""
     for future in [future for future in futures if not future.done()]:
         if error:
@@ -410,13 +413,17 @@ class Lane:
         """The statement's row for these arguments; 503 when too many wait, or it takes too long."""
         if len(self.waiting) >= MAX_WAITING:
             raise Problem(503, "Too many requests wait; try again soon.", {"Retry-After": "1"})
-        future = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
         key = arguments if self.shared else future
         self.waiting.setdefault(key, (arguments, []))[1].append(future)
         if len(self.waiting) == 1 and len(self.workers) < LANE_WORKERS:
-            self.workers.add(asyncio.create_task(self.work()))
-        async with asyncio.timeout(MAX_SECONDS):
+            self.workers.add(loop.create_task(self.work()))
+        timer = loop.call_later(MAX_SECONDS, settle, [future], None, TimeoutError)
+        try:
             return await future
+        finally:
+            timer.cancel()
 
     async def work(self) -> None:
         """Send what waits, batch by batch, until nothing does."""
@@ -618,8 +625,6 @@ JSON_MEDIA_TYPE = re.compile(
 
 def authenticate(request: Request) -> str:
     """The name of the bearer of a token (RFC 6750); 401 without one, 403 if it may only read."""
-    if not settings.api_tokens:
-        return "anonymous"
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
     sent = secret.strip().encode()
     known = [token for token in settings.api_tokens if hmac.compare_digest(token.secret, sent)]
@@ -650,9 +655,10 @@ def idempotency_key_of(request: Request) -> str | None:
     return key
 
 
-def query_of(request: Request, model: type[Model]) -> Model:
-    """The query parameters; 422 when one is unknown or wrong."""
-    query = request.query_params
+@functools.lru_cache(1000)
+def query_of(query_string: bytes, model: type[Model]) -> Model:
+    """The query parameters; 422 when one is unknown or wrong. Many ask the same again and again."""
+    query = QueryParams(query_string)
     try:
         return model.model_validate({name: query.getlist(name) for name in query})
     except ValidationError as error:
@@ -753,22 +759,24 @@ async def once(request: Request, statement: str, *arguments: Any) -> tuple[Any, 
 
 async def list_incidents(request: Request) -> Response:
     """List incidents, newest first."""
-    query = query_of(request, ListQuery)
-    form = query.format or form_of(request)
+    query = query_of(request.scope["query_string"], ListQuery)
+    form = query.format or form_of(request.headers.get("accept", "*/*"))
     page = await page_of(query, form, query.after, opens=True)
-    headers = {"Vary": "Accept"} | (links_of(request, page["next"]) if query.limit else {})
+    headers = {"Vary": "Accept"}
+    if query.limit:
+        headers["Link"] = link_of(request.scope["query_string"], page["next"])
     if query.limit or not page["next"]:
         return Response(page["body"], headers=headers, media_type=FORMS[form])
     parts = iter(()) if request.method == "HEAD" else whole_list(query, form, page)
     return StreamingResponse(parts, headers=headers, media_type=FORMS[form])
 
 
-def form_of(request: Request) -> Form:
+@functools.lru_cache(1000)
+def form_of(accept: str) -> Form:
     """The form that Accept asks for; JSON when it asks for none that there is."""
     offered = {media_type.split(";")[0]: form for form, media_type in FORMS.items()}
     with contextlib.suppress(mimeparse.MimeTypeParseException):
-        best = mimeparse.best_match(list(offered), request.headers.get("accept", "*/*"))
-        return offered.get(best, "json")
+        return offered.get(mimeparse.best_match(list(offered), accept), "json")
     return "json"
 
 
@@ -792,13 +800,13 @@ async def whole_list(query: ListQuery, form: Form, page: Any) -> AsyncIterator[b
         yield page["body"]
 
 
-def links_of(request: Request, after: str | None) -> dict[str, str]:
+def link_of(query_string: bytes, after: str | None) -> str:
     """The Link header of a page (RFC 8288), which keeps every filter; the last has no next."""
-    kept = [pair for pair in request.query_params.multi_items() if pair[0] != "after"]
+    kept = [pair for pair in QueryParams(query_string).multi_items() if pair[0] != "after"]
     first = f'</incidents/?{urlencode(kept)}>; rel="first"'
     if after is None:
-        return {"Link": first}
-    return {"Link": f'</incidents/?{urlencode([*kept, ("after", after)])}>; rel="next", {first}'}
+        return first
+    return f'</incidents/?{urlencode([*kept, ("after", after)])}>; rel="next", {first}'
 
 
 async def get_incident(request: Request) -> Response:
@@ -854,7 +862,7 @@ async def add_note(request: Request) -> Response:
 
 async def show_stats(request: Request) -> Response:
     """Count incidents by status and source, and time their way to in progress and resolved."""
-    period = query_of(request, Period)
+    period = query_of(request.scope["query_string"], Period)
     return reply(await database.run(SQL.stats, period.since, period.until))
 
 
@@ -913,9 +921,9 @@ class Operation(Route):
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self.public:
-            scope["actor"] = authenticate(Request(scope))
+            scope["actor"] = authenticate(Request(scope)) if settings.api_tokens else "anonymous"
         if scope["query_string"] and self.query is Input and self.matches(scope)[0] is Match.FULL:
-            query_of(Request(scope), Input)
+            query_of(scope["query_string"], Input)
         await super().handle(scope, receive, send)
 
 
@@ -1017,6 +1025,8 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             await bring_up_to_date()
             place = database if settings.database_url else settings.data_dir.resolve()
             log.info("The data is in %s", place)
+            gc.freeze()  # what is here now stays: no collection need look at it again
+            gc.set_threshold(20_000, 20, 50)
             if not settings.api_tokens:
                 open_to = "this machine" if settings.api_host in LOOPBACK else "the network"
                 level = logging.INFO if settings.api_host in LOOPBACK else logging.WARNING
@@ -1038,7 +1048,7 @@ class Envelope:
             return await self.app(scope, receive, send)
         started = time.perf_counter()
         given = dict(scope["headers"]).get(b"x-request-id", b"")
-        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        request_id = given if REQUEST_ID.fullmatch(given) else b"%s-%x" % (RUN, next(NUMBERS))
         scope["request_id"] = request_id.decode()
 
         async def send_with_headers(message: Message) -> None:
@@ -1063,6 +1073,7 @@ class Envelope:
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 REQUEST_ID = re.compile(rb"[\w.-]{1,100}")
+RUN, NUMBERS = secrets.token_hex(4).encode(), itertools.count(1)  # the ids of this process
 # The pages load from this server alone. Both bundles write style attributes, and ReDoc searches
 # in a worker that it makes from a blob.
 POLICY = (
@@ -1101,6 +1112,7 @@ def main() -> None:
     config = uvicorn.Config(
         app,
         access_log=False,
+        proxy_headers=False,
         log_level="debug" if settings.debug else "info",
         server_header=False,
         timeout_graceful_shutdown=3,

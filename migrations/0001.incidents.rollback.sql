@@ -8,6 +8,8 @@ DROP TABLE IF EXISTS timeline;
 
 DROP TABLE IF EXISTS incidents;
 
+DROP DOMAIN IF EXISTS incident_status, incident_source, timeline_kind, timeline_field, timeline_note;
+
 DO $$
 BEGIN
     IF to_regclass('incidents_replaced') IS NOT NULL THEN
