@@ -8,13 +8,11 @@ it raises as a `Problem`, which leaves as `application/problem+json` (RFC 9457).
 """
 
 import asyncio
-import codecs
 import contextlib
 import functools
 import gc
 import hashlib
 import hmac
-import itertools
 import json
 import logging
 import os
@@ -24,25 +22,22 @@ import signal
 import socket
 import sys
 import time
-import tomllib
-import unicodedata
 import warnings
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 from urllib.parse import quote, urlencode
 
 import asyncpg
 import mimeparse
-import openapi_ui_bundles
 import psycopg
 import uvicorn
 import yoyo
 from psycopg.conninfo import conninfo_to_dict
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings
 from starlette.applications import Starlette
 from starlette.datastructures import QueryParams
@@ -77,23 +72,14 @@ def postgres_url(url: str) -> str:
     )
 
 
-class Token(NamedTuple):
-    """Whose token it is, its secret, and whether it may only read."""
-
-    name: str
-    secret: bytes
-    reads_only: bool
-
-
-def tokens_of(text: str) -> list[Token]:
-    """The tokens of API_TOKENS; a `ValueError` that quotes none of them."""
-    tokens = []
-    for part in filter(None, text.split(",")):
-        match = re.fullmatch(r"([\w.@-]+):([!-9;-~]{16,})(:read)?", part.strip())
-        if not match:
-            raise ValueError("write name:secret or name:secret:read; a secret has 16 characters")
-        tokens.append(Token(match[1], match[2].encode(), bool(match[3])))
-    if min(len({t.name for t in tokens}), len({t.secret for t in tokens})) < len(tokens):
+def tokens_of(text: str) -> list[tuple[str, bytes, bool]]:
+    """The tokens of API_TOKENS: name, secret, and whether it may only read."""
+    parts = [part.strip() for part in text.split(",") if text]
+    matches = [re.fullmatch(r"([\w.@-]+):([!-9;-~]{16,})(:read)?", part) for part in parts]
+    tokens = [(m[1], m[2].encode(), m[3] is not None) for m in matches if m]
+    if len(tokens) < len(parts):
+        raise ValueError("write name:secret or name:secret:read; a secret has 16 characters")
+    if any(len({token[i] for token in tokens}) < len(tokens) for i in (0, 1)):
         raise ValueError("a name or a secret is there twice; each token needs its own")
     return tokens
 
@@ -137,17 +123,18 @@ Status = Literal["open", "in_progress", "resolved", "closed"]
 Source = Literal["operator", "monitoring", "partner"]
 Form = Literal["csv", "ndjson", "json"]
 
-# Blank by category (a mark without a letter is too), and the letters and symbols that show nothing:
-# Hangul fillers, empty Braille.
-BLANK_CATEGORIES = frozenset({"Zs", "Zl", "Zp", "Cc", "Cf", "Mn"})
-BLANK_CHARACTERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
+# What shows nothing: blanks, controls, marks without a letter, direction and other invisible signs.
+INVISIBLE = re.compile(
+    "[\\s\x01-\x1f\x7f-\x9f\xad\u0300-\u036f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+    "\u2028-\u202f\u205f-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]*"
+)
 
 
 def visible_text(text: str) -> str:
     """Refuse what PostgreSQL cannot store (NUL) and what a person cannot see."""
     if "\x00" in text:
         raise ValueError("NUL characters cannot be stored; remove them")
-    if all(unicodedata.category(c) in BLANK_CATEGORIES or c in BLANK_CHARACTERS for c in text):
+    if INVISIBLE.fullmatch(text):
         raise ValueError("there is nothing to read in it; write some text")
     return text
 
@@ -203,13 +190,10 @@ def all_values(values: list[str]) -> list[str]:
 
 def moment(text: str) -> datetime:
     """An RFC 3339 time, or a date: the midnight in UTC with which it begins."""
-    if re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII):
-        text += "T00:00:00Z"
+    text = f"{text}T00:00:00Z" if re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII) else text
     if not re.fullmatch(r"[\d-]{10}[Tt][\d:]{8}(\.\d+)?([Zz]|[+-]\d\d:\d\d)", text, re.ASCII):
-        raise ValueError(
-            "write a date, 2024-01-15, or a time with its offset, 2024-01-15T10:30:00Z or "
-            "2024-01-15T13:30:00%2B03:00 (in a URL, + means a space)"
-        )
+        forms = "a date, 2024-01-15, or a time with its offset, 2024-01-15T10:30:00Z"
+        raise ValueError(f"write {forms}; in a URL, the + of an offset is %2B")
     try:
         return datetime.fromisoformat(text.upper()).astimezone(UTC)
     except OverflowError:
@@ -265,20 +249,20 @@ class TimelineEntry(BaseModel):
     created_at: datetime = Field(examples=["2024-01-15T10:30:00Z"])
 
 
+Seconds = dict[Literal["count", "mean", "p50", "p95"], float | None]
+
+
 class Stats(BaseModel):
     """How many incidents there are, and how many seconds from their creation they took."""
 
     incidents: int
     by_status: dict[Status, int]
     by_source: dict[Source, int]
-    seconds_to: dict[
-        Literal["in_progress", "resolved"],
-        dict[Literal["count", "mean", "p50", "p95"], float | None],
-    ]
+    seconds_to: dict[Literal["in_progress", "resolved"], Seconds]
 
 
 class ProblemDetails(BaseModel):
-    """A refusal (RFC 9457). With 422, `errors` says what is wrong where (RFC 6901 pointers).
+    """A refusal (RFC 9457): what is wrong and what to do. With 422, `errors` says where (RFC 6901).
 
     From 500 on, `request_id` is what the service's log knows the request by.
     """
@@ -293,13 +277,11 @@ class ProblemDetails(BaseModel):
 
 # ── Problems ──────────────────────────────────────────────────────────────────────────────────────
 
-Errors = Sequence[dict[Literal["pointer", "detail"], str]]
-
 
 class Problem(HTTPException):
     """A refusal: an HTTP status, and a sentence that says what to do about it."""
 
-    errors: Errors = ()
+    errors: Any = None
 
 
 # What the drivers raise while the server is away, restarting, or does not answer.
@@ -340,20 +322,16 @@ def problem_of(request: Request, error: Exception) -> Problem:
 
 
 async def on_problem(request: Request, error: Exception) -> Response:
-    """Answer a refusal, whoever raised it."""
+    """Answer a refusal, whoever raised it. Of type about:blank, its title is its status's own."""
     problem = problem_of(request, error)
-    body = problem_body(problem.status_code, problem.detail, problem.errors)
-    if problem.status_code >= 500:
-        body["request_id"] = request.scope["request_id"]
-    media_type = "application/problem+json; charset=utf-8"
-    return JSONResponse(body, problem.status_code, problem.headers, media_type)
-
-
-def problem_body(status: int, detail: str, errors: Errors = ()) -> dict[str, Any]:
-    """A problem as RFC 9457 writes it; of type about:blank, so its title is the status's own."""
-    title = HTTPStatus(status).phrase
-    body = {"type": "about:blank", "title": title, "status": status, "detail": detail}
-    return body | ({"errors": errors} if errors else {})
+    status = problem.status_code
+    details: Any = ProblemDetails(
+        type="about:blank", title=HTTPStatus(status).phrase, status=status, detail=problem.detail
+    )
+    details.errors = problem.errors
+    details.request_id = request.scope["request_id"] if status >= 500 else None
+    body = details.model_dump_json(exclude_none=True)
+    return Response(body, status, problem.headers, "application/problem+json; charset=utf-8")
 
 
 def reason_of(error: BaseException) -> str:
@@ -362,11 +340,7 @@ def reason_of(error: BaseException) -> str:
 
 
 class StartupError(Exception):
-    """Why the service cannot start, in one line: the server prints a traceback, which ends here."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        sys.tracebacklimit = 0
+    """Why the service cannot start, in one line."""
 
 
 # ── SQL and database ──────────────────────────────────────────────────────────────────────────────
@@ -559,36 +533,22 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
 # ── Migrations ────────────────────────────────────────────────────────────────────────────────────
 
 MIGRATIONS = tuple(
-    sorted(f.stem for f in HERE.glob("migrations/*.sql") if not f.stem.endswith(".rollback"))
+    sorted(f.stem for f in HERE.glob("migrations/*.sql") if "rollback" not in f.stem)
 )
-
-# The advisory lock under which one process at a time migrates a database: "incident" in ASCII.
-MIGRATION_LOCK = 0x696E636964656E74
-
-
-async def migrations_missing() -> Sequence[str]:
-    """The names of the migrations that the database has not had yet."""
-    try:
-        row = await database.run(SQL.readiness, MIGRATIONS)
-    except asyncpg.UndefinedTableError:
-        return MIGRATIONS
-    missing: list[str] = row["missing"]
-    return missing
 
 
 def migrate(url: str) -> None:
     """Apply the missing migrations, one process at a time.
 
-    The advisory lock goes with its session, so a killed process leaves none behind; its row in
-    yoyo's lock table does stay, and is broken by the next holder of the advisory lock. The lock is
-    asked for again and again because a session that waits for it would hold a snapshot, for which
-    CREATE INDEX CONCURRENTLY in another session would wait in turn.
+    A killed process leaves its row in yoyo's lock table, which the next holder of the advisory lock
+    breaks. That is asked for in a loop: a session that waits in it would hold a snapshot, for which
+    CREATE INDEX CONCURRENTLY in another would wait in turn.
     """
     os.environ.setdefault("USER", "incidents")  # yoyo asks for a name; a container's uid has none
     parts = conninfo_to_dict(url)
     with psycopg.connect(url, autocommit=True) as session:
-        ask = "SELECT pg_try_advisory_lock(%s)"
-        while session.execute(ask, (MIGRATION_LOCK,)).fetchone() != (True,):
+        ask = "SELECT pg_try_advisory_lock(hashtext('migrations of incidents'))"
+        while session.execute(ask).fetchone() != (True,):
             time.sleep(0.1)
         with yoyo.get_backend(f"postgresql+psycopg://?{urlencode(parts)}") as backend:
             backend.break_lock()
@@ -597,12 +557,19 @@ def migrate(url: str) -> None:
                 backend.apply_migrations(backend.to_apply(wanted))
 
 
+async def migrations_missing() -> Sequence[str]:
+    """The names of the migrations that the database has not had yet."""
+    try:
+        return list((await database.run(SQL.readiness, MIGRATIONS))["missing"])
+    except asyncpg.UndefinedTableError:
+        return MIGRATIONS
+
+
 async def bring_up_to_date() -> None:
     """Apply what is missing. When nothing is, the role need not be allowed to change the schema."""
-    if not await migrations_missing():
-        return
     try:
-        await asyncio.to_thread(migrate, database.url)
+        if await migrations_missing():
+            await asyncio.to_thread(migrate, database.url)
     except psycopg.Error as error:
         raise StartupError(f"a migration failed: {reason_of(error)}") from None
     if missing := await migrations_missing():
@@ -627,13 +594,14 @@ def authenticate(request: Request) -> str:
     """The name of the bearer of a token (RFC 6750); 401 without one, 403 if it may only read."""
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
     sent = secret.strip().encode()
-    known = [token for token in settings.api_tokens if hmac.compare_digest(token.secret, sent)]
+    known = [t for t in settings.api_tokens if hmac.compare_digest(t[1], sent)]
     if scheme.lower() != "bearer" or not known:
         detail = "Send the header Authorization: Bearer, with a token that this service knows."
         raise Problem(401, detail, {"WWW-Authenticate": 'Bearer realm="incidents"'})
-    if known[0].reads_only and request.method not in ("GET", "HEAD"):
-        raise Problem(403, "This token may only read; use one that may write.")
-    return str(known[0].name)
+    name, _, reads_only = known[0]
+    if reads_only and request.method not in ("GET", "HEAD"):
+        raise Problem(403, f"The token of {name} may only read; use one that may write.")
+    return str(name)
 
 
 def incident_id_of(request: Request) -> int:
@@ -642,17 +610,6 @@ def incident_id_of(request: Request) -> int:
     if not re.fullmatch("[0-9]{1,18}", text):
         raise Problem(404, "There is no such incident: an id is a whole number, as in a list.")
     return int(text)
-
-
-def idempotency_key_of(request: Request) -> str | None:
-    """The Idempotency-Key, bare or quoted; 422 when it cannot be one."""
-    header = request.headers.get("idempotency-key")
-    if header is None:
-        return None
-    key = re.sub(r'^"(.*)"$', r"\1", header.strip())
-    if not re.fullmatch("[ -~]{1,255}", key):
-        raise Problem(422, "An Idempotency-Key is 1 to 255 visible ASCII characters; send another.")
-    return key
 
 
 @functools.lru_cache(1000)
@@ -681,7 +638,7 @@ async def body_of(request: Request, model: type[Model]) -> Model:
             408, "The body took too long; send it again.", {"Connection": "close"}
         ) from None
     try:
-        return model.model_validate_json(body.removeprefix(codecs.BOM_UTF8))
+        return model.model_validate_json(body.removeprefix(b"\xef\xbb\xbf"))
     except ValidationError as error:
         raise invalid(error, "field", model) from None
 
@@ -698,13 +655,16 @@ def invalid(error: ValidationError, noun: str, model: type[BaseModel]) -> Proble
         "extra_forbidden": f"There is no such {noun} here; there is: {known}.",
         "model_type": f"A JSON object is needed, with: {known}.",
     }
-    errors: list[dict[Literal["pointer", "detail"], str]] = []
-    for item in wrong:
-        detail = texts.get(item["type"], item["msg"].removeprefix("Value error, "))
-        errors.append({"pointer": pointer_to(*item["loc"]), "detail": detail})
-    first = f"{errors[0]['pointer']}: {errors[0]['detail']}".removeprefix("#: ")
-    problem = Problem(422, f"Correct this and send it again. {first}")
-    problem.errors = errors
+    problem = Problem(422)
+    problem.errors = [
+        {
+            "pointer": pointer_to(*item["loc"]),
+            "detail": texts.get(item["type"], item["msg"].removeprefix("Value error, ")),
+        }
+        for item in wrong
+    ]
+    first = "{pointer}: {detail}".format_map(problem.errors[0]).removeprefix("#: ")
+    problem.detail = f"Correct this and send it again. {first}"
     return problem
 
 
@@ -749,7 +709,10 @@ async def once(request: Request, statement: str, *arguments: Any) -> tuple[Any, 
 
     Gives its row, and the header that says that it was made before: the row has only its id then.
     """
-    key = idempotency_key_of(request)
+    sent = request.headers.get("idempotency-key")
+    key = None if sent is None else re.sub(r'^"(.*)"$', r"\1", sent)
+    if key is not None and not re.fullmatch("[ -~]{1,255}", key):
+        raise Problem(422, "An Idempotency-Key has 1 to 255 ASCII characters; send another.")
     digest = key and hashlib.sha256(json.dumps(arguments).encode()).digest()
     row = await database.run(statement, key, digest, request.scope["actor"], *arguments)
     if not row["same"]:
@@ -842,9 +805,6 @@ async def changed(request: Request, incident_id: int, *values: str | None) -> Re
     return reply(row)
 
 
-# ── Handlers: timeline and figures ────────────────────────────────────────────────────────────────
-
-
 async def show_timeline(request: Request) -> Response:
     """Show all that happened to an incident, oldest first."""
     return reply(await database.run(SQL.timeline, incident_id_of(request)))
@@ -883,17 +843,18 @@ async def live(request: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     """Say whether the service can do its work."""
-    if missing := await migrations_missing():
-        detail = f"The database lacks the migrations {', '.join(missing)}; restart the service."
+    row = await database.run(SQL.readiness, MIGRATIONS)
+    if row["missing"]:
+        detail = f"The database lacks the migrations {', '.join(row['missing'])}; restart this."
         raise Problem(503, detail, {"Retry-After": "10"})
-    if (await database.run(SQL.readiness, MIGRATIONS))["read_only"]:
+    if row["read_only"]:
         raise Problem(503, "The database takes no writes, as a standby.", {"Retry-After": "10"})
     return JSONResponse({"status": "ok"}, media_type=JSON)
 
 
 async def openapi_json(request: Request) -> Response:
     """Describe this API in OpenAPI 3.1."""
-    return JSONResponse(openapi(), media_type=JSON)
+    return Response((HERE / "docs/openapi.json").read_bytes(), media_type=JSON)
 
 
 async def swagger_ui(request: Request) -> Response:
@@ -945,65 +906,7 @@ OPERATIONS = [
     Operation("GET", "/docs", swagger_ui, str, public=True),
     Operation("GET", "/redoc", redoc, str, public=True),
 ]
-FILES = [
-    Mount("/docs/vendor", StaticFiles(directory=Path(openapi_ui_bundles.__file__).parent)),
-    Mount("/docs", StaticFiles(directory=HERE / "docs")),
-]
-
-
-# ── Documentation ─────────────────────────────────────────────────────────────────────────────────
-
-
-@functools.cache
-def openapi() -> dict[str, Any]:
-    """The OpenAPI 3.1 description: the routes, the models, and the words of docs/openapi.toml."""
-    description = tomllib.loads((HERE / "docs/openapi.toml").read_text("utf-8"))
-    words = description.pop("operations")
-    kinds: list[Any] = [ProblemDetails]
-    for operation in OPERATIONS:
-        kinds += [operation.answer, operation.body]
-    schemas, definitions = TypeAdapter.json_schemas(
-        [(repr(kind), "validation", TypeAdapter(kind)) for kind in kinds],
-        ref_template="#/components/schemas/{model}",
-    )
-    of_kind = {name: schema for (name, _), schema in schemas.items()}
-    description["components"]["schemas"] = definitions["$defs"]
-    paths: dict[str, dict[str, Any]] = {}
-    for operation in OPERATIONS:
-        described = describe(operation, words[operation.name], of_kind)
-        paths.setdefault(operation.shown, {})[operation.method.lower()] = described
-    return description | {"paths": paths}
-
-
-def describe(operation: Operation, words: Any, of_kind: dict[str, Any]) -> dict[str, Any]:
-    """One operation of the OpenAPI description; its handler's docstring is its summary."""
-    schema, media = of_kind[repr(operation.answer)], words.get("media", ["application/json"])
-    answer = {
-        "description": "What was asked for.",
-        "content": {media_type: {"schema": schema} for media_type in media},
-        "headers": references("headers", words.get("gives", ())),
-    }
-    parameters = (*operation.param_convertors, *words.get("takes", ()))
-    described: dict[str, Any] = {
-        "operationId": operation.name,
-        "summary": operation.endpoint.__doc__,
-        "security": [] if operation.public else [{}, {"token": []}],
-        "parameters": list(references("parameters", parameters).values()),
-        "responses": references("responses", words["refuses"])
-        | {words.get("status", "200"): answer},
-    }
-    for name, field in operation.query.model_json_schema().get("properties", {}).items():
-        query = {"name": name, "in": "query", "description": field.pop("description")}
-        described["parameters"].append(query | {"schema": field})
-    if operation.body:
-        content = {"application/json": {"schema": of_kind[repr(operation.body)]}}
-        described["requestBody"] = {"required": True, "content": content}
-    return described
-
-
-def references(kind: str, names: Iterable[str]) -> dict[str, Any]:
-    """References to components of the description, by their names."""
-    return {name: {"$ref": f"#/components/{kind}/{name}"} for name in names}
+FILES = StaticFiles(directory=HERE / "docs", packages=[("openapi_ui_bundles", "")])
 
 
 # ── Lifespan, application, main ───────────────────────────────────────────────────────────────────
@@ -1012,6 +915,7 @@ def references(kind: str, names: Iterable[str]) -> dict[str, Any]:
 @contextlib.asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
     """Start the database where it is ours, open the pool, and bring the schema up to date."""
+    sys.tracebacklimit = 0  # of a failed start, whose last line says why; set back below
     with contextlib.ExitStack() as stack:
         if settings.database_url:
             with contextlib.ExitStack() as waiting:
@@ -1028,9 +932,9 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             gc.freeze()  # what is here now stays: no collection need look at it again
             gc.set_threshold(20_000, 20, 50)
             if not settings.api_tokens:
-                open_to = "this machine" if settings.api_host in LOOPBACK else "the network"
                 level = logging.INFO if settings.api_host in LOOPBACK else logging.WARNING
-                log.log(level, "API_TOKENS is not set: everybody on %s may read and write", open_to)
+                log.log(level, "API_TOKENS is not set: whoever reaches this may read and write")
+            del sys.tracebacklimit
             yield
         finally:
             with contextlib.suppress(TimeoutError):
@@ -1048,7 +952,7 @@ class Envelope:
             return await self.app(scope, receive, send)
         started = time.perf_counter()
         given = dict(scope["headers"]).get(b"x-request-id", b"")
-        request_id = given if REQUEST_ID.fullmatch(given) else b"%s-%x" % (RUN, next(NUMBERS))
+        request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8).encode()
         scope["request_id"] = request_id.decode()
 
         async def send_with_headers(message: Message) -> None:
@@ -1062,18 +966,14 @@ class Envelope:
             await self.app(scope, receive, send_with_headers)
         finally:
             if settings.access_log or settings.debug:
-                known = {
-                    key: scope.get(key)
-                    for key in ("request_id", "actor", "method", "path", "status")
-                }
-                log.info(
-                    json.dumps(known | {"ms": round(1000 * (time.perf_counter() - started), 1)})
-                )
+                milliseconds = round(1000 * (time.perf_counter() - started), 1)
+                line = {key: scope.get(key) for key in ACCESS_LINE} | {"ms": milliseconds}
+                log.info(json.dumps(line))
 
 
+ACCESS_LINE = ("request_id", "actor", "method", "path", "status")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 REQUEST_ID = re.compile(rb"[\w.-]{1,100}")
-RUN, NUMBERS = secrets.token_hex(4).encode(), itertools.count(1)  # the ids of this process
 # The pages load from this server alone. Both bundles write style attributes, and ReDoc searches
 # in a worker that it makes from a blob.
 POLICY = (
@@ -1082,17 +982,13 @@ POLICY = (
 )
 SAFETY = [(b"x-content-type-options", b"nosniff"), (b"content-security-policy", POLICY)]
 EXPOSED = ("ETag", "Link", "Location", "Idempotent-Replayed", "Retry-After", "X-Request-ID")
+CORS: Any = {"allow_methods": ["GET", "POST", "PATCH"], "allow_headers": ["*"]}
+origins = settings.cors_origins.split(",")
+cors = Middleware(CORSMiddleware, allow_origins=origins, expose_headers=EXPOSED, **CORS)
 HANDLED = (*UNAVAILABLE, asyncpg.DataError, ClientDisconnect, HTTPException, Exception)
 
-cors = Middleware(
-    CORSMiddleware,
-    allow_origins=settings.cors_origins.split(","),
-    allow_methods=["GET", "POST", "PATCH"],
-    allow_headers=["*"],
-    expose_headers=EXPOSED,
-)
 api = Starlette(
-    routes=[*OPERATIONS, *FILES],
+    routes=[*OPERATIONS, Mount("/docs", FILES)],
     middleware=[cors] if settings.cors_origins else [],
     exception_handlers=dict.fromkeys(HANDLED, on_problem),
     lifespan=lifespan,
@@ -1109,14 +1005,9 @@ def main() -> None:
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         sys.exit(f"Cannot listen on {host}:{port}: {error.strerror}. Set API_PORT or API_HOST.")
-    config = uvicorn.Config(
-        app,
-        access_log=False,
-        proxy_headers=False,
-        log_level="debug" if settings.debug else "info",
-        server_header=False,
-        timeout_graceful_shutdown=3,
-    )
+    level = "debug" if settings.debug else "info"
+    config = uvicorn.Config(app, log_level=level, access_log=False, timeout_graceful_shutdown=3)
+    config.server_header = config.proxy_headers = False
     url = f"http://{host}:{port}"
     print(f"The API is at {url}, its documentation at {url}/docs", flush=True)
     server = uvicorn.Server(config)
