@@ -64,7 +64,9 @@ def postgres_url(url: str) -> str:
     url = re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql://", url)
     url = re.sub(r"([?&])ssl=", r"\1sslmode=", url)
     with contextlib.suppress(psycopg.ProgrammingError):  # its text may hold a part of the password
-        if url.startswith("postgresql://") and conninfo_to_dict(url):
+        # A bare @ / ? # would end the password early, and make the rest of it a host, in every log.
+        parts = re.fullmatch(r"postgresql://([^@/?#]*@)?[^@]*", url) and conninfo_to_dict(url)
+        if parts and re.fullmatch("[0-9,]*", str(parts.get("port", ""))):
             return url
     raise ValueError(
         "a URL like postgresql://user:password@host:5432/database is needed; "
@@ -185,7 +187,7 @@ def only_value(values: list[str]) -> str:
 
 def all_values(values: list[str]) -> list[str]:
     """The values of a query parameter that may be repeated, or hold several between commas."""
-    return [part for value in values for part in value.split(",")]
+    return list(dict.fromkeys(part for value in values for part in value.split(",")))
 
 
 def moment(text: str) -> datetime:
@@ -710,7 +712,7 @@ async def once(request: Request, statement: str, *arguments: Any) -> tuple[Any, 
     Gives its row, and the header that says that it was made before: the row has only its id then.
     """
     sent = request.headers.get("idempotency-key")
-    key = None if sent is None else re.sub(r'^"(.*)"$', r"\1", sent)
+    key = None if sent is None else re.sub(r'^"(.*)"$', r"\1", sent.strip())
     if key is not None and not re.fullmatch("[ -~]{1,255}", key):
         raise Problem(422, "An Idempotency-Key has 1 to 255 ASCII characters; send another.")
     digest = key and hashlib.sha256(json.dumps(arguments).encode()).digest()
@@ -739,7 +741,7 @@ def form_of(accept: str) -> Form:
     """The form that Accept asks for; JSON when it asks for none that there is."""
     offered = {media_type.split(";")[0]: form for form, media_type in FORMS.items()}
     with contextlib.suppress(mimeparse.MimeTypeParseException):
-        return offered.get(mimeparse.best_match(list(offered), accept), "json")
+        return offered.get(mimeparse.best_match(list(offered), accept.lower()), "json")
     return "json"
 
 
@@ -1011,7 +1013,7 @@ def main() -> None:
     url = f"http://{host}:{port}"
     print(f"The API is at {url}, its documentation at {url}/docs", flush=True)
     server = uvicorn.Server(config)
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):  # it exits with 3 when a start fails
         server.run(sockets=[listener])
     if not server.started:
         sys.exit(1)

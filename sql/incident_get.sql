@@ -3,7 +3,8 @@
 --   $1 incident_id    bigint
 --   $2 if_none_match  text    the header, null for none
 SELECT body::json, etag,
-       $2 = '*' OR etag = ANY (regexp_split_to_array(replace($2, 'W/', ''), '\s*,\s*')) AS unchanged
+       etag IS NOT NULL AND $2 = '*'
+       OR etag = ANY (regexp_split_to_array(replace($2, 'W/', ''), '\s*,\s*')) AS unchanged
   FROM (SELECT) AS once
        LEFT JOIN (
        SELECT incident_json(incidents) AS body, format('"%s"', version) AS etag
