@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -32,12 +33,18 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="session")
-def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A PostgreSQL whose role may create databases: TEST_DATABASE_URL, or the embedded one."""
+def server_url() -> Iterator[str]:
+    """A PostgreSQL whose role may create databases: TEST_DATABASE_URL, or the embedded one.
+
+    Its folder is not one of pytest's, which a few other runs on the machine would take away.
+    """
     if url := os.environ.get("TEST_DATABASE_URL"):
         yield incidents.postgres_url(url)
         return
-    with incidents.embedded_postgres(tmp_path_factory.mktemp("postgres")) as url:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        incidents.embedded_postgres(Path(folder) / "data") as url,
+    ):
         # A database is made and dropped for each test, and waits for the disk would be most of it.
         with psycopg.connect(url, autocommit=True) as session:
             session.execute("ALTER SYSTEM SET fsync = off")
