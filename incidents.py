@@ -221,7 +221,7 @@ class ListQuery(Period):
     source: Annotated[list[Source], Many, Field(description="From one of these.")] = NOT_GIVEN
     q: Annotated[Text, Once, Field(description="With this in the description.")] = NOT_GIVEN
     limit: Annotated[int, Once, Field(ge=1, le=1000, description="A page of these.")] = NOT_GIVEN
-    after: Annotated[str, Once, Field(description="The place in a `Link`.")] = NOT_GIVEN
+    after: Annotated[Text, Once, Field(description="The place in a `Link`.")] = NOT_GIVEN
     format: Annotated[Form, Once, Field(description="Instead of Accept.")] = NOT_GIVEN
 
 
@@ -614,6 +614,11 @@ def incident_id_of(request: Request) -> int:
     return int(text)
 
 
+def listed(request: Request, header: str) -> str | None:
+    """A header that holds a list, of which several lines are one (RFC 9110, 5.3)."""
+    return ", ".join(request.headers.getlist(header)) or None
+
+
 @functools.lru_cache(1000)
 def query_of(query_string: bytes, model: type[Model]) -> Model:
     """The query parameters; 422 when one is unknown or wrong. Many ask the same again and again."""
@@ -776,7 +781,7 @@ def link_of(query_string: bytes, after: str | None) -> str:
 
 async def get_incident(request: Request) -> Response:
     """Show an incident."""
-    seen = request.headers.get("if-none-match")
+    seen = listed(request, "if-none-match")
     row = await database.run(SQL.incident_get, incident_id_of(request), seen)
     return Response(None, 304, {"ETag": row["etag"]}) if row["unchanged"] else reply(row)
 
@@ -799,7 +804,7 @@ async def change_status(request: Request) -> Response:
 
 async def changed(request: Request, incident_id: int, *values: str | None) -> Response:
     """Make a change, and answer with the incident; 412 when If-Match does not allow its version."""
-    arguments = (incident_id, *values, request.headers.get("if-match"), request.scope["actor"])
+    arguments = (incident_id, *values, listed(request, "if-match"), request.scope["actor"])
     row = await database.run(SQL.incident_change, *arguments)
     if row["matched"] is False:
         detail = "The incident has changed since you read it; read it again, then change it."
