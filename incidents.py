@@ -616,7 +616,8 @@ def incident_id_of(request: Request) -> int:
 
 def listed(request: Request, header: str) -> str | None:
     """A header that holds a list, of which several lines are one (RFC 9110, 5.3)."""
-    return ", ".join(request.headers.getlist(header)) or None
+    lines = request.headers.getlist(header)
+    return ", ".join(lines) if lines else None
 
 
 @functools.lru_cache(1000)
