@@ -58,10 +58,11 @@ def a_data_dir() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
         data_dir = Path(name).resolve() / "data"
         yield data_dir
-        for process in processes_of(data_dir):
+        left = processes_of(data_dir)
+        for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-                process.wait(5)
+        psutil.wait_procs(left, timeout=5)
 
 
 @pytest.fixture
@@ -115,6 +116,8 @@ def test_from_nothing_it_starts_and_says_where_the_data_is(
     assert httpx.post(f"{server.url}/incidents/", json=NEW).json()["id"] == 1
     assert httpx.get(f"{server.url}/health/ready").json() == {"status": "ok"}
     assert f"The data is in {new_dir}\n" in server.printed()
+    send(server, signal.SIGTERM)
+    until(lambda: ended(server, new_dir), seconds=10)
 
 
 def test_it_prints_where_the_api_and_its_documentation_are(serve: Serve, data_dir: Path) -> None:
