@@ -251,16 +251,13 @@ class TimelineEntry(BaseModel):
     created_at: datetime = Field(examples=["2024-01-15T10:30:00Z"])
 
 
-Seconds = dict[Literal["count", "mean", "p50", "p95"], float | None]
-
-
 class Stats(BaseModel):
     """How many incidents there are, and how many seconds from their creation they took."""
 
     incidents: int
     by_status: dict[Status, int]
     by_source: dict[Source, int]
-    seconds_to: dict[Literal["in_progress", "resolved"], Seconds]
+    seconds_to: dict[Status, dict[Literal["count", "mean", "p50", "p95"], float | None]]
 
 
 class ProblemDetails(BaseModel):
@@ -314,13 +311,13 @@ def problem_of(request: Request, error: Exception) -> Problem:
         return Problem(503, detail, {"Retry-After": "2"})
     if isinstance(error, ClientDisconnect):
         return Problem(400, "The body ended too early; send it again.")
-    if isinstance(error, HTTPException) and error.status_code == 404:
-        return Problem(404, "There is nothing at this path; /docs lists what there is.")
-    if isinstance(error, HTTPException) and error.status_code == 405:
+    if not isinstance(error, HTTPException):
+        return Problem(500, "The service failed on this request; its log says why.")
+    if error.status_code == 405:
         near = [r for r in request.app.routes if r.matches(request.scope)[0] is Match.PARTIAL]
         allowed = ", ".join(sorted({m for route in near for m in route.methods})) or "GET, HEAD"
         return Problem(405, f"This path takes {allowed} only.", {"Allow": allowed})
-    return Problem(500, "The service failed on this request; its log says why.")
+    return Problem(404, "There is nothing at this path; /docs lists what there is.")
 
 
 async def on_problem(request: Request, error: Exception) -> Response:
@@ -989,10 +986,8 @@ POLICY = (
     b"worker-src blob:; frame-ancestors 'none'"
 )
 SAFETY = [(b"x-content-type-options", b"nosniff"), (b"content-security-policy", POLICY)]
-EXPOSED = ("ETag", "Link", "Location", "Idempotent-Replayed", "Retry-After", "X-Request-ID")
-CORS: Any = {"allow_methods": ["GET", "POST", "PATCH"], "allow_headers": ["*"]}
-origins = settings.cors_origins.split(",")
-cors = Middleware(CORSMiddleware, allow_origins=origins, expose_headers=EXPOSED, **CORS)
+ANY: Any = dict.fromkeys(("allow_methods", "allow_headers", "expose_headers"), ("*",))
+cors = Middleware(CORSMiddleware, allow_origins=settings.cors_origins.split(","), **ANY)
 HANDLED = (*UNAVAILABLE, asyncpg.DataError, ClientDisconnect, HTTPException, Exception)
 
 api = Starlette(
