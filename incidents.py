@@ -76,7 +76,7 @@ def postgres_url(url: str) -> str:
 
 def tokens_of(text: str) -> list[tuple[str, bytes, bool]]:
     """The tokens of API_TOKENS: name, secret, and whether it may only read."""
-    parts = [part.strip() for part in text.split(",") if text]
+    parts = [part.strip() for part in text.split(",") if part]
     matches = [re.fullmatch(r"([\w.@-]+):([!-9;-~]{16,})(:read)?", part) for part in parts]
     tokens = [(m[1], m[2].encode(), m[3] is not None) for m in matches if m]
     if len(tokens) < len(parts):
@@ -128,7 +128,8 @@ Form = Literal["csv", "ndjson", "json"]
 # What shows nothing: blanks, controls, marks without a letter, direction and other invisible signs.
 INVISIBLE = re.compile(
     "[\\s\x01-\x1f\x7f-\x9f\xad\u0300-\u036f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
-    "\u2028-\u202f\u205f-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]*"
+    "\u2028-\u202f\u205f-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb"
+    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]*"
 )
 
 
@@ -164,7 +165,9 @@ class StatusChange(Input):
     status: Status = Field(examples=["in_progress"])
 
 
-class IncidentChange(Input, json_schema_extra={"minProperties": 1}):
+class IncidentChange(
+    Input, json_schema_extra={"minProperties": 1, "examples": [{"status": "open"}]}
+):
     """What to change of an incident: at least one of these. What is left out stays as it is."""
 
     description: Text = NOT_GIVEN
@@ -220,7 +223,7 @@ class ListQuery(Period):
     status: Annotated[list[Status], Many, Field(description="In one of these.")] = NOT_GIVEN
     source: Annotated[list[Source], Many, Field(description="From one of these.")] = NOT_GIVEN
     q: Annotated[Text, Once, Field(description="With this in the description.")] = NOT_GIVEN
-    limit: Annotated[int, Once, Field(ge=1, le=1000, description="A page of these.")] = NOT_GIVEN
+    limit: Annotated[int, Field(ge=1, le=1000, description="A page of these."), Once] = NOT_GIVEN
     after: Annotated[Text, Once, Field(description="The place in a `Link`.")] = NOT_GIVEN
     format: Annotated[Form, Once, Field(description="Instead of Accept.")] = NOT_GIVEN
 
@@ -254,10 +257,12 @@ class TimelineEntry(BaseModel):
 class Stats(BaseModel):
     """How many incidents there are, and how many seconds from their creation they took."""
 
-    incidents: int
-    by_status: dict[Status, int]
-    by_source: dict[Source, int]
-    seconds_to: dict[Status, dict[Literal["count", "mean", "p50", "p95"], float | None]]
+    incidents: int = Field(examples=[3])
+    by_status: dict[Status, int] = Field(examples=[{"open": 2, "closed": 1}])
+    by_source: dict[Source, int] = Field(examples=[{"operator": 3}])
+    seconds_to: dict[Status, dict[Literal["count", "mean", "p50", "p95"], float | None]] = Field(
+        examples=[{"resolved": {"count": 1, "mean": 90, "p50": 90, "p95": 90}}]
+    )
 
 
 class ProblemDetails(BaseModel):

@@ -23,6 +23,13 @@ import incidents
 
 ROOT = Path(incidents.__file__).parent
 
+# Empties the tables, for the tests of a file that share one database: the timeline refuses it.
+EMPTY = (
+    "ALTER TABLE timeline DISABLE TRIGGER USER; "
+    "TRUNCATE incidents, timeline, idempotency_keys RESTART IDENTITY; "
+    "ALTER TABLE timeline ENABLE TRIGGER USER"
+)
+
 # An id of the client's own comes back in each answer, so that two answers may be alike.
 NAMED = {"X-Request-ID": "test"}
 
