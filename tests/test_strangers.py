@@ -404,6 +404,10 @@ def test_an_origin_that_is_named_is_let_in_and_no_other(
     assert "POST" in preflight.headers["access-control-allow-methods"]
     assert preflight.headers["access-control-allow-headers"].lower() == "content-type"
     assert simple.headers["access-control-expose-headers"] == "*"
+    assert other_preflight.status_code == 400
+    for answer in (other_preflight, other):
+        assert "access-control-allow-origin" not in answer.headers
+        assert "x-request-id" in answer.headers
 
 
 # ── What a server prints ──────────────────────────────────────────────────────────────────────────
