@@ -554,6 +554,8 @@ def migrate(url: str) -> None:
         ask = "SELECT pg_try_advisory_lock(hashtext('migrations of incidents'))"
         while session.execute(ask).fetchone() != (True,):
             time.sleep(0.1)
+        with session.transaction(force_rollback=True):  # yoyo hides why it cannot make its tables
+            session.execute("CREATE TABLE may_a_table_be_made ()")
         with yoyo.get_backend(f"postgresql+psycopg://?{urlencode(parts)}") as backend:
             backend.break_lock()
             with backend.lock():
@@ -853,11 +855,10 @@ async def live(request: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     """Say whether the service can do its work."""
-    row = await database.run(SQL.readiness, MIGRATIONS)
-    if row["missing"]:
-        detail = f"The database lacks the migrations {', '.join(row['missing'])}; restart this."
+    if missing := await migrations_missing():
+        detail = f"The database lacks the migrations {', '.join(missing)}; restart this."
         raise Problem(503, detail, {"Retry-After": "10"})
-    if row["read_only"]:
+    if (await database.run(SQL.readiness, MIGRATIONS))["read_only"]:
         raise Problem(503, "The database takes no writes, as a standby.", {"Retry-After": "10"})
     return JSONResponse({"status": "ok"}, media_type=JSON)
 

@@ -11,6 +11,7 @@ BEGIN
     SELECT string_agg(attname || ' ' || format_type(atttypid, NULL), ', ' ORDER BY attnum)
       INTO columns
       FROM pg_attribute
+           JOIN pg_class ON pg_class.oid = attrelid AND relkind = 'r'
      WHERE attrelid = to_regclass('incidents') AND attnum > 0 AND NOT attisdropped;
 
     IF columns = 'id integer, description character varying, status incidentstatus, '
@@ -18,10 +19,12 @@ BEGIN
         ALTER TABLE incidents RENAME TO incidents_replaced;
         ALTER INDEX IF EXISTS incidents_pkey RENAME TO incidents_replaced_pkey;
         ALTER SEQUENCE IF EXISTS incidents_id_seq RENAME TO incidents_replaced_id_seq;
-    ELSIF columns <> 'id bigint, description text, status incident_status, source incident_source, version integer, '
+    ELSIF to_regclass('incidents') IS NOT NULL AND columns IS DISTINCT FROM
+                     'id bigint, description text, status incident_status, source incident_source, version integer, '
                      'created_at timestamp with time zone, updated_at timestamp with time zone' THEN
         RAISE EXCEPTION 'the database has a table "incidents" of another shape (%); '
-                        'it was left as it is: rename it, or use another database', columns;
+                        'it was left as it is: rename it, or use another database',
+                        coalesce(columns, 'no table, or one without columns');
     END IF;
 END
 $$;

@@ -16,7 +16,7 @@
        RETURNING made_id, replays > 0 AS replayed, digest = $2 AS same),
        created AS (
        INSERT INTO incidents (id, description, source)
-       SELECT coalesce(made_id, nextval('incidents_id_seq')), $4, $5
+       SELECT coalesce(made_id, nextval('incidents_id_seq')), $4, $5::text
          FROM (SELECT) AS once LEFT JOIN used ON true
         WHERE replayed IS NOT TRUE
        RETURNING id, created_at, format('"%s"', version) AS etag, incident_json(incidents) AS body),

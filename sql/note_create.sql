@@ -18,7 +18,7 @@
        RETURNING made_id, replays > 0 AS replayed, digest = $2 AS same),
        entry AS (
        INSERT INTO timeline (id, incident_id, kind, note, actor)
-       SELECT coalesce(made_id, nextval('timeline_id_seq')), incident.id, 'note', $5, $3
+       SELECT coalesce(made_id, nextval('timeline_id_seq')), incident.id, 'note', $5::text, $3
          FROM incident LEFT JOIN used ON true
         WHERE replayed IS NOT TRUE
        RETURNING id, timeline_json(timeline) AS body)
