@@ -84,7 +84,7 @@ def sql(shared_database: str) -> Iterator[Callable[..., Rows]]:
 async def connection(database_url: str) -> AsyncIterator[Any]:
     """A connection of the driver that the service uses, set up as the service does."""
     connection = await asyncpg.connect(database_url)
-    await incidents.pass_json_through(connection)
+    await incidents.prepare_session(connection)
     yield connection
     await connection.close()
 
