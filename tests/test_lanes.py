@@ -112,7 +112,7 @@ async def test_nothing_is_run_twice_after_a_lost_connection(
     assert all(isinstance(outcome, incidents.UNAVAILABLE) for outcome in outcomes), outcomes
     assert sql("SELECT description FROM incidents") == [("before",)]
     assert await create(database, "after") > 0
-    assert is_idle(database)
+    await true(lambda: is_idle(database))
 
 
 @pytest.mark.parametrize("position", [0, 7])
@@ -120,8 +120,8 @@ async def test_a_deadlock_of_a_batch_is_nobodys_failure(
     database: Database, database_url: str, sql: Sql, position: int
 ) -> None:
     ids = [await create(database, f"{number}") for number in range(1, 10)]
-    sql("ALTER ROLE CURRENT_USER IN DATABASE " + database_url.rsplit("/", 1)[1].split("?")[0]
-        + " SET deadlock_timeout = '200ms'")
+    [(name,)] = sql("SELECT current_database()")
+    sql(f"ALTER DATABASE {name} SET deadlock_timeout = '200ms'")
     await database.pool.expire_connections()
     lock = "SELECT FROM incidents WHERE id = %s FOR UPDATE"
     with psycopg.connect(database_url) as session:
@@ -168,7 +168,7 @@ async def test_a_caller_that_leaves_a_shared_read_leaves_it_to_the_others(
 
 async def test_ten_thousand_calls_of_every_fate_all_end(database: Database, sql: Sql) -> None:
     chance = random.Random(5)
-    slots = asyncio.Semaphore(MAX_WAITING - 1)
+    slots = asyncio.Semaphore(MAX_WAITING // 2)  # who has left still waits, till a batch is made up
     kept: set[str] = set()
     left: set[str] = set()
 
