@@ -54,6 +54,8 @@ HERE = Path(__file__).resolve().parent
 
 # Uvicorn's own logger: its handler prints these lines however the application was started.
 log = logging.getLogger("uvicorn.error")
+# It would print a traceback for each connection that it cannot open ahead; `tell` says it in a line.
+logging.getLogger("asyncpg.pool").setLevel(logging.CRITICAL)
 
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────
@@ -293,6 +295,7 @@ UNAVAILABLE = (
     OSError,
     TimeoutError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # the server has just told an idle session that it ends
     asyncpg.PostgresConnectionError,
     asyncpg.OperatorInterventionError,  # a shutdown, a start, a statement timeout
     asyncpg.InsufficientResourcesError,  # connections, memory, a full disk
@@ -864,6 +867,7 @@ async def ready(request: Request) -> Response:
         detail = f"The database lacks the migrations {', '.join(missing)}; restart this."
         raise Problem(503, detail, {"Retry-After": "10"})
     if (await database.run(SQL.readiness, MIGRATIONS))["read_only"]:
+        await database.pool.expire_connections()  # a session may have begun so: ask new ones next
         raise Problem(503, "The database takes no writes, as a standby.", {"Retry-After": "10"})
     return JSONResponse({"status": "ok"}, media_type=JSON)
 
