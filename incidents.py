@@ -54,7 +54,7 @@ HERE = Path(__file__).resolve().parent
 
 # Uvicorn's own logger: its handler prints these lines however the application was started.
 log = logging.getLogger("uvicorn.error")
-# It would print a traceback for each connection that it cannot open ahead; `tell` says it in a line.
+# It would print a traceback for each connection not opened ahead; `tell` says it in a line.
 logging.getLogger("asyncpg.pool").setLevel(logging.CRITICAL)
 
 
