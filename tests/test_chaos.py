@@ -1,6 +1,6 @@
 """Faults and overload: whatever happens, the service answers something true in bounded time.
 
-What it acknowledged is there once, and it recovers by itself. The PostgreSQL here waits for the disk.
+What it acknowledged is there once, and it recovers by itself. PostgreSQL waits for the disk here.
 """
 
 import asyncio
@@ -226,6 +226,10 @@ class Load:
             for client in clients:
                 client.close()
 
+    async def reaches(self, count: int, writers: asyncio.Task[None]) -> None:
+        """Wait until so many are acknowledged; fails at once when the writers have ended."""
+        await soon(lambda: len(self.acknowledged) >= count or writers.done())
+
     async def write(self, client: Client) -> None:
         for number in self.numbers:
             if self.stopped:
@@ -240,11 +244,13 @@ class Load:
                 await self.insist(client, 200, "PATCH", path, {"status": "resolved"})
                 self.moved.add(incident_id)
 
-    async def insist(self, client: Client, expected: int, *request: Any, key: str = "") -> Answer:
+    async def insist(
+        self, client: Client, expected: int, method: str, path: str, body: Any, key: str = ""
+    ) -> Answer:
         """Send a request until it is done: what else comes is 503, or no whole answer."""
         while True:
             with contextlib.suppress(Unanswered, CutOff):
-                answer = await client.send(*request, key=key)
+                answer = await client.send(method, path, body, key)
                 if answer.status == expected:
                     return answer
                 assert answer.status == 503, answer
@@ -293,7 +299,7 @@ async def post_times(server: Server, count: int, clients: int = 4) -> list[float
 
 
 async def test_a_killed_service_has_lost_nothing_and_doubled_nothing(
-    serve: Serve, database_url: str, record_property: Callable[[str, object], None]
+    serve: Serve, database_url: str
 ) -> None:
     server = serve(DATABASE_URL=database_url)
     port = urlsplit(server.url).port
@@ -302,7 +308,7 @@ async def test_a_killed_service_has_lost_nothing_and_doubled_nothing(
     writers = asyncio.create_task(load.run())
     for kill in range(1, KILLS + 1):
         reached = kill * KILLED_INCIDENTS // (KILLS + 1)
-        await soon(lambda reached=reached: len(load.acknowledged) >= reached or writers.done())
+        await load.reaches(reached, writers)
         assert not writers.done(), writers.exception()
         await asyncio.to_thread(server.stop, signal.SIGKILL)
         server = await asyncio.to_thread(serve, DATABASE_URL=database_url, port=port)
@@ -319,9 +325,8 @@ async def test_a_killed_postgres_is_waited_for(
     server = serve(DATABASE_URL=database_url)
     load = Load(server.url, 1_000_000)
     writers = asyncio.create_task(load.run())
-    await soon(lambda: len(load.acknowledged) > 1000)
+    await load.reaches(1000, writers)
     await asyncio.to_thread(postgres.kill)
-    starting = time.monotonic()
     await soon(lambda: len(load.refusals) > WRITERS or writers.done())
     assert not writers.done(), server.printed()
     ready = await asyncio.to_thread(httpx.get, f"{server.url}/health/ready", timeout=10)
@@ -330,11 +335,10 @@ async def test_a_killed_postgres_is_waited_for(
     starting = time.monotonic()
     start = asyncio.create_task(asyncio.to_thread(postgres.start))
     answering = await asyncio.to_thread(until, lambda: answers(postgres.url))
-    first = await soon(lambda: next((t for t in reversed(load.times) if t > starting), None))
-    first = next(t for t in load.times if t > starting)
+    await soon(lambda: load.times[-1] > starting)
+    first = next(moment for moment in load.times if moment > starting)
     await start
-    reached = len(load.acknowledged) + 1000
-    await soon(lambda: len(load.acknowledged) > reached)
+    await load.reaches(len(load.acknowledged) + 1000, writers)
     load.stopped = True
     await asyncio.wait_for(writers, 30)
 
@@ -705,6 +709,13 @@ async def test_slow_readers_of_everything_are_nobodys_burden(
 
     readers = [asyncio.create_task(trickle(index)) for index in range(SLOW_READERS)]
     await soon(lambda: all(received))
+
+    # The first of each reply goes as fast as the kernel's buffers take it; then it trickles.
+    busy = 1.0
+    while busy > 0.1:
+        spent = sum(process.cpu_times()[:2])
+        await asyncio.sleep(0.5)
+        busy = sum(process.cpu_times()[:2]) - spent
     held = "state LIKE 'idle in%' OR state = 'active' AND clock_timestamp() - xact_start > '1 s'"
     where = f"WHERE datname = current_database() AND backend_type = 'client backend' AND ({held})"
     during: list[float] = []
@@ -734,13 +745,16 @@ async def test_senders_that_never_end_are_sent_away(serve: Serve, database_url: 
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(head + b"Content-Length: 1000\r\n\r\n")
         started = time.monotonic()
-        answer = asyncio.create_task(reader.read())
+        answer = asyncio.create_task(reader.readline())
+        status = b""
         try:
             while not answer.done():
-                with contextlib.suppress(OSError):
-                    writer.write(b" ")
+                writer.write(b" ")
                 await asyncio.wait([answer], timeout=1)
-            return await answer, time.monotonic() - started
+            with contextlib.suppress(ConnectionResetError):
+                status = await answer
+                await reader.read()
+            return status, time.monotonic() - started
         finally:
             writer.transport.abort()
 
@@ -755,7 +769,10 @@ async def test_senders_that_never_end_are_sent_away(serve: Serve, database_url: 
         f"closed after {max(end[1] for end in ends):.1f} s; "
         f"POST meanwhile p99 {percentile(times, 99) * 1000:.1f} ms"
     )
-    assert {answer.split(b" ")[1] for answer, _ in ends} == {b"408"}
+    # A byte that meets the closed connection resets it, and may overtake the answer.
+    statuses = Counter(line for line, _ in ends)
+    assert set(statuses) <= {b"HTTP/1.1 408 Request Timeout\r\n", b""}
+    assert statuses[b""] <= SLOW_SENDERS / 10
     assert max(seconds for _, seconds in ends) <= 15
     assert percentile(times, 99) < 1
     assert "Traceback" not in server.printed()

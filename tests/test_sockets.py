@@ -1,4 +1,4 @@
-"""What no HTTP library would send, over a bare socket: a clean answer or a close, and never a 500."""
+"""What no HTTP library would send, over a bare socket: a clean answer or a close, never a 500."""
 
 import json
 import re
