@@ -229,6 +229,7 @@ class Load:
     async def reaches(self, count: int, writers: asyncio.Task[None]) -> None:
         """Wait until so many are acknowledged; fails at once when the writers have ended."""
         await soon(lambda: len(self.acknowledged) >= count or writers.done())
+        assert not writers.done(), writers.exception()
 
     async def write(self, client: Client) -> None:
         for number in self.numbers:
@@ -255,7 +256,7 @@ class Load:
                     return answer
                 assert answer.status == 503, answer
                 self.refusals.append(answer)
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.2)
 
 
 def check(load: Load, url: str) -> None:
@@ -309,7 +310,6 @@ async def test_a_killed_service_has_lost_nothing_and_doubled_nothing(
     for kill in range(1, KILLS + 1):
         reached = kill * KILLED_INCIDENTS // (KILLS + 1)
         await load.reaches(reached, writers)
-        assert not writers.done(), writers.exception()
         await asyncio.to_thread(server.stop, signal.SIGKILL)
         server = await asyncio.to_thread(serve, DATABASE_URL=database_url, port=port)
     await asyncio.wait_for(writers, 60)
