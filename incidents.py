@@ -410,11 +410,12 @@ class Lane:
         """Send what waits, batch by batch, until nothing does."""
         while self.waiting:
             batch: list[Call] = []
+            began = time.monotonic()
             try:
                 async with self.database.pool.acquire(timeout=MAX_SECONDS) as connection:
                     batch = self.take(BATCH)
                     await self.send(connection, batch)
-                self.database.tell(None)
+                self.database.tell(None, began)
             except Exception as error:
                 for _, futures in batch or self.take(MAX_WAITING):
                     settle(futures, None, error)
@@ -453,6 +454,7 @@ class Database:
     url: str
     lanes: dict[str, Lane]
     refusing = False
+    refused_at = 0.0
 
     async def open(self, url: str, tries: int = 30, pause: float = 2) -> None:
         """Open the pool, once the server answers; a `StartupError` when it does not."""
@@ -481,8 +483,15 @@ class Database:
         parts = conninfo_to_dict(self.url)
         return f"{parts.get('host', 'localhost')}:{parts.get('port', 5432)}"
 
-    def tell(self, error: Exception | None) -> None:
-        """Log once that the database cannot serve, and once that it can again."""
+    def tell(self, error: Exception | None, began: float = 0) -> None:
+        """Log once that the database cannot serve, and once that it can again.
+
+        A success that began before the last failure, on another connection, says nothing of now.
+        """
+        if error:
+            self.refused_at = time.monotonic()
+        elif began < self.refused_at:
+            return
         if error and not self.refusing:
             log.warning("The database at %s cannot serve: %s", self, reason_of(error))
         elif self.refusing and not error:
