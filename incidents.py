@@ -128,23 +128,26 @@ Source = Literal["operator", "monitoring", "partner"]
 Form = Literal["csv", "ndjson", "json"]
 
 # What shows nothing: blanks, controls, marks without a letter, direction and other invisible signs.
-INVISIBLE = re.compile(
-    "[\\s\x01-\x1f\x7f-\x9f\xad\u0300-\u036f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
-    "\u2028-\u202f\u205f-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb"
-    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]*"
+INVISIBLE = (
+    r"\s\x01-\x1f\x7f-\x9f\xad\u0300-\u036f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+    r"\u2028-\u202f\u205f-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb"
 )
+BLANK = re.compile(f"[{INVISIBLE}\U0001d173-\U0001d17a\U000e0000-\U000e0fff]*")
 
 
 def visible_text(text: str) -> str:
     """Refuse what PostgreSQL cannot store (NUL) and what a person cannot see."""
     if "\x00" in text:
         raise ValueError("NUL characters cannot be stored; remove them")
-    if INVISIBLE.fullmatch(text):
+    if BLANK.fullmatch(text):
         raise ValueError("there is nothing to read in it; write some text")
     return text
 
 
-Text = Annotated[str, Field(min_length=1, max_length=5000), AfterValidator(visible_text)]
+# The same as a pattern: no NUL, and something that shows. Swagger UI takes no range past U+FFFF.
+VISIBLE: Any = {"pattern": rf"^[^\x00]*[^\x00{INVISIBLE}][^\x00]*$"}
+Length = Field(min_length=1, max_length=5000, json_schema_extra=VISIBLE)
+Text = Annotated[str, Length, AfterValidator(visible_text)]
 
 # None for what was not sent, though a null is refused. A factory stays out of the schema.
 NOT_GIVEN: Any = Field(default_factory=lambda: None)
@@ -738,7 +741,7 @@ async def once(request: Request, statement: str, *arguments: Any) -> tuple[Any, 
     Gives its row, and the header that says that it was made before: the row has only its id then.
     """
     sent = request.headers.get("idempotency-key")
-    key = None if sent is None else re.sub(r'^"(.*)"$', r"\1", sent.strip())
+    key = None if sent is None else re.sub(r'^"(.*)"$', r"\1", sent.strip(" \t"))
     if key is not None and not re.fullmatch("[ -~]{1,255}", key):
         raise Problem(422, "An Idempotency-Key has 1 to 255 ASCII characters; send another.")
     digest = key and hashlib.sha256(json.dumps(arguments).encode()).digest()
