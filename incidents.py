@@ -1,10 +1,10 @@
 """The Incidents API: report an incident, list incidents, move one through its life.
 
 One module, to be read downwards: settings, vocabulary and models, problems, SQL and database,
-migrations, requests and replies, handlers, routes (the table of contents), documentation, and
-last the lifespan, the application and `main`. A handler reads, writes, replies; what it refuses
-it raises as a `Problem`, which leaves as `application/problem+json` (RFC 9457). The SQL is in
-`sql/`, one statement a file: `sql/incident_create.sql` is `SQL.incident_create`.
+migrations, requests and replies, handlers, routes (the table of contents), and last the lifespan,
+the application and `main`. A handler reads, writes, replies; what it refuses it raises as a
+`Problem`, which leaves as `application/problem+json` (RFC 9457). The SQL is in `sql/`, one statement
+a file: `sql/incident_create.sql` is `SQL.incident_create`, and it makes the JSON of the answer.
 """
 
 import asyncio
@@ -233,57 +233,6 @@ class ListQuery(Period):
     format: Annotated[Form, Once, Field(description="Instead of Accept.")] = NOT_GIVEN
 
 
-class Incident(BaseModel):
-    """An incident. Times are RFC 3339 in UTC; `version` grows by one with each real change."""
-
-    id: int = Field(examples=[1])
-    description: str = Field(examples=["Проблема с сервером"])
-    status: Status = Field(examples=["open"])
-    source: Source = Field(examples=["monitoring"])
-    created_at: datetime = Field(examples=["2024-01-15T10:30:00Z"])
-    updated_at: datetime = Field(examples=["2024-01-15T10:30:00Z"])
-    version: int = Field(examples=[1])
-
-
-class TimelineEntry(BaseModel):
-    """One thing that happened to an incident, and who did it. What does not apply is left out."""
-
-    id: int = Field(examples=[2])
-    incident_id: int = Field(examples=[1])
-    kind: Literal["created", "status", "edited", "note"] = Field(examples=["status"])
-    field: Literal["description", "source"] = NOT_GIVEN
-    before: str = Field(alias="from", default_factory=str, examples=["open"])
-    after: str = Field(alias="to", default_factory=str, examples=["in_progress"])
-    note: str = NOT_GIVEN
-    actor: str = Field(examples=["anonymous"])
-    created_at: datetime = Field(examples=["2024-01-15T10:30:00Z"])
-
-
-class Stats(BaseModel):
-    """How many incidents there are, and how many seconds from their creation they took."""
-
-    incidents: int = Field(examples=[3])
-    by_status: dict[Status, int] = Field(examples=[{"open": 2, "closed": 1}])
-    by_source: dict[Source, int] = Field(examples=[{"operator": 3}])
-    seconds_to: dict[Status, dict[Literal["count", "mean", "p50", "p95"], float | None]] = Field(
-        examples=[{"resolved": {"count": 1, "mean": 90, "p50": 90, "p95": 90}}]
-    )
-
-
-class ProblemDetails(BaseModel):
-    """A refusal (RFC 9457): what is wrong and what to do. With 422, `errors` says where (RFC 6901).
-
-    From 500 on, `request_id` is what the service's log knows the request by.
-    """
-
-    type: str = Field(examples=["about:blank"])
-    title: str = Field(examples=["Unprocessable Entity"])
-    status: int = Field(examples=[422])
-    detail: str = Field(examples=["Correct this and send it again. #/source: it is required."])
-    errors: list[dict[Literal["pointer", "detail"], str]] = NOT_GIVEN
-    request_id: str = NOT_GIVEN
-
-
 # ── Problems ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -335,13 +284,12 @@ async def on_problem(request: Request, error: Exception) -> Response:
     """Answer a refusal, whoever raised it. Of type about:blank, its title is its status's own."""
     problem = problem_of(request, error)
     status = problem.status_code
-    details: Any = ProblemDetails(
-        type="about:blank", title=HTTPStatus(status).phrase, status=status, detail=problem.detail
-    )
-    details.errors = problem.errors
-    details.request_id = request.scope["request_id"] if status >= 500 else None
-    body = details.model_dump_json(exclude_none=True)
-    return Response(body, status, problem.headers, "application/problem+json; charset=utf-8")
+    title = HTTPStatus(status).phrase
+    body = {"type": "about:blank", "title": title, "status": status, "detail": problem.detail}
+    body |= {"errors": problem.errors} if problem.errors else {}
+    body |= {"request_id": request.scope["request_id"]} if status >= 500 else {}
+    media_type = "application/problem+json; charset=utf-8"
+    return JSONResponse(body, status, problem.headers, media_type)
 
 
 def reason_of(error: BaseException) -> str:
@@ -903,12 +851,12 @@ async def redoc(request: Request) -> Response:
 
 
 class Operation(Route):
-    """A method on a path, with and without its trailing slash; what it answers and takes."""
+    """A method on a path, with and without its trailing slash, and what it takes."""
 
-    def __init__(self, method: str, path: str, handler: Any, answer: Any, **takes: Any) -> None:
+    def __init__(self, method: str, path: str, handler: Any, **takes: Any) -> None:
         super().__init__(path.rstrip("/") or path, handler, methods=[method])
         self.path_regex = re.compile(self.path_regex.pattern.replace("$", r"/?\Z"))
-        self.method, self.shown, self.answer = method, path, answer
+        self.method, self.shown = method, path
         self.body, self.query = takes.get("body"), takes.get("query", Input)
         self.public = takes.get("public", False)
 
@@ -921,22 +869,20 @@ class Operation(Route):
 
 
 OPERATIONS = [
-    Operation("POST", "/incidents/", create_incident, Incident, body=NewIncident),
-    Operation("GET", "/incidents/", list_incidents, list[Incident], query=ListQuery),
-    Operation("GET", "/incidents/{incident_id}", get_incident, Incident),
-    Operation("PATCH", "/incidents/{incident_id}", change_incident, Incident, body=IncidentChange),
-    Operation(
-        "PATCH", "/incidents/{incident_id}/status", change_status, Incident, body=StatusChange
-    ),
-    Operation("GET", "/incidents/{incident_id}/timeline", show_timeline, list[TimelineEntry]),
-    Operation("POST", "/incidents/{incident_id}/notes", add_note, TimelineEntry, body=NewNote),
-    Operation("GET", "/stats", show_stats, Stats, query=Period),
-    Operation("GET", "/health/live", live, dict[str, str], public=True),
-    Operation("GET", "/health/ready", ready, dict[str, str], public=True),
-    Operation("GET", "/", greet, dict[str, str], public=True),
-    Operation("GET", "/openapi.json", openapi_json, dict[str, Any], public=True),
-    Operation("GET", "/docs", swagger_ui, str, public=True),
-    Operation("GET", "/redoc", redoc, str, public=True),
+    Operation("POST", "/incidents/", create_incident, body=NewIncident),
+    Operation("GET", "/incidents/", list_incidents, query=ListQuery),
+    Operation("GET", "/incidents/{incident_id}", get_incident),
+    Operation("PATCH", "/incidents/{incident_id}", change_incident, body=IncidentChange),
+    Operation("PATCH", "/incidents/{incident_id}/status", change_status, body=StatusChange),
+    Operation("GET", "/incidents/{incident_id}/timeline", show_timeline),
+    Operation("POST", "/incidents/{incident_id}/notes", add_note, body=NewNote),
+    Operation("GET", "/stats", show_stats, query=Period),
+    Operation("GET", "/health/live", live, public=True),
+    Operation("GET", "/health/ready", ready, public=True),
+    Operation("GET", "/", greet, public=True),
+    Operation("GET", "/openapi.json", openapi_json, public=True),
+    Operation("GET", "/docs", swagger_ui, public=True),
+    Operation("GET", "/redoc", redoc, public=True),
 ]
 FILES = StaticFiles(directory=HERE / "docs", packages=[("openapi_ui_bundles", "")])
 

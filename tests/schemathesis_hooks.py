@@ -40,7 +40,9 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
 
 def filter_case(context: Any, case: Any) -> bool:
     """Leave out what the pattern of a text allows and the service refuses: see VISIBLE."""
-    return not re.search("[\U000e0000-\U000e0fff]", f"{case.query} {case.body}")
+    return not re.search(
+        "[\U0001d173-\U0001d17a\U000e0000-\U000e0fff]", f"{case.query} {case.body}"
+    )
 
 
 def filter_failure(context: Any, failure: Any, case: Any, response: Any) -> bool:

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.anyio
 Rows = list[tuple[Any, ...]]
 
 DESCRIPTION = openapi.openapi()
-KINDS: list[Any] = [incidents.ProblemDetails]
-KINDS += [kind for operation in incidents.OPERATIONS for kind in (operation.answer, operation.body)]
+KINDS: list[Any] = [openapi.ProblemDetails, *openapi.ANSWERS.values()]
+KINDS += [operation.body for operation in incidents.OPERATIONS]
 MODELS = {
     model.__name__: model
     for kind in KINDS
@@ -276,7 +276,7 @@ def assert_documented(operation: incidents.Operation, answer: httpx.Response) ->
         assert errors_in(body, schema) == []
         if media_type == "application/problem+json":
             assert body["status"] == answer.status_code
-            incidents.ProblemDetails.model_validate(body)
+            openapi.ProblemDetails.model_validate(body)
     else:
         assert answer.content == b""
     headers = described.get("headers", {})
@@ -326,14 +326,16 @@ def test_every_refusal_described_is_one_that_these_tests_provoke(
 
 async def test_an_incident_has_the_fields_described_and_no_more(client: httpx.AsyncClient) -> None:
     described = DESCRIPTION["components"]["schemas"]["Incident"]
-    kinds = (incidents.Incident, list[incidents.Incident])
-    operations = [operation for operation in incidents.OPERATIONS if operation.answer in kinds]
+    kinds = (openapi.Incident, list[openapi.Incident])
+    operations = [
+        operation for operation in incidents.OPERATIONS if openapi.ANSWERS[operation.name] in kinds
+    ]
     answers = [await ask(client, operation) for operation in operations]
 
     for answer in answers:
         for incident in answer.json() if isinstance(answer.json(), list) else [answer.json()]:
             assert incident.keys() == described["properties"].keys() == set(described["required"])
-            incidents.Incident.model_validate(incident)
+            openapi.Incident.model_validate(incident)
 
 
 async def test_a_timeline_entry_has_no_field_that_is_not_described(
@@ -349,7 +351,7 @@ async def test_a_timeline_entry_has_no_field_that_is_not_described(
     assert {name for entry in entries for name in entry} == described["properties"].keys()
     for entry in entries:
         assert errors_in(entry, described) == []
-        incidents.TimelineEntry.model_validate(entry)
+        openapi.TimelineEntry.model_validate(entry)
 
 
 async def test_the_figures_have_the_fields_described_and_no_more(
@@ -358,7 +360,7 @@ async def test_the_figures_have_the_fields_described_and_no_more(
     figures = (await client.get("/stats")).json()
 
     assert figures.keys() == DESCRIPTION["components"]["schemas"]["Stats"]["properties"].keys()
-    incidents.Stats.model_validate(figures)
+    openapi.Stats.model_validate(figures)
 
 
 async def test_a_page_has_the_link_described_and_a_replay_its_header(
