@@ -3,7 +3,7 @@
 One module, to be read downwards: settings, vocabulary and models, problems, SQL and database,
 migrations, requests and replies, handlers, routes (the table of contents), and last the lifespan,
 the application and `main`. A handler reads, writes, replies; what it refuses it raises as a
-`Problem`, which leaves as `application/problem+json` (RFC 9457). The SQL is in `sql/`, one statement
+`Problem`, which leaves as `application/problem+json` (RFC 9457). The SQL is in `sql/`, a statement
 a file: `sql/incident_create.sql` is `SQL.incident_create`, and it makes the JSON of the answer.
 """
 
