@@ -36,6 +36,7 @@ import mimeparse
 import psycopg
 import uvicorn
 import yoyo
+from anyio.lowlevel import checkpoint
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings
@@ -64,7 +65,7 @@ logging.getLogger("asyncpg.pool").setLevel(logging.CRITICAL)
 def postgres_url(url: str) -> str:
     """The URL without the driver that SQLAlchemy names; a `ValueError` that never quotes it."""
     url = re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql://", url)
-    url = re.sub(r"([?&])ssl=", r"\1sslmode=", url)
+    url = re.sub(r"(\?(?:.*&)?)ssl=", r"\1sslmode=", url)
     with contextlib.suppress(psycopg.ProgrammingError):  # its text may hold a part of the password
         # A bare @ / ? # would end the password early, and make the rest of it a host, in every log.
         parts = re.fullmatch(r"postgresql://([^@/?#]*@)?[^@]*", url) and conninfo_to_dict(url)
@@ -308,8 +309,8 @@ SQL = SimpleNamespace(**{file.stem: file.read_text("utf-8") for file in HERE.glo
 # What libpq takes in a URL and asyncpg would pass on to the server as an unknown setting.
 LIBPQ_ONLY = re.compile(r"(connect_timeout|channel_binding|gssencmode|keepalives\w*)=[^&]*&?")
 
-BATCH = 64  # calls in a round trip
-LANE_WORKERS = 2  # one is on the server while the answers of the other are written
+BATCH = 32  # calls in a round trip
+LANE_WORKERS = 3  # some are on the server while the answers of others are written
 MAX_WAITING = 1000  # calls of one statement; a tenth of a second's work
 MAX_SECONDS = 4.5  # from a call to its answer, or to 503
 
@@ -414,7 +415,7 @@ class Database:
         for attempt in range(1, tries + 1):
             try:
                 self.pool = await asyncpg.create_pool(
-                    LIBPQ_ONLY.sub("", url),
+                    LIBPQ_ONLY.sub("", url).rstrip("?&"),
                     min_size=1,
                     max_size=settings.db_pool_size,
                     timeout=MAX_SECONDS,
@@ -901,12 +902,14 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
                     handler = signal.signal(number, signal.SIG_DFL)
                     waiting.callback(signal.signal, number, handler)
                 await database.open(settings.database_url)
+                await bring_up_to_date()
         else:
             await database.open(stack.enter_context(embedded_postgres(settings.data_dir)))
-        try:
             await bring_up_to_date()
+        try:
             place = database if settings.database_url else settings.data_dir.resolve()
             log.info("The data is in %s", place)
+            await checkpoint()  # loads what would cost the first streamed list 60 ms
             gc.freeze()  # what is here now stays: no collection need look at it again
             gc.set_threshold(20_000, 20, 50)
             if not settings.api_tokens:
@@ -984,8 +987,7 @@ def main() -> None:
     level = "debug" if settings.debug else "info"
     config = uvicorn.Config(app, log_level=level, access_log=False, timeout_graceful_shutdown=3)
     config.server_header = config.proxy_headers = False
-    url = f"http://{host}:{port}"
-    print(f"The API is at {url}, its documentation at {url}/docs", flush=True)
+    print(f"The API is at http://{host}:{port}, its documentation at /docs", flush=True)
     server = uvicorn.Server(config)
     with contextlib.suppress(KeyboardInterrupt, SystemExit):  # it exits with 3 when a start fails
         server.run(sockets=[listener])
