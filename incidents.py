@@ -891,6 +891,18 @@ FILES = StaticFiles(directory=HERE / "docs", packages=[("openapi_ui_bundles", ""
 # ── Lifespan, application, main ───────────────────────────────────────────────────────────────────
 
 
+ACCESS_LINE = ("request_id", "actor", "method", "path", "status")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+REQUEST_ID = re.compile(rb"[\w.-]{1,100}")
+# The pages load from this server alone. Both bundles write style attributes, and ReDoc searches
+# in a worker that it makes from a blob.
+POLICY = (
+    b"default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    b"worker-src blob:; frame-ancestors 'none'"
+)
+SAFETY = [(b"x-content-type-options", b"nosniff"), (b"content-security-policy", POLICY)]
+
+
 @contextlib.asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
     """Start the database where it is ours, open the pool, and bring the schema up to date."""
@@ -952,16 +964,6 @@ class Envelope:
                 log.info(json.dumps(line))
 
 
-ACCESS_LINE = ("request_id", "actor", "method", "path", "status")
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-REQUEST_ID = re.compile(rb"[\w.-]{1,100}")
-# The pages load from this server alone. Both bundles write style attributes, and ReDoc searches
-# in a worker that it makes from a blob.
-POLICY = (
-    b"default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
-    b"worker-src blob:; frame-ancestors 'none'"
-)
-SAFETY = [(b"x-content-type-options", b"nosniff"), (b"content-security-policy", POLICY)]
 ANY: Any = dict.fromkeys(("allow_methods", "allow_headers", "expose_headers"), ("*",))
 cors = Middleware(CORSMiddleware, allow_origins=settings.cors_origins.split(","), **ANY)
 HANDLED = (*UNAVAILABLE, asyncpg.DataError, ClientDisconnect, HTTPException, Exception)
@@ -987,7 +989,8 @@ def main() -> None:
     level = "debug" if settings.debug else "info"
     config = uvicorn.Config(app, log_level=level, access_log=False, timeout_graceful_shutdown=3)
     config.server_header = config.proxy_headers = False
-    print(f"The API is at http://{host}:{port}, its documentation at /docs", flush=True)
+    url = f"http://{host}:{port}"
+    print(f"The API is at {url}, its documentation at {url}/docs", flush=True)
     server = uvicorn.Server(config)
     with contextlib.suppress(KeyboardInterrupt, SystemExit):  # it exits with 3 when a start fails
         server.run(sockets=[listener])
