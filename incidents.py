@@ -528,22 +528,23 @@ def migrate(url: str) -> None:
                 backend.apply_migrations(backend.to_apply(wanted))
 
 
-async def migrations_missing() -> Sequence[str]:
-    """The names of the migrations that the database has not had yet."""
+async def readiness() -> tuple[Sequence[str], bool]:
+    """The migrations that the database has not had yet, and whether it takes no writes."""
     try:
-        return list((await database.run(SQL.readiness, MIGRATIONS))["missing"])
+        row = await database.run(SQL.readiness, MIGRATIONS)
+        return row["missing"], row["read_only"]
     except asyncpg.UndefinedTableError:
-        return MIGRATIONS
+        return MIGRATIONS, False
 
 
 async def bring_up_to_date() -> None:
     """Apply what is missing. When nothing is, the role need not be allowed to change the schema."""
     try:
-        if await migrations_missing():
+        if (await readiness())[0]:
             await asyncio.to_thread(migrate, database.url)
     except psycopg.Error as error:
         raise StartupError(f"a migration failed: {reason_of(error)}") from None
-    if missing := await migrations_missing():
+    if missing := (await readiness())[0]:
         raise StartupError(f"the database lacks the migrations {', '.join(missing)}")
 
 
@@ -819,10 +820,11 @@ async def live(request: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     """Say whether the service can do its work."""
-    if missing := await migrations_missing():
+    missing, read_only = await readiness()
+    if missing:
         detail = f"The database lacks the migrations {', '.join(missing)}; restart this."
         raise Problem(503, detail, {"Retry-After": "10"})
-    if (await database.run(SQL.readiness, MIGRATIONS))["read_only"]:
+    if read_only:
         await database.pool.expire_connections()  # a session may have begun so: ask new ones next
         raise Problem(503, "The database takes no writes, as a standby.", {"Retry-After": "10"})
     return JSONResponse({"status": "ok"}, media_type=JSON)
