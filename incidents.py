@@ -13,6 +13,7 @@ import functools
 import gc
 import hashlib
 import hmac
+import itertools
 import json
 import logging
 import os
@@ -40,16 +41,14 @@ from anyio.lowlevel import checkpoint
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings
-from starlette.applications import Starlette
-from starlette.datastructures import QueryParams
+from starlette.datastructures import Headers, QueryParams
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from starlette.routing import Match, Mount, Route
+from starlette.routing import Match, Route, Router
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 HERE = Path(__file__).resolve().parent
 
@@ -128,27 +127,10 @@ Status = Literal["open", "in_progress", "resolved", "closed"]
 Source = Literal["operator", "monitoring", "partner"]
 Form = Literal["csv", "ndjson", "json"]
 
-# What shows nothing: blanks, controls, marks without a letter, direction and other invisible signs.
-INVISIBLE = (
-    r"\s\x01-\x1f\x7f-\x9f\xad\u0300-\u036f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
-    r"\u2028-\u202f\u205f-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb"
-)
-BLANK = re.compile(f"[{INVISIBLE}\U0001d173-\U0001d17a\U000e0000-\U000e0fff]*")
-
-
-def visible_text(text: str) -> str:
-    """Refuse what PostgreSQL cannot store (NUL) and what a person cannot see."""
-    if "\x00" in text:
-        raise ValueError("NUL characters cannot be stored; remove them")
-    if BLANK.fullmatch(text):
-        raise ValueError("there is nothing to read in it; write some text")
-    return text
-
-
-# The same as a pattern: no NUL, and something that shows. Swagger UI takes no range past U+FFFF.
-VISIBLE: Any = {"pattern": rf"^[^\x00]*[^\x00{INVISIBLE}][^\x00]*$"}
-Length = Field(min_length=1, max_length=5000, json_schema_extra=VISIBLE)
-Text = Annotated[str, Length, AfterValidator(visible_text)]
+# Something to read, and no NUL, which PostgreSQL cannot store: not all blanks, controls, accents
+# without a letter, or what is drawn as nothing (Unicode's Default_Ignorable_Code_Point, and more).
+READABLE = r"^[^\x00]*[^\x00\s\p{Cc}\p{DI}\u0300-\u036f\u2800\ufff9-\ufffb][^\x00]*$"
+Text = Annotated[str, Field(min_length=1, max_length=5000, pattern=READABLE)]
 
 # None for what was not sent, though a null is refused. A factory stays out of the schema.
 NOT_GIVEN: Any = Field(default_factory=lambda: None)
@@ -260,7 +242,7 @@ UNAVAILABLE = (
 )
 
 
-def problem_of(request: Request, error: Exception) -> Problem:
+def problem_of(error: Exception) -> Problem:
     """The problem that an error makes for the client: ours, the database's, or Starlette's."""
     if isinstance(error, Problem):
         return error
@@ -272,23 +254,20 @@ def problem_of(request: Request, error: Exception) -> Problem:
         return Problem(503, detail, {"Retry-After": "2"})
     if isinstance(error, ClientDisconnect):
         return Problem(400, "The body ended too early; send it again.")
-    if not isinstance(error, HTTPException):
-        return Problem(500, "The service failed on this request; its log says why.")
-    if error.status_code == 405:
-        near = [r for r in request.app.routes if r.matches(request.scope)[0] is Match.PARTIAL]
-        allowed = ", ".join(sorted({m for route in near for m in route.methods})) or "GET, HEAD"
-        return Problem(405, f"This path takes {allowed} only.", {"Allow": allowed})
-    return Problem(404, "There is nothing at this path; /docs lists what there is.")
+    if isinstance(error, HTTPException):  # of Starlette's files
+        return Problem(404, "There is nothing at this path; /docs lists what there is.")
+    log.error("A request failed", exc_info=error)
+    return Problem(500, "The service failed on this request; its log says why.")
 
 
-async def on_problem(request: Request, error: Exception) -> Response:
-    """Answer a refusal, whoever raised it. Of type about:blank, its title is its status's own."""
-    problem = problem_of(request, error)
+def refusal(error: Exception, request_id: str) -> Response:
+    """Answer an error, whoever raised it. Of type about:blank, its title is its status's own."""
+    problem = problem_of(error)
     status = problem.status_code
     title = HTTPStatus(status).phrase
     body = {"type": "about:blank", "title": title, "status": status, "detail": problem.detail}
     body |= {"errors": problem.errors} if problem.errors else {}
-    body |= {"request_id": request.scope["request_id"]} if status >= 500 else {}
+    body |= {"request_id": request_id} if status >= 500 else {}
     media_type = "application/problem+json; charset=utf-8"
     return JSONResponse(body, status, problem.headers, media_type)
 
@@ -339,6 +318,7 @@ class Lane:
     def __init__(self, database: "Database", statement: str) -> None:
         self.database, self.statement = database, statement
         self.shared = not re.search("INSERT|UPDATE", statement)
+        self.takes_arrays = "WITH ORDINALITY" in statement
         self.waiting: dict[Any, Call] = {}
         self.workers: set[asyncio.Task[None]] = set()
 
@@ -365,27 +345,42 @@ class Lane:
             began = time.monotonic()
             try:
                 async with self.database.pool.acquire(timeout=MAX_SECONDS) as connection:
-                    batch = self.take(BATCH)
-                    await self.send(connection, batch)
+                    batch = self.take()
+                    if batch:
+                        await self.send(connection, batch)
                 self.database.tell(None, began)
             except Exception as error:
-                for _, futures in batch or self.take(MAX_WAITING):
+                if not batch:  # there was no connection for any of them
+                    batch = list(self.waiting.values())
+                    self.waiting.clear()
+                for _, futures in batch:
                     settle(futures, None, error)
                 if isinstance(error, asyncpg.ReadOnlySQLTransactionError):  # after a failover
                     await self.database.pool.expire_connections()
         # No await since the check: a call that comes next finds this worker gone, and starts one.
         self.workers.discard(asyncio.current_task())
 
-    def take(self, most: int) -> list[Call]:
-        """The calls that have waited longest, less those that nobody waits for any more."""
-        calls = [self.waiting.pop(key) for key in list(self.waiting)[:most]]
-        wanted = [call for call in calls if not all(future.done() for future in call[1])]
-        return wanted if self.shared else sorted(wanted, key=lambda call: str(call[0][0]))
+    def take(self) -> list[Call]:
+        """The calls that have waited longest, less those that nobody waits for any more.
+
+        No two name the same row to write in their first argument: they go one after the other.
+        """
+        taken: dict[Any, Call] = {}
+        for key, call in list(itertools.islice(self.waiting.items(), BATCH)):
+            row = key if self.shared or call[0][0] is None else call[0][0]
+            if row not in taken:
+                taken[row] = self.waiting.pop(key)
+        wanted = [call for call in taken.values() if not all(future.done() for future in call[1])]
+        return sorted(wanted, key=lambda call: str(call[0][0]))
 
     async def send(self, connection: Any, batch: list[Call]) -> None:
         """Run a batch in one round trip and one transaction, or else its calls one by one."""
+        arguments = [call[0] for call in batch]
         try:
-            rows = await connection.fetchmany(self.statement, [call[0] for call in batch])
+            if self.takes_arrays:
+                rows = await connection.fetch(self.statement, *zip(*arguments, strict=True))
+            else:
+                rows = await connection.fetchmany(self.statement, arguments)
         except asyncpg.PostgresError as error:
             if len(batch) == 1 or isinstance(error, asyncpg.PostgresConnectionError):
                 raise
@@ -461,12 +456,16 @@ database = Database()
 async def prepare_session(connection: Any) -> None:
     """Hand over `json` as the bytes that the server wrote: they are a response body already.
 
-    Every statement is written for one plan that suits all values, so none is planned twice.
+    Every statement is written for one plan that suits all values, so none is planned twice; nor may
+    a table that is small today have one planned as a walk through it.
     """
     await connection.set_type_codec(
         "json", schema="pg_catalog", format="binary", encoder=bytes, decoder=bytes
     )
-    await connection.execute("SET plan_cache_mode = force_generic_plan; SET jit = off")
+    await connection.execute(
+        "SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off; SET jit = off; "
+        "SET datestyle = 'ISO'"
+    )
 
 
 async def leave_session_alone(connection: Any) -> None:
@@ -630,6 +629,7 @@ def invalid(error: ValidationError, noun: str, model: type[BaseModel]) -> Proble
         "missing": f"This {noun} is required.",
         "extra_forbidden": f"There is no such {noun} here; there is: {known}.",
         "model_type": f"A JSON object is needed, with: {known}.",
+        "string_pattern_mismatch": "Write some text that can be read, without NUL characters.",
     }
     problem = Problem(422)
     problem.errors = [
@@ -806,6 +806,9 @@ async def show_stats(request: Request) -> Response:
 # ── Handlers: the service itself ──────────────────────────────────────────────────────────────────
 
 
+FILES = StaticFiles(directory=HERE / "docs", packages=[("openapi_ui_bundles", "")])
+
+
 async def greet(request: Request) -> Response:
     """Say what this is and where its parts are."""
     links = {"incidents": "/incidents/", "docs": "/docs", "redoc": "/redoc"}
@@ -845,7 +848,40 @@ async def redoc(request: Request) -> Response:
     return HTMLResponse((HERE / "docs/redoc.html").read_bytes())
 
 
+async def docs_file(request: Request) -> Response:
+    """Give a file that these pages load."""
+    return await FILES.get_response(request.path_params["file"], request.scope)
+
+
+async def nowhere(request: Request) -> Response:
+    """Refuse a path that there is not, or a method that it does not take."""
+    routes = request.scope["router"].routes
+    here = [one for one in routes if one.matches(request.scope)[0] is not Match.NONE]
+    if not here:
+        raise Problem(404, "There is nothing at this path; /docs lists what there is.")
+    allowed = ", ".join(sorted({method for one in here for method in one.methods or ()}))
+    raise Problem(405, f"This path takes {allowed} only.", {"Allow": allowed})
+
+
 # ── Routes: the table of contents ─────────────────────────────────────────────────────────────────
+
+
+REQUEST_ID = re.compile(r"[\w.-]{1,100}", re.ASCII)
+THIS_PROCESS, NUMBERS = secrets.token_hex(4), itertools.count(1)
+# The pages load from this server alone. Both bundles write style attributes, and ReDoc searches
+# in a worker that it makes from a blob.
+POLICY = (
+    b"default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    b"worker-src blob:; frame-ancestors 'none'"
+)
+SAFETY = [(b"x-content-type-options", b"nosniff"), (b"content-security-policy", POLICY)]
+PRIVATE = [(b"cache-control", b"no-store")]
+
+
+def request_id_of(headers: Headers) -> str:
+    """The id by which the client knows its request, or one of our own."""
+    given = REQUEST_ID.fullmatch(headers.get("x-request-id", ""))
+    return given[0] if given else f"{THIS_PROCESS}-{next(NUMBERS)}"
 
 
 class Operation(Route):
@@ -859,11 +895,38 @@ class Operation(Route):
         self.public = takes.get("public", False)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, whatever happens: with an id, and a line in the log if asked for."""
+        started = time.perf_counter()
+        request = Request(scope, receive, send)
+        request_id = request_id_of(request.headers)
+        try:
+            response = await self.respond(request)
+        except Exception as error:
+            response = refusal(error, request_id)
+        response.raw_headers += [(b"x-request-id", request_id.encode()), *SAFETY]
+        response.raw_headers += [] if self.public else PRIVATE
+        try:
+            await response(scope, receive, send)
+        except UNAVAILABLE as error:  # midway: uvicorn cuts off what is not complete
+            database.tell(error)
+        finally:
+            if settings.access_log or settings.debug:
+                line = {"request_id": request_id, "actor": scope.get("actor")}
+                line |= {"method": request.method, "path": scope["path"]}
+                line |= {"status": response.status_code}
+                line |= {"ms": round(1000 * (time.perf_counter() - started), 1)}
+                log.info(json.dumps(line))
+
+    async def respond(self, request: Request) -> Response:
+        """What the handler answers to those who may ask."""
         if not self.public:
-            scope["actor"] = authenticate(Request(scope)) if settings.api_tokens else "anonymous"
-        if scope["query_string"] and self.query is Input and self.matches(scope)[0] is Match.FULL:
-            query_of(scope["query_string"], Input)
-        await super().handle(scope, receive, send)
+            request.scope["actor"] = authenticate(request) if settings.api_tokens else "anonymous"
+        if request.method not in (self.methods or ()):
+            return await nowhere(request)
+        if request.scope["query_string"] and self.query is Input:
+            query_of(request.scope["query_string"], Input)
+        response: Response = await self.endpoint(request)
+        return response
 
 
 OPERATIONS = [
@@ -882,26 +945,14 @@ OPERATIONS = [
     Operation("GET", "/docs", swagger_ui, public=True),
     Operation("GET", "/redoc", redoc, public=True),
 ]
-FILES = StaticFiles(directory=HERE / "docs", packages=[("openapi_ui_bundles", "")])
-
-
 # ── Lifespan, application, main ───────────────────────────────────────────────────────────────────
 
 
-ACCESS_LINE = ("request_id", "actor", "method", "path", "status")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-REQUEST_ID = re.compile(rb"[\w.-]{1,100}")
-# The pages load from this server alone. Both bundles write style attributes, and ReDoc searches
-# in a worker that it makes from a blob.
-POLICY = (
-    b"default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
-    b"worker-src blob:; frame-ancestors 'none'"
-)
-SAFETY = [(b"x-content-type-options", b"nosniff"), (b"content-security-policy", POLICY)]
 
 
 @contextlib.asynccontextmanager
-async def lifespan(app: Starlette) -> AsyncIterator[None]:
+async def lifespan(app: ASGIApp) -> AsyncIterator[None]:
     """Start the database where it is ours, open the pool, and bring the schema up to date."""
     sys.tracebacklimit = 0  # of a failed start, whose last line says why; set back below
     with contextlib.ExitStack() as stack:
@@ -931,48 +982,26 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
                 await asyncio.wait_for(database.pool.close(), timeout=2)
 
 
-class Envelope:
-    """What every reply has, whoever makes it: an id, headers of safety, a log line if asked for."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        started = time.perf_counter()
-        given = dict(scope["headers"]).get(b"x-request-id", b"")
-        request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8).encode()
-        scope["request_id"] = request_id.decode()
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                scope["status"] = message["status"]
-                private = [(b"cache-control", b"no-store")] if "actor" in scope else []
-                message["headers"] += [(b"x-request-id", request_id), *SAFETY, *private]
-            await send(message)
-
-        try:
-            await self.app(scope, receive, send_with_headers)
-        finally:
-            if settings.access_log or settings.debug:
-                milliseconds = round(1000 * (time.perf_counter() - started), 1)
-                line = {key: scope.get(key) for key in ACCESS_LINE} | {"ms": milliseconds}
-                log.info(json.dumps(line))
+DOCS_FILES = Operation("GET", "/docs/{file:path}", docs_file, public=True)
+NOWHERE = Operation("GET", "/", nowhere, public=True)
 
 
-ANY: Any = dict.fromkeys(("allow_methods", "allow_headers", "expose_headers"), ("*",))
-cors = Middleware(CORSMiddleware, allow_origins=settings.cors_origins.split(","), **ANY)
-HANDLED = (*UNAVAILABLE, asyncpg.DataError, ClientDisconnect, HTTPException, Exception)
+class Cors(CORSMiddleware):
+    """What a browser must know before and after a request from a page of another site."""
 
-api = Starlette(
-    routes=[*OPERATIONS, Mount("/docs", FILES)],
-    middleware=[cors] if settings.cors_origins else [],
-    exception_handlers=dict.fromkeys(HANDLED, on_problem),
-    lifespan=lifespan,
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        request_id = request_id_of(request_headers)
+        response.raw_headers += [(b"x-request-id", request_id.encode()), *SAFETY]
+        return response
+
+
+app: ASGIApp = Router(
+    [*OPERATIONS, DOCS_FILES], redirect_slashes=False, default=NOWHERE.handle, lifespan=lifespan
 )
-api.router.redirect_slashes = False
-app = Envelope(api)
+if settings.cors_origins:
+    every = ("*",)
+    app = Cors(app, settings.cors_origins.split(","), every, every, expose_headers=every)
 
 
 def main() -> None:

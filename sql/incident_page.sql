@@ -19,7 +19,7 @@
         ORDER BY created_at, id
         LIMIT 1),
        page AS (
-       SELECT id, incident_line(incidents, $5) AS line,
+       SELECT created_at, id, incident_line(incidents, $5) AS line,
               row_number() OVER (ORDER BY created_at DESC, id DESC) AS place
          FROM incidents
         WHERE (created_at, id) < ((SELECT created_at FROM bound), (SELECT id FROM bound))
@@ -27,7 +27,7 @@
         ORDER BY created_at DESC, id DESC
         LIMIT $4 + 1)
 SELECT list_part($5, coalesce(string_agg(line, CASE $5::text WHEN 'json' THEN E',\n' ELSE '' END
-                                      ORDER BY place) FILTER (WHERE place <= $4), ''),
+                                      ORDER BY created_at DESC, id DESC) FILTER (WHERE place <= $4), ''),
                  $6, $7 OR count(*) <= $4) AS body,
        CASE WHEN count(*) > $4 THEN cursor_after(max(id) FILTER (WHERE place = $4)) END AS next
   FROM page;

@@ -36,7 +36,7 @@
         ORDER BY created_at DESC, id DESC
         LIMIT $6 + 1)
 SELECT list_part($7, coalesce(string_agg(incident_line(incident, $7), CASE $7::text WHEN 'json' THEN E',\n' ELSE '' END
-                                      ORDER BY place) FILTER (WHERE place <= $6), ''),
+                                      ORDER BY created_at DESC, id DESC) FILTER (WHERE place <= $6), ''),
                  $8, $9 OR count(*) <= $6) AS body,
        CASE WHEN count(*) > $6 THEN cursor_after(max(id) FILTER (WHERE place = $6)) END AS next
   FROM page;

@@ -11,7 +11,7 @@
 --   $10 q        text         the text, in which %, _ and \ stand for themselves
 -- The next incidents of all (newest) decide which way is short, so that no plan depends on statistics:
 -- they fill the page themselves; or the text is frequent, but not in these statuses and sources, and is
--- sought in their stretches of the index, from the trigrams of which the || keeps; or it is rare.
+-- sought in their stretches of the index; or it is rare, and found by its trigrams.
   WITH bound AS (
        SELECT coalesce($3::timestamptz, '-infinity') AS since, created_at, id
          FROM (SELECT coalesce($4::timestamptz, 'infinity'),
@@ -39,8 +39,11 @@
        rare AS MATERIALIZED (
        SELECT created_at, id, status, source, incidents AS incident
          FROM incidents
-        WHERE (SELECT way FROM shortest) = 'trigrams'
-          AND description ILIKE (SELECT pattern FROM shortest)),
+        WHERE id = ANY (ARRAY (
+              SELECT id
+                FROM incident_texts
+               WHERE (SELECT way FROM shortest) = 'trigrams'
+                 AND description ILIKE (SELECT pattern FROM shortest)))),
        page AS (
        SELECT found.*, row_number() OVER (ORDER BY created_at DESC, id DESC) AS place
          FROM (SELECT created_at, id, incident
@@ -55,7 +58,7 @@
                         FROM incidents
                        WHERE incidents.status = wanted_status.status
                          AND incidents.source = wanted_source.source
-                         AND description || '' ILIKE (SELECT pattern FROM shortest)
+                         AND description ILIKE (SELECT pattern FROM shortest)
                          AND (created_at, id) < ((SELECT created_at FROM bound), (SELECT id FROM bound))
                          AND created_at >= (SELECT since FROM bound)
                        ORDER BY created_at DESC, id DESC
@@ -70,7 +73,7 @@
         ORDER BY created_at DESC, id DESC
         LIMIT $6 + 1)
 SELECT list_part($7, coalesce(string_agg(incident_line(incident, $7), CASE $7::text WHEN 'json' THEN E',\n' ELSE '' END
-                                      ORDER BY place) FILTER (WHERE place <= $6), ''),
+                                      ORDER BY created_at DESC, id DESC) FILTER (WHERE place <= $6), ''),
                  $8, $9 OR count(*) <= $6) AS body,
        CASE WHEN count(*) > $6 THEN cursor_after(max(id) FILTER (WHERE place = $6)) END AS next
   FROM page;

@@ -1,27 +1,34 @@
--- Append a note to an incident's timeline: once for each Idempotency-Key of an actor. id is null when
+-- Append notes to the timelines of incidents: once for each Idempotency-Key of an actor. id is null when
 -- there is no such incident; for replayed and same see incident_create.sql.
---   $1 key          text    null for none
---   $2 digest       bytea   of the request, null for none
---   $3 actor        text
---   $4 incident_id  bigint
---   $5 note         text
-  WITH incident AS (
-       SELECT id
-         FROM incidents
-        WHERE id = $4),
+-- Parameters hold an element a call, and the rows come in their order; a key is there once.
+--   $1 key          text[]    null for none
+--   $2 digest       bytea[]   of the request, null for none
+--   $3 actor        text[]
+--   $4 incident_id  bigint[]
+--   $5 note         text[]
+  WITH call AS (
+       SELECT key, digest, actor, incident_id, note, place,
+              EXISTS (SELECT FROM incidents WHERE id = incident_id) AS found
+         FROM unnest($1::text[], $2::bytea[], $3::text[], $4::bigint[], $5::text[])
+              WITH ORDINALITY AS call (key, digest, actor, incident_id, note, place)),
        used AS (
        INSERT INTO idempotency_keys AS kept (actor, key, digest, made_id)
-       SELECT $3, $1, $2, nextval('timeline_id_seq')
-         FROM incident
-        WHERE $1::text IS NOT NULL
+       SELECT actor, key, digest, nextval('timeline_id_seq')
+         FROM call
+        WHERE found AND key IS NOT NULL
        ON CONFLICT (actor, key) DO UPDATE SET replays = kept.replays + 1
-       RETURNING made_id, replays > 0 AS replayed, digest = $2 AS same),
+       RETURNING actor, key, digest, made_id, replays > 0 AS replayed),
+       numbered AS MATERIALIZED (
+       SELECT CASE WHEN found THEN coalesce(made_id, nextval('timeline_id_seq')) END AS id,
+              incident_id, note, actor, place,
+              coalesce(replayed, false) AS replayed, coalesce(used.digest = call.digest, true) AS same
+         FROM call LEFT JOIN used USING (actor, key)),
        entry AS (
        INSERT INTO timeline (id, incident_id, kind, note, actor)
-       SELECT coalesce(made_id, nextval('timeline_id_seq')), incident.id, 'note', $5::text, $3
-         FROM incident LEFT JOIN used ON true
-        WHERE replayed IS NOT TRUE
+       SELECT id, incident_id, 'note', note, actor
+         FROM numbered
+        WHERE id IS NOT NULL AND NOT replayed
        RETURNING id, timeline_json(timeline) AS body)
-SELECT coalesce(entry.id, made_id) AS id, body,
-       coalesce(replayed, false) AS replayed, coalesce(same, true) AS same
-  FROM (SELECT) AS once LEFT JOIN used ON true LEFT JOIN entry ON true;
+SELECT id, body, replayed, same
+  FROM numbered LEFT JOIN entry USING (id)
+ ORDER BY place;

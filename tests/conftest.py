@@ -26,7 +26,7 @@ ROOT = Path(incidents.__file__).parent
 # Empties the tables, for the tests of a file that share one database: the timeline refuses it.
 EMPTY = (
     "ALTER TABLE timeline DISABLE TRIGGER USER; "
-    "TRUNCATE incidents, timeline, idempotency_keys RESTART IDENTITY; "
+    "TRUNCATE incidents, incident_texts, timeline, idempotency_keys RESTART IDENTITY; "
     "ALTER TABLE timeline ENABLE TRIGGER USER"
 )
 
@@ -132,7 +132,7 @@ async def client_of(database_url: str) -> AsyncIterator[httpx.AsyncClient]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(incidents.settings, "database_url", database_url)
         async with (
-            incidents.lifespan(incidents.api),
+            incidents.lifespan(incidents.app),
             httpx.AsyncClient(transport=transport, base_url="http://test", headers=NAMED) as client,
         ):
             yield client

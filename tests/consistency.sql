@@ -35,6 +35,10 @@ SELECT incident_id, 'a timeline has no incident'
   FROM counts LEFT JOIN incidents ON id = incident_id
  WHERE id IS NULL
 UNION ALL
+SELECT id, 'its text is sought as another'
+  FROM incidents FULL JOIN incident_texts USING (id)
+ WHERE incidents.description IS DISTINCT FROM incident_texts.description
+UNION ALL
 SELECT made_id, 'a key has made nothing'
   FROM idempotency_keys
  WHERE NOT EXISTS (SELECT FROM incidents WHERE id = made_id)

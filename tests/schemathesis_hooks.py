@@ -39,7 +39,7 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
 
 
 def filter_case(context: Any, case: Any) -> bool:
-    """Leave out what the pattern of a text allows and the service refuses: see VISIBLE."""
+    """Leave out what openapi.PORTABLE takes for text, and the service refuses."""
     return not re.search(
         "[\U0001d173-\U0001d17a\U000e0000-\U000e0fff]", f"{case.query} {case.body}"
     )

@@ -181,18 +181,24 @@ def test_each_rollback_restores_the_schema_that_was_there_before(
 
 
 @pytest.mark.parametrize("name", NAMES)
-async def test_a_migration_may_be_run_twice(database_url: str, name: str) -> None:
-    async with client_of(database_url) as client:
-        await client.post("/incidents/", json={"description": "x", "source": "partner"})
-    before = catalog(database_url)
-    rows_of(database_url, "DELETE FROM _yoyo_migration WHERE migration_id = %s", name)
+async def test_a_migration_may_be_run_twice(
+    new_database: Callable[..., str], migrated: str, name: str
+) -> None:
+    url = new_database()
+    apply(url, *NAMES[: NAMES.index(name) + 1])
+    rows_of(url, "INSERT INTO incidents (description, source) VALUES ('x', 'partner') RETURNING id")
+    before = catalog(url)
+    rows_of(url, "DELETE FROM _yoyo_migration WHERE migration_id = %s RETURNING 1", name)
 
-    incidents.migrate(database_url)
+    apply(url, name)
+    after = catalog(url)
+    incidents.migrate(url)
 
-    assert catalog(database_url) == before
-    assert applied(database_url) == list(NAMES)
-    async with client_of(database_url) as client:
-        listed = (await client.get("/incidents/")).json()
+    assert after == before
+    assert catalog(url) == catalog(new_database(template=migrated))
+    assert applied(url) == list(NAMES)
+    async with client_of(url) as client:
+        listed = (await client.get("/incidents/?q=x")).json()
         made = await client.post("/incidents/", json={"description": "y", "source": "partner"})
     assert [incident["description"] for incident in listed] == ["x"]
     assert made.json()["id"] == 2

@@ -41,12 +41,15 @@ def session(
     """A session on a database with many incidents, in which the list's statements are prepared."""
     with psycopg.connect(new_database(template=migrated), autocommit=True) as session:
         # The index of the trigrams is made anew: filled row by row, it takes ten seconds.
-        trigrams = session.execute("SELECT pg_get_indexdef('incidents_description_idx'::regclass)")
+        trigrams = session.execute(
+            "SELECT pg_get_indexdef('incident_texts_description_idx'::regclass)"
+        )
         [(definition,)] = trigrams.fetchall()
-        session.execute("DROP INDEX incidents_description_idx")
+        session.execute("DROP INDEX incident_texts_description_idx")
         session.execute(FILL, {"start": START, "incidents": INCIDENTS})
         session.execute(definition)
-        session.execute("VACUUM (ANALYZE) incidents")
+        session.execute("VACUUM (ANALYZE) incidents, incident_texts")
+        session.execute("SET enable_seqscan = off")  # as the service does
         for name in STATEMENTS:
             statement = SQL("PREPARE {} AS ").format(Identifier(name))
             session.execute(statement.as_bytes(session) + getattr(incidents.SQL, name).encode())

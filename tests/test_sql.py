@@ -148,9 +148,13 @@ def test_every_statement_is_used_and_every_one_used_exists() -> None:
 
 
 async def rows_of(connection: Any, name: str, **values: Any) -> Any:
-    """The rows of three equal calls that go to the server together, as the service sends them."""
+    """The rows of three equal calls: one after the other where they may not share a batch."""
     arguments = tuple((VALUES | values)[parameter] for _, parameter, _ in parameters_of(name))
-    return await connection.fetchmany(getattr(incidents.SQL, name), [arguments] * 3)
+    statement = getattr(incidents.SQL, name)
+    if "WITH ORDINALITY" not in statement:
+        return await connection.fetchmany(statement, [arguments] * 3)
+    batches = [await connection.fetch(statement, *([a] for a in arguments)) for _ in range(3)]
+    return [row for batch in batches for row in batch]
 
 
 async def test_each_statement_gives_one_row_where_there_is_nothing(connection: Any) -> None:
@@ -300,6 +304,23 @@ def test_the_database_takes_a_timeline_entry_of_each_kind(sql: Callable[..., Row
         insert(sql, "timeline", {"incident_id": 1, "actor": "a"} | entry)
 
     assert sql("SELECT kind FROM timeline ORDER BY id") == [(kind,) for kind in ENTRIES]
+
+
+def test_the_texts_to_search_are_those_of_the_incidents_whoever_writes_them(
+    sql: Callable[..., Rows],
+) -> None:
+    texts = "SELECT description FROM incident_texts ORDER BY id"
+    insert(sql, "incidents", INCIDENT | {"id": 1})
+    sql(
+        "INSERT INTO incidents (id, description, source) VALUES (2, 'y', 'partner'), (3, 'z', 'partner')"
+    )
+    sql("UPDATE incidents SET status = 'closed', description = description || '!' WHERE id > 1")
+    edited = sql(texts)
+    sql("TRUNCATE incidents")
+    insert(sql, "incidents", INCIDENT | {"id": 1, "description": "again"})
+
+    assert edited == [("x",), ("y!",), ("z!",)]
+    assert sql(texts + " LIMIT 1") == [("again",)]
 
 
 @pytest.mark.parametrize("key", ["", "k" * 256])

@@ -299,7 +299,7 @@ async def test_an_id_that_could_do_harm_is_replaced(client: httpx.AsyncClient, s
     answers = [await client.get("/incidents/", headers=headers) for _ in range(2)]
 
     ids = [answer.headers["x-request-id"] for answer in answers]
-    assert all(re.fullmatch(r"[0-9a-f]{16}", request_id) for request_id in ids)
+    assert all(re.fullmatch(r"[0-9a-f]{8}-[0-9]+", request_id) for request_id in ids)
     assert ids[0] != ids[1]
     assert "set-cookie" not in answers[0].headers
 
@@ -483,7 +483,7 @@ async def test_the_start_says_who_may_write_when_there_are_no_tokens(
     monkeypatch.setattr(incidents.settings, "api_host", host)  # only told: nothing listens there
     monkeypatch.setattr(incidents.settings, "api_tokens", incidents.tokens_of(tokens))
     caplog.set_level("INFO", logger="uvicorn.error")
-    async with incidents.lifespan(incidents.api):
+    async with incidents.lifespan(incidents.app):
         pass
 
     found = [r for r in caplog.records if "API_TOKENS" in r.getMessage()]

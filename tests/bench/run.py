@@ -506,10 +506,11 @@ async def time_lone_calls(url: str, times: int, calls: int) -> list[tuple[float,
             await call(create, *arguments)
         return (time.perf_counter() - began) * 1000 / calls
 
-    await timed(pool.fetchrow)
-    pairs = [
-        (await timed(incidents.database.run), await timed(pool.fetchrow)) for _ in range(times)
-    ]
+    async def straight(statement: str, *arguments: Any) -> Any:
+        return await pool.fetchrow(statement, *([argument] for argument in arguments))
+
+    await timed(straight)
+    pairs = [(await timed(incidents.database.run), await timed(straight)) for _ in range(times)]
     await pool.close()
     return pairs
 
