@@ -312,7 +312,8 @@ def test_the_texts_to_search_are_those_of_the_incidents_whoever_writes_them(
     texts = "SELECT description FROM incident_texts ORDER BY id"
     insert(sql, "incidents", INCIDENT | {"id": 1})
     sql(
-        "INSERT INTO incidents (id, description, source) VALUES (2, 'y', 'partner'), (3, 'z', 'partner')"
+        "INSERT INTO incidents (id, description, source) "
+        "VALUES (2, 'y', 'partner'), (3, 'z', 'partner')"
     )
     sql("UPDATE incidents SET status = 'closed', description = description || '!' WHERE id > 1")
     edited = sql(texts)
