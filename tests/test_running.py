@@ -210,7 +210,7 @@ async def test_when_all_tries_are_used_up_the_reason_is_raised(
     monkeypatch.setattr(sys, "tracebacklimit", 1000, raising=False)
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(incidents.StartupError, match=r"127\.0\.0\.1:\d+ .*DATABASE_URL") as error,
+        pytest.raises(RuntimeError, match=r"127\.0\.0\.1:\d+ .*DATABASE_URL") as error,
     ):
         await incidents.Database().open(dead_url, tries=2, pause=0)
 
