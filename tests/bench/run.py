@@ -3,7 +3,7 @@
     uv run tests/bench/run.py           all of it, in 15 minutes at most; writes results.md here
     uv run tests/bench/run.py --quick   fewer and shorter rounds, in 2 minutes; only prints
 
-It needs wrk and Node.js with npm, takes its PostgreSQL from the `embedded` dependency group, and
+It needs wrk, curl and Node.js with npm, takes PostgreSQL from the `embedded` dependency group, and
 starts and ends everything itself. Read downwards: servers and their data, load, the whole list,
 growth, one call alone, the report, `main`.
 """
@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import contextlib
 import hashlib
-import http.client
 import importlib.metadata
 import importlib.util
 import json
@@ -414,21 +413,16 @@ def read_whole_list(server: Server) -> Listing:
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    connection = http.client.HTTPConnection("127.0.0.1", server.port)
-    began = time.perf_counter()
-    connection.request("GET", "/incidents/")
-    answer = connection.getresponse()
-    parts = [answer.read(1)]
-    first = time.perf_counter() - began
-    while part := answer.read1(1 << 18):
-        parts.append(part)
-    seconds = time.perf_counter() - began
-    connection.close()
-    reading = False
-    watcher.join()
-    count = len(json.loads(b"".join(parts)))
-    if answer.status != 200 or count != WHOLE:
-        raise SystemExit(f"{server.name}: {answer.status} with {count} incidents")
+    with tempfile.NamedTemporaryFile() as file:
+        figures = "%{http_code} %{time_starttransfer} %{time_total}"
+        command = ["curl", "-s", "-o", file.name, "-w", figures, f"{server.url}/incidents/"]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True)
+        reading = False
+        watcher.join()
+        count = len(json.load(file))
+    status, first, seconds = map(float, printed.stdout.split())
+    if status != 200 or count != WHOLE:
+        raise SystemExit(f"{server.name}: {status:.0f} with {count} incidents")
     return Listing(count / seconds, first * 1000, (highest - start) / 2**20)
 
 
@@ -690,7 +684,7 @@ helps us alone: equal reads that wait at the same time are one, as most of those
 
 def need_tools() -> None:
     """wrk, Node.js and the packages of the Fastify program; or a line that says what to do."""
-    for tool, package in (("wrk", "wrk"), ("node", "nodejs"), ("npm", "npm")):
+    for tool, package in (("wrk", "wrk"), ("curl", "curl"), ("node", "nodejs"), ("npm", "npm")):
         if not shutil.which(tool):
             sys.exit(f"{tool} is missing; install it, on Debian: apt-get install {package}")
     if not (BENCH / "fastify/node_modules/postgres").exists():
