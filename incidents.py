@@ -926,14 +926,12 @@ async def lifespan(app: ASGIApp) -> AsyncIterator[None]:
     """Start the database where it is ours, open the pool, and bring the schema up to date."""
     sys.tracebacklimit = 0  # of a failed start, whose last line says why; set back below
     with contextlib.ExitStack() as stack:
-        if settings.database_url:
-            with contextlib.ExitStack() as waiting:
-                for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn only notes them till later
-                    waiting.callback(signal.signal, number, signal.signal(number, signal.SIG_DFL))
-                await database.open(settings.database_url)
-                await bring_up_to_date()
-        else:
-            await database.open(stack.enter_context(embedded_postgres(settings.data_dir)))
+        with contextlib.ExitStack() as waiting:
+            # Uvicorn only notes a signal till later; our own server must be ended in good order.
+            for number in (signal.SIGINT, signal.SIGTERM) if settings.database_url else ():
+                waiting.callback(signal.signal, number, signal.signal(number, signal.SIG_DFL))
+            embedded = embedded_postgres(settings.data_dir)
+            await database.open(settings.database_url or stack.enter_context(embedded))
             await bring_up_to_date()
         try:
             place = database if settings.database_url else settings.data_dir.resolve()
