@@ -237,6 +237,10 @@ UNAVAILABLE = (
 )
 
 
+# As RFC 9110 has it, and Python from 3.13 on.
+RENAMED = {413: "Content Too Large", 422: "Unprocessable Content"}
+
+
 def problem_of(error: Exception) -> Problem:
     """The problem that an error makes for the client: ours, the database's, or Starlette's."""
     if isinstance(error, Problem):
@@ -259,7 +263,7 @@ def refusal(error: Exception, request_id: str) -> Response:
     """Answer an error, whoever raised it. Of type about:blank, its title is its status's own."""
     problem = problem_of(error)
     status = problem.status_code
-    title = HTTPStatus(status).phrase
+    title = RENAMED.get(status) or HTTPStatus(status).phrase
     body = {"type": "about:blank", "title": title, "status": status, "detail": problem.detail}
     body |= {"errors": problem.errors} if problem.errors else {}
     body |= {"request_id": request_id} if status >= 500 else {}

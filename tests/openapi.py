@@ -71,7 +71,7 @@ class ProblemDetails(BaseModel):
     """
 
     type: str = Field(examples=["about:blank"])
-    title: str = Field(examples=["Unprocessable Entity"])
+    title: str = Field(examples=["Unprocessable Content"])
     status: int = Field(examples=[422])
     detail: str = Field(examples=["Correct this and send it again. #/source: it is required."])
     errors: list[dict[Literal["pointer", "detail"], str]] = NOT_GIVEN

@@ -66,7 +66,8 @@ def assert_problem(answer: httpx.Response, status: int, *pointers: str) -> None:
         problem.get("request_id", answer.headers["x-request-id"]) == answer.headers["x-request-id"]
     )
     assert problem["type"] == "about:blank"
-    assert problem["title"] == HTTPStatus(status).phrase
+    renamed = {413: "Content Too Large", 422: "Unprocessable Content"}  # whatever the Python
+    assert problem["title"] == renamed.get(status, HTTPStatus(status).phrase)
     assert problem["status"] == status
     assert isinstance(problem["detail"], str) and problem["detail"].strip()
     errors = problem.get("errors", [])
