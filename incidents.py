@@ -235,7 +235,8 @@ UNAVAILABLE = (
     asyncpg.TransactionRollbackError,  # a deadlock, a serialization failure
     asyncpg.ReadOnlySQLTransactionError,  # a standby
 )
-
+# With these, that a read succeeds says nothing.
+REFUSED_WRITES = (asyncpg.DiskFullError, asyncpg.ReadOnlySQLTransactionError)
 
 # As RFC 9110 has it, and Python from 3.13 on.
 RENAMED = {413: "Content Too Large", 422: "Unprocessable Content"}
@@ -341,7 +342,7 @@ class Lane:
                     batch = self.take()
                     if batch:
                         await self.send(connection, batch)
-                self.database.tell(None, began)
+                self.database.tell(None, began, read=self.shared)
             except Exception as error:
                 if not batch:  # there was no connection for any of them
                     batch = list(self.waiting.values())
@@ -393,7 +394,7 @@ class Database:
     pool: Any
     url: str
     lanes: dict[str, Lane]
-    refusing = False
+    refusal: Exception | None = None
     refused_at = 0.0
 
     async def open(self, url: str, tries: int = 30, pause: float = 2) -> None:
@@ -423,17 +424,17 @@ class Database:
         parts = conninfo_to_dict(self.url)
         return f"{parts.get('host', 'localhost')}:{parts.get('port', 5432)}"
 
-    def tell(self, error: Exception | None, began: float = 0) -> None:
+    def tell(self, error: Exception | None, began: float = 0, read: bool = False) -> None:
         """Log once that the database cannot serve, and once that what began since succeeded."""
         if error:
             self.refused_at = time.monotonic()
-        elif began < self.refused_at:
+        elif began < self.refused_at or (read and isinstance(self.refusal, REFUSED_WRITES)):
             return
-        if error and not self.refusing:
+        if error and not self.refusal:
             log.warning("The database at %s cannot serve: %s", self, reason_of(error))
-        elif self.refusing and not error:
+        elif self.refusal and not error:
             log.warning("The database at %s serves again", self)
-        self.refusing = error is not None
+        self.refusal = error
 
     async def run(self, statement: str, *arguments: Any) -> Any:
         """The one row of a statement, once what it changed is committed."""
@@ -916,8 +917,8 @@ OPERATIONS = [
     Operation("GET", "/docs", swagger_ui, public=True),
     Operation("GET", "/redoc", redoc, public=True),
 ]
-FILES_OF_DOCS = Operation("GET", "/docs/{file:path}", docs_file, public=True)
-ELSEWHERE = Operation("GET", "/", nowhere, public=True)
+FILES_OF_DOCS = Operation("GET", "/docs/{file:path}", docs_file, query=None, public=True)
+ELSEWHERE = Operation("GET", "/", nowhere, query=None, public=True)
 
 
 # ── Lifespan, application, main ───────────────────────────────────────────────────────────────────

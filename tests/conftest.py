@@ -2,7 +2,9 @@
 process (`client`) and, where sockets, signals or settings matter, a real server (`serve`)."""
 
 import contextlib
+import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -30,8 +32,37 @@ EMPTY = (
     "ALTER TABLE timeline ENABLE TRIGGER USER"
 )
 
+# What no log may tell: each token and password of the tests has one of these words in it, and much
+# of what the tests write has the first.
+WRITTEN = "Unlogged"
+FORBIDDEN = re.compile(f"{WRITTEN}|s3cr3t|Secret123|0123456789abcdef|fedcba9876543210", re.I)
+LOGS: list[Path] = []  # of all servers that the tests start, and of the application in this process
+
 # An id of the client's own comes back in each answer, so that two answers may be alike.
 NAMED = {"X-Request-ID": "test"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_log_tells_a_secret(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Read every log of the run when it ends, and fail it where one tells what none may tell."""
+    LOGS.append(tmp_path_factory.mktemp("logs") / "application.log")
+    handler = logging.FileHandler(LOGS[0], encoding="utf-8")
+    root = logging.getLogger()
+    root.addHandler(handler)
+    level = incidents.log.level
+    incidents.log.setLevel(logging.INFO)
+    yield
+    incidents.log.setLevel(level)
+    root.removeHandler(handler)
+    handler.close()
+    told = [
+        f"{log}:{number}: {line}"
+        for log in LOGS
+        for number, line in enumerate(log.read_text("utf-8", "replace").split("\n"), 1)
+        if FORBIDDEN.search(line)
+    ]
+
+    assert not told, "\n".join(told)
 
 
 @pytest.fixture(scope="session")
@@ -167,6 +198,7 @@ class Server:
     def __init__(self, command: list[str], port: int, log: Path, settings: dict[str, str]) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
+        LOGS.append(log)
         environment = {k: v for k, v in os.environ.items() if k.upper() not in SETTINGS}
         environment |= {"API_PORT": str(port), "PYTHONUNBUFFERED": "1"} | settings
         with log.open("ab") as output:

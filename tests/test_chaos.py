@@ -6,8 +6,12 @@ What it acknowledged is there once, and it recovers by itself. PostgreSQL waits 
 import asyncio
 import contextlib
 import json
+import random
+import re
+import shutil
 import signal
 import socket
+import subprocess
 import tempfile
 import time
 import uuid
@@ -22,7 +26,7 @@ import httpx
 import psutil
 import psycopg
 import pytest
-from conftest import ROOT, Server, in_database, until
+from conftest import ROOT, WRITTEN, Server, in_database, until
 
 import incidents
 
@@ -34,8 +38,9 @@ WRITERS = 64
 KILLS = 10
 KILLED_INCIDENTS = 20_000
 FLOOD = 1000  # connections
-FLOOD_SECONDS = 10
+FLOOD_SECONDS = 20
 SLOW_READERS = 200
+SLOW_SECONDS = 15
 SLOW_SENDERS = 500
 READ_INCIDENTS = 100_000
 MIB = 1024 * 1024
@@ -200,7 +205,7 @@ async def clients_of(server: Server, count: int) -> AsyncIterator[list[Client]]:
         await asyncio.sleep(0)
 
 
-def new(description: str) -> dict[str, str]:
+def new(description: str = WRITTEN) -> dict[str, str]:
     return {"description": description, "source": "monitoring"}
 
 
@@ -235,7 +240,7 @@ class Load:
         for number in self.numbers:
             if self.stopped:
                 break
-            name = f"{number}"
+            name = f"{WRITTEN} {number}"
             answer = await self.insist(client, 201, "POST", "/incidents/", new(name), key=name)
             incident_id = json.loads(answer.body)["id"]
             self.times.append(time.monotonic())
@@ -288,7 +293,7 @@ async def post_times(server: Server, count: int, clients: int = 4) -> list[float
     async def post(client: Client) -> None:
         for _ in range(count // clients):
             started = time.monotonic()
-            assert (await client.send("POST", "/incidents/", new("x"))).status == 201
+            assert (await client.send("POST", "/incidents/", new())).status == 201
             times.append(time.monotonic() - started)
 
     async with clients_of(server, clients) as several:
@@ -329,9 +334,7 @@ async def test_a_killed_postgres_is_waited_for(
     await asyncio.to_thread(postgres.kill)
     await soon(lambda: len(load.refusals) > WRITERS or writers.done())
     assert not writers.done(), server.printed()
-    ready = await asyncio.to_thread(httpx.get, f"{server.url}/health/ready", timeout=10)
-    live = await asyncio.to_thread(httpx.get, f"{server.url}/health/live", timeout=10)
-    assert (ready.status_code, live.status_code) == (503, 200)
+    assert "ConnectionRefusedError" in await unready(server)
     starting = time.monotonic()
     start = asyncio.create_task(asyncio.to_thread(postgres.start))
     answering = await asyncio.to_thread(until, lambda: answers(postgres.url))
@@ -364,14 +367,14 @@ async def test_while_postgres_is_frozen_every_request_ends(
 ) -> None:
     server = serve(DATABASE_URL=database_url)
     requests: list[tuple[Any, ...]] = [
-        ("POST", "/incidents/", new("frozen")),
+        ("POST", "/incidents/", new()),
         ("GET", "/incidents/"),
         ("GET", "/incidents/?limit=10"),
-        ("GET", "/incidents/?q=frozen"),
+        ("GET", "/incidents/?q=Unlogged"),
         ("GET", "/incidents/1"),
         ("PATCH", "/incidents/1", {"status": "closed"}),
         ("GET", "/incidents/1/timeline"),
-        ("POST", "/incidents/1/notes", {"note": "frozen"}),
+        ("POST", "/incidents/1/notes", {"note": WRITTEN}),
         ("GET", "/stats"),
         ("GET", "/health/ready"),
     ]
@@ -392,6 +395,7 @@ async def test_while_postgres_is_frozen_every_request_ends(
             await asyncio.sleep(1)
             later = asyncio.gather(*(time_of(clients[20 + i], requests[i % 10]) for i in range(20)))
             live = await post_nothing(server)
+            assert "TimeoutError" in await unready(server)
             times = [*await frozen, *await later]
     finally:
         postgres.send(signal.SIGCONT)
@@ -402,7 +406,7 @@ async def test_while_postgres_is_frozen_every_request_ends(
     after = await post_times(server, 400)
 
     print(f"frozen: {max(times):.2f} s at most; ready after {recovered:.2f} s")
-    assert max(times) <= 5.5  # of the five seconds' promise; the half is for a busy machine
+    assert max(times) <= 5
     assert live < 1
     assert max(after) < 1
     assert faults_in(database_url) == []
@@ -470,6 +474,22 @@ async def soon_ready(server: Server) -> None:
             await asyncio.sleep(0.05)
 
 
+async def unready(server: Server) -> str:
+    """The service lives, and is not ready: gives the cause that it says."""
+    async with clients_of(server, 1) as [client]:
+        answer = await client.send("GET", "/health/ready")
+    assert answer.status == 503, answer
+    assert int(answer.headers["retry-after"]) > 0
+    assert await post_nothing(server) < 1
+    return str(json.loads(answer.body)["detail"])
+
+
+async def is_ready(server: Server) -> None:
+    """The service lives and is ready, for the database serves."""
+    assert await status_of(server, "/health/ready") == 200
+    assert await post_nothing(server) < 1
+
+
 async def status_of(server: Server, path: str) -> int:
     async with clients_of(server, 1) as [client]:
         return (await client.send("GET", path)).status
@@ -498,23 +518,104 @@ async def test_a_server_without_free_connections_is_waited_for(
             change = ("PATCH", "/incidents/1", {"status": "closed"})
             waits = asyncio.create_task(client.send(*change))
             await soon(lambda: session.execute(LOCK_WAITS).fetchall())
-            await refused(server, ("POST", "/incidents/", new("x")), "TooManyConnectionsError")
-            assert await status_of(server, "/health/ready") == 503
+            await refused(server, ("POST", "/incidents/", new()), "TooManyConnectionsError")
+            assert "TooManyConnectionsError" in await unready(server)
         assert (await waits).status == 200
 
     assert "cannot serve: sorry, too many clients already" in server.printed()
     await recovered(server, database_url)
 
 
+Disk = Callable[[Postgres, str], contextlib.AbstractContextManager[Callable[[], Any]]]
+
+
+@contextlib.contextmanager
+def small_disk(postgres: Postgres, url: str) -> Iterator[Callable[[], Any]]:
+    """The incidents are on a disk of 4 MiB; gives what makes it larger."""
+    if shutil.which("mount") is None:
+        pytest.skip("there is no command to mount a disk")
+    place, owner = postgres.data_dir.parent / "small", postgres.data_dir.stat()
+    mount = ["mount", "-t", "tmpfs", "tmpfs", str(place), "-o"]
+    options = f"mode=700,uid={owner.st_uid},gid={owner.st_gid}"
+    name = urlsplit(url).path.removeprefix("/")
+    with contextlib.ExitStack() as undoing:
+        place.mkdir()
+        undoing.callback(place.rmdir)
+        done = subprocess.run([*mount, f"{options},size=4m"], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no disk can be mounted: {done.stderr.splitlines()[0]}")
+        # Lazily, for it must go even when something on it could not be dropped.
+        undoing.callback(subprocess.run, ["umount", "-l", str(place)], check=True)
+        rows_of(postgres.url, f"CREATE TABLESPACE small LOCATION '{place}'")
+        undoing.callback(rows_of, postgres.url, "DROP TABLESPACE small")
+        undoing.callback(rows_of, postgres.url, f"DROP DATABASE {name} WITH (FORCE)")
+        rows_of(url, "ALTER TABLE incidents SET TABLESPACE small")
+        yield lambda: subprocess.run([*mount, f"{options},remount,size=64m"], check=True)
+
+
+@contextlib.contextmanager
+def told_disk(postgres: Postgres, url: str) -> Iterator[Callable[[], Any]]:
+    """The incidents' table says that its disk is full; gives what ends that."""
+    rows_of(
+        url,
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " RAISE 'could not extend file: No space left on device' USING ERRCODE = '53100'; END $$;"
+        "CREATE TRIGGER refuse BEFORE INSERT ON incidents EXECUTE FUNCTION refuse()",
+    )
+    yield lambda: rows_of(url, "DROP TRIGGER refuse ON incidents")
+
+
+@pytest.mark.parametrize("disk", [small_disk, told_disk], ids=["a small disk", "a trigger's word"])
+async def test_a_full_disk_is_told_and_what_is_there_is_still_read(
+    serve: Serve, postgres: Postgres, database_url: str, disk: Disk
+) -> None:
+    server = serve(DATABASE_URL=database_url)
+    await post_times(server, 4)
+    acknowledged, texts = 4, random.Random(1)
+    with disk(postgres, database_url) as make_room:
+        async with clients_of(server, 1) as [client]:
+
+            async def post() -> Answer:
+                text = WRITTEN + "".join(chr(texts.randrange(0x4E00, 0x9FA0)) for _ in range(4000))
+                return await client.send("POST", "/incidents/", new(text))
+
+            while (answer := await post()).status == 201:
+                acknowledged += 1
+            reads = ["/incidents/1", "/incidents/?limit=2", "/incidents/1/timeline", "/stats"]
+            meanwhile = [(await client.send("GET", path)).status for path in reads * 5]
+            await is_ready(server)  # nothing that it reads is away
+            refusals = [answer, *[await post() for _ in range(5)]]
+            printed = server.printed()
+            make_room()
+            async with asyncio.timeout(10):
+                while (await post()).status != 201:
+                    await asyncio.sleep(0.05)
+
+        assert [answer.status for answer in refusals] == [503] * 6
+        assert all(int(answer.headers["retry-after"]) > 0 for answer in refusals)
+        for answer in refusals:
+            problem = json.loads(answer.body)
+            assert answer.headers["content-type"] == "application/problem+json; charset=utf-8"
+            assert problem.keys() == {"type", "title", "status", "detail", "request_id"}
+            assert "DiskFullError" in problem["detail"]
+        assert meanwhile == [200] * 20
+        assert re.search("cannot serve: could not extend file.*No space left on device", printed)
+        assert len(descriptions_in(database_url)) == acknowledged + 1
+        await recovered(server, database_url)
+        assert printed.count("cannot serve") == 1, printed
+
+
 async def test_a_statement_timeout_is_told(serve: Serve, database_url: str) -> None:
     server = serve(DATABASE_URL=database_url)
     await post_times(server, 4)
-    with setting(database_url, "statement_timeout", "'200ms'"):
-        with psycopg.connect(database_url) as session:
-            session.execute("SELECT FROM incidents WHERE id = 1 FOR UPDATE")
-            change = ("PATCH", "/incidents/1", {"status": "closed"})
-            await refused(server, change, "QueryCanceledError")
-        assert await status_of(server, "/health/ready") == 200
+    with (
+        setting(database_url, "statement_timeout", "'200ms'"),
+        psycopg.connect(database_url) as session,
+    ):
+        session.execute("SELECT FROM incidents WHERE id = 1 FOR UPDATE")
+        change = ("PATCH", "/incidents/1", {"status": "closed"})
+        await refused(server, change, "QueryCanceledError")
+        await is_ready(server)
 
     assert "cannot serve: canceling statement due to statement timeout" in server.printed()
     await recovered(server, database_url)
@@ -536,15 +637,17 @@ async def test_a_deadlock_is_told(serve: Serve, database_url: str) -> None:
             " SELECT last_value + 1, 'x', 'partner' FROM incidents_id_seq"
         )
         async with clients_of(server, 1) as [client]:
-            request = client.send("POST", "/incidents/", new("y"), key="k")
+            request = client.send("POST", "/incidents/", new(), key="k")
             answering = asyncio.create_task(request)
             await lock_waited_for(database_url)
+            await is_ready(server)
             wants = thread.submit(
                 session.execute,
                 "INSERT INTO idempotency_keys (actor, key, digest, made_id)"
                 " VALUES ('anonymous', 'k', '', 1)",
             )
             answer = await answering
+        await is_ready(server)
         wants.result(10)
         session.rollback()
 
@@ -564,7 +667,9 @@ async def test_a_serialization_failure_is_told(serve: Serve, database_url: str) 
             session.execute("UPDATE incidents SET description = 'y' WHERE id = 1")
             refusal = asyncio.create_task(refused(server, change, "SerializationError"))
             await lock_waited_for(database_url)
+            await is_ready(server)
         await refusal
+        await is_ready(server)
 
     assert "cannot serve: could not serialize access" in server.printed()
     await recovered(server, database_url)
@@ -573,8 +678,8 @@ async def test_a_serialization_failure_is_told(serve: Serve, database_url: str) 
 async def test_a_standby_is_told_and_left(serve: Serve, database_url: str) -> None:
     server = serve(DATABASE_URL=database_url)
     with setting(database_url, "default_transaction_read_only", "on"):
-        await refused(server, ("POST", "/incidents/", new("x")), "ReadOnlySQLTransactionError")
-        assert await status_of(server, "/health/ready") == 503
+        await refused(server, ("POST", "/incidents/", new()), "ReadOnlySQLTransactionError")
+        assert "as a standby" in await unready(server)
         assert await status_of(server, "/incidents/") == 200
 
     assert "cannot serve: cannot execute" in server.printed()
@@ -608,7 +713,7 @@ async def test_a_service_that_is_stopped_answers_all_that_it_has_read(
 
     async def post(client: Client, writer: int) -> None:
         for number in range(1_000_000):
-            name = f"{writer}-{number}"
+            name = f"{WRITTEN} {writer}-{number}"
             try:
                 answer = await client.send("POST", "/incidents/", new(name))
             except Unanswered:
@@ -649,7 +754,7 @@ async def test_a_thousand_connections_that_post_without_pause_are_served_or_refu
 
     async def post(client: Client) -> None:
         while (started := time.monotonic()) < deadline:
-            answer = await client.send("POST", "/incidents/", new("x"))
+            answer = await client.send("POST", "/incidents/", new())
             statuses[answer.status] += 1
             if answer.status == 201:
                 times.append(time.monotonic() - started)
@@ -687,7 +792,8 @@ async def test_slow_readers_of_everything_are_nobodys_burden(
         f" SELECT 'Проблема ' || n, 'partner' FROM generate_series(1, {READ_INCIDENTS}) AS n",
     )
     rows_of(database_url, "VACUUM ANALYZE incidents")
-    before = percentile(await post_times(server, 1000), 99)
+    await post_times(server, 1000)  # the first are slower
+    before = percentile(await post_times(server, 4000), 99)
     process = psutil.Process(server.process.pid)
     idle = most = process.memory_info().rss
     received = [0] * SLOW_READERS
@@ -707,36 +813,33 @@ async def test_slow_readers_of_everything_are_nobodys_burden(
         finally:
             writer.transport.abort()
 
-    readers = [asyncio.create_task(trickle(index)) for index in range(SLOW_READERS)]
-    await soon(lambda: all(received))
-
-    # The first of each reply goes as fast as the kernel's buffers take it; then it trickles.
-    busy = 1.0
-    while busy > 0.1:
-        spent = sum(process.cpu_times()[:2])
-        await asyncio.sleep(0.5)
-        busy = sum(process.cpu_times()[:2]) - spent
     held = "state LIKE 'idle in%' OR state = 'active' AND clock_timestamp() - xact_start > '1 s'"
     where = f"WHERE datname = current_database() AND backend_type = 'client backend' AND ({held})"
     during: list[float] = []
-    for _ in range(5):
+    started = time.monotonic()
+    readers = [asyncio.create_task(trickle(index)) for index in range(SLOW_READERS)]
+    while time.monotonic() - started < SLOW_SECONDS or not all(received):
         during += await post_times(server, 400)
         most = max(most, process.memory_info().rss)
         assert rows_of(database_url, f"SELECT state, query FROM pg_stat_activity {where}") == []
-        await asyncio.sleep(0.5)
     assert not any(reader.done() for reader in readers)
     for reader in readers:
         reader.cancel()
     await asyncio.gather(*readers, return_exceptions=True)
 
-    worst = percentile(during, 99)
-    print(f"p99 {before * 1000:.1f} → {worst * 1000:.1f} ms, + {(most - idle) / MIB:.0f} MiB")
-    assert worst <= 3 * before + 0.05  # the rest is for a busy machine
+    worst, first = percentile(during, 99), percentile(during[:400], 99)
+    print(
+        f"p99 {before * 1000:.1f} → {worst * 1000:.1f} ms, of the first 400 {first * 1000:.1f} ms; "
+        f"+ {(most - idle) / MIB:.0f} MiB"
+    )
+    assert worst <= 3 * before
     assert most - idle <= 64 * MIB
     assert "Traceback" not in server.printed()
 
 
-async def test_senders_that_never_end_are_sent_away(serve: Serve, database_url: str) -> None:
+async def test_senders_of_a_body_that_never_ends_are_sent_away(
+    serve: Serve, database_url: str
+) -> None:
     server = serve(DATABASE_URL=database_url)
     head = b"POST /incidents/ HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
@@ -746,15 +849,15 @@ async def test_senders_that_never_end_are_sent_away(serve: Serve, database_url: 
         writer.write(head + b"Content-Length: 1000\r\n\r\n")
         started = time.monotonic()
         answer = asyncio.create_task(reader.readline())
-        status = b""
         try:
-            while not answer.done():
+            while not answer.done() and time.monotonic() - started < 20:
                 writer.write(b" ")
-                await asyncio.wait([answer], timeout=1)
-            with contextlib.suppress(ConnectionResetError):
-                status = await answer
-                await reader.read()
-            return status, time.monotonic() - started
+                # No byte comes in the tenth second's end: it would meet the closed connection, and
+                # the reset that answers it may overtake the answer.
+                await asyncio.wait([answer], timeout=0.7)
+            answer.cancel()
+            [status] = await asyncio.gather(answer, return_exceptions=True)
+            return status if isinstance(status, bytes) else b"", time.monotonic() - started
         finally:
             writer.transport.abort()
 
@@ -769,10 +872,7 @@ async def test_senders_that_never_end_are_sent_away(serve: Serve, database_url: 
         f"closed after {max(end[1] for end in ends):.1f} s; "
         f"POST meanwhile p99 {percentile(times, 99) * 1000:.1f} ms"
     )
-    # A byte that meets the closed connection resets it, and may overtake the answer.
-    statuses = Counter(line for line, _ in ends)
-    assert set(statuses) <= {b"HTTP/1.1 408 Request Timeout\r\n", b""}
-    assert statuses[b""] <= SLOW_SENDERS / 10
     assert max(seconds for _, seconds in ends) <= 15
+    assert {status for status, _ in ends} == {b"HTTP/1.1 408 Request Timeout\r\n"}
     assert percentile(times, 99) < 1
     assert "Traceback" not in server.printed()
