@@ -312,7 +312,7 @@ class Lane:
     def __init__(self, database: "Database", statement: str) -> None:
         self.database, self.statement = database, statement
         self.shared = not re.search("INSERT|UPDATE", statement)
-        self.takes_arrays = "WITH ORDINALITY" in statement
+        self.takes_arrays = "WITH ORDINALITY" in statement  # it runs once for a batch
         self.waiting: dict[Any, Call] = {}
         self.workers: set[asyncio.Task[None]] = set()
 
