@@ -18,11 +18,13 @@
        SELECT actor, key, digest, nextval('incidents_id_seq')
          FROM call
         WHERE key IS NOT NULL
-       ON CONFLICT (actor, key) DO UPDATE SET replays = kept.replays + 1
-       RETURNING actor, key, digest, made_id, replays > 0 AS replayed),
+       ON CONFLICT (actor, key) DO UPDATE
+          SET replays = kept.replays + (kept.digest = excluded.digest)::integer
+       RETURNING actor, key, digest, made_id, replays),
        numbered AS MATERIALIZED (
        SELECT coalesce(made_id, nextval('incidents_id_seq')) AS id, actor, description, source, place,
-              coalesce(replayed, false) AS replayed, coalesce(used.digest = call.digest, true) AS same
+              coalesce(used.digest = call.digest, true) AS same,
+              coalesce(replays > 0 OR used.digest <> call.digest, false) AS replayed
          FROM call LEFT JOIN used USING (actor, key)),
        created AS (
        INSERT INTO incidents (id, description, source)

@@ -16,12 +16,14 @@
        SELECT actor, key, digest, nextval('timeline_id_seq')
          FROM call
         WHERE found AND key IS NOT NULL
-       ON CONFLICT (actor, key) DO UPDATE SET replays = kept.replays + 1
-       RETURNING actor, key, digest, made_id, replays > 0 AS replayed),
+       ON CONFLICT (actor, key) DO UPDATE
+          SET replays = kept.replays + (kept.digest = excluded.digest)::integer
+       RETURNING actor, key, digest, made_id, replays),
        numbered AS MATERIALIZED (
        SELECT CASE WHEN found THEN coalesce(made_id, nextval('timeline_id_seq')) END AS id,
               incident_id, note, actor, place,
-              coalesce(replayed, false) AS replayed, coalesce(used.digest = call.digest, true) AS same
+              coalesce(used.digest = call.digest, true) AS same,
+              coalesce(replays > 0 OR used.digest <> call.digest, false) AS replayed
          FROM call LEFT JOIN used USING (actor, key)),
        entry AS (
        INSERT INTO timeline (id, incident_id, kind, note, actor)

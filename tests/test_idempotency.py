@@ -117,6 +117,7 @@ async def test_a_key_that_came_with_another_body_is_refused_and_makes_nothing(
         assert REPLAYED not in answer.headers
     assert sql("SELECT source FROM incidents") == [("monitoring",)]
     assert sql("SELECT kind FROM timeline") == [("created",)]
+    assert sql("SELECT made_id, replays FROM idempotency_keys") == [(1, 0)]
     assert made([await client.post("/incidents/", json=NEW, headers=KEY)]) == ({201}, {1}, 1)
 
 
