@@ -32,8 +32,7 @@
               version = before.version + 1, updated_at = changed_at
          FROM before
         WHERE incidents.id = before.id AND matched
-          AND (new_description, new_source, new_status)
-              <> (before.description, before.source, before.status)
+          AND (new_description, new_source, new_status) <> (before.description, before.source, before.status)
        RETURNING incidents.id, incidents.version, incident_json(incidents) AS body),
        entries AS (
        INSERT INTO timeline (incident_id, kind, field, from_value, to_value, actor, created_at)
@@ -47,7 +46,5 @@
         WHERE was <> becomes)
 SELECT coalesce(changed.body, before.body)::json AS body,
        format('"%s"', coalesce(changed.version, before.version)) AS etag, matched
-  FROM call
-       LEFT JOIN before USING (place)
-       LEFT JOIN changed ON changed.id = before.id
+  FROM call LEFT JOIN before USING (place) LEFT JOIN changed ON changed.id = before.id
  ORDER BY place;
