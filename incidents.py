@@ -871,6 +871,8 @@ class Operation(Route):
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, whatever happens: with an id, and a line in the log if asked for."""
+        if scope["type"] != "http":  # a WebSocket: uvicorn asks where it has a package for them
+            return await send({"type": "websocket.close"})
         started = time.perf_counter()
         request = Request(scope, receive, send)
         request_id = request_id_of(request.headers)

@@ -686,6 +686,22 @@ async def test_a_method_not_offered_is_refused_as_such_whatever_its_query(
     assert_problem(answer, 405)
 
 
+@pytest.mark.parametrize("path", ["/incidents/", "/nope"])
+async def test_a_websocket_is_closed_before_it_opens(path: str) -> None:
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "websocket", "path": path, "root_path": "", "headers": [], "query_string": b""}
+    await incidents.app(scope, receive, send)
+
+    assert sent == [{"type": "websocket.close"}]
+
+
 async def test_a_method_not_offered_on_a_file_is_refused(client: httpx.AsyncClient) -> None:
     answer = await client.delete("/docs/swagger.js")
 
