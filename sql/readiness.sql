@@ -1,6 +1,9 @@
--- Those of the named migrations that this database has not had yet, and whether it takes no writes.
---   $1 names  text[]
+-- kind: read, single
+--
+-- Which of these migrations the database lacks, and whether it refuses writes because it is a standby
+-- or was set to read-only.
+--   $1 migrations  text[]
 SELECT coalesce(array_agg(name ORDER BY name), '{}') AS missing,
-       current_setting('transaction_read_only')::boolean AS read_only
+       current_setting('transaction_read_only')::boolean AS is_read_only
   FROM unnest($1::text[]) AS wanted (name)
  WHERE name NOT IN (SELECT migration_id FROM _yoyo_migration);

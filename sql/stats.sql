@@ -1,26 +1,21 @@
--- How many incidents there are by status and by source, and how long they took from their creation to
--- the first time in progress and resolved: mean, median and 95th percentile, null when none got there.
---   $1 since  timestamptz  created then or later, null for any
---   $2 until  timestamptz  created before then, null for any
-  WITH chosen AS (
+-- kind: read, single
+--
+-- How many incidents there are by status and by source, and how many seconds passed from creation to
+-- the first time in progress and to the first time resolved: mean, median and 95th percentile. They
+-- are null when no incident got there.
+--   $1 since     timestamptz  created at this time or later, null for no bound
+--   $2 until     timestamptz  created before this time, null for no bound
+--   $3 statuses  text[]       all statuses
+--   $4 sources   text[]       all sources
+  WITH chosen AS MATERIALIZED (
        SELECT id, status, source, created_at
          FROM incidents
-        WHERE created_at >= coalesce($1::timestamptz, '-infinity')
-          AND (created_at, id) < (coalesce($2::timestamptz, 'infinity'),
-                                  CASE WHEN $2 IS NULL THEN 9223372036854775807 ELSE 0 END)),
-       counts AS (
-       SELECT count(*) AS incidents,
-              json_build_object(
-                  'open', count(*) FILTER (WHERE status = 'open'),
-                  'in_progress', count(*) FILTER (WHERE status = 'in_progress'),
-                  'resolved', count(*) FILTER (WHERE status = 'resolved'),
-                  'closed', count(*) FILTER (WHERE status = 'closed')) AS by_status,
-              json_build_object(
-                  'operator', count(*) FILTER (WHERE source = 'operator'),
-                  'monitoring', count(*) FILTER (WHERE source = 'monitoring'),
-                  'partner', count(*) FILTER (WHERE source = 'partner')) AS by_source
-         FROM chosen),
-       reached AS (
+        WHERE created_at >= coalesce($1::timestamptz, '-infinity') AND created_at < coalesce($2::timestamptz, 'infinity')),
+       grouped AS (
+       SELECT status, source, count(*) AS incidents
+         FROM chosen
+        GROUP BY status, source),
+       first_times AS (
        SELECT to_value AS status, extract(epoch FROM min(timeline.created_at) - chosen.created_at) AS seconds
          FROM timeline
               JOIN chosen ON chosen.id = incident_id
@@ -33,9 +28,14 @@
                   'p50', percentile_cont(0.5) WITHIN GROUP (ORDER BY seconds),
                   'p95', percentile_cont(0.95) WITHIN GROUP (ORDER BY seconds)) AS figures
          FROM (VALUES ('in_progress'), ('resolved')) AS wanted (status)
-              LEFT JOIN reached USING (status)
+              LEFT JOIN first_times USING (status)
         GROUP BY wanted.status)
 SELECT json_build_object(
-           'incidents', incidents, 'by_status', by_status, 'by_source', by_source,
-           'seconds_to', (SELECT json_object_agg(status, figures ORDER BY status) FROM durations)) AS body
-  FROM counts;
+           'incidents', (SELECT coalesce(sum(incidents), 0) FROM grouped),
+           'by_status', (SELECT json_object_agg(name, (
+                             SELECT coalesce(sum(incidents), 0) FROM grouped WHERE status = name))
+                           FROM unnest($3::text[]) AS name),
+           'by_source', (SELECT json_object_agg(name, (
+                             SELECT coalesce(sum(incidents), 0) FROM grouped WHERE source = name))
+                           FROM unnest($4::text[]) AS name),
+           'seconds_to', (SELECT json_object_agg(status, figures ORDER BY status) FROM durations)) AS body;

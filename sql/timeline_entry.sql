@@ -1,8 +1,7 @@
+-- kind: read, single
+--
 -- One entry of a timeline; body is null when there is no such entry.
 --   $1 entry_id  bigint
-SELECT body
-  FROM (SELECT) AS once
-       LEFT JOIN (
-       SELECT timeline_json(timeline) AS body
-         FROM timeline
-        WHERE id = $1) AS entry ON true;
+SELECT (SELECT timeline_json(timeline)
+          FROM timeline
+         WHERE id = $1) AS body;

@@ -1,16 +1,15 @@
-"""What every test stands on: a real PostgreSQL, a fresh migrated database, the application in this
-process (`client`) and, where sockets, signals or settings matter, a real server (`serve`)."""
+"""Fixtures for all tests: a real PostgreSQL, a fresh migrated database, and the service.
+
+`client` talks to the application in this process. Where sockets, signals or settings matter,
+`serve` starts the service as a process of its own.
+"""
 
 import contextlib
 import logging
 import os
 import re
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -20,31 +19,32 @@ from urllib.parse import urlsplit
 import httpx
 import psycopg
 import pytest
+from helpers import (
+    LOGS,
+    SECRET_MARKER,
+    TRUNCATE_ALL,
+    NewDatabase,
+    Rows,
+    Serve,
+    Server,
+    Sql,
+    free_port,
+    in_database,
+    open_client,
+    wait_until,
+)
 
 import incidents
 
-ROOT = Path(incidents.__file__).parent
-
-# Empties the tables, for the tests of a file that share one database: the timeline refuses it.
-EMPTY = (
-    "ALTER TABLE timeline DISABLE TRIGGER USER; "
-    "TRUNCATE incidents, incident_texts, timeline, idempotency_keys RESTART IDENTITY; "
-    "ALTER TABLE timeline ENABLE TRIGGER USER"
+# Every token and password in the tests has one of these words in it.
+SECRETS = re.compile(
+    f"{SECRET_MARKER}|s3cr3t|Secret123|0123456789abcdef|fedcba9876543210", re.IGNORECASE
 )
-
-# What no log may tell: each token and password of the tests has one of these words in it, and much
-# of what the tests write has the first.
-WRITTEN = "Unlogged"
-FORBIDDEN = re.compile(f"{WRITTEN}|s3cr3t|Secret123|0123456789abcdef|fedcba9876543210", re.I)
-LOGS: list[Path] = []  # of all servers that the tests start, and of the application in this process
-
-# An id of the client's own comes back in each answer, so that two answers may be alike.
-NAMED = {"X-Request-ID": "test"}
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_log_tells_a_secret(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Read every log of the run when it ends, and fail it where one tells what none may tell."""
+def logs_hold_no_secrets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Read all logs when the tests end, and fail if one holds a secret or an incident's text."""
     LOGS.append(tmp_path_factory.mktemp("logs") / "application.log")
     handler = logging.FileHandler(LOGS[0], encoding="utf-8")
     root = logging.getLogger()
@@ -55,49 +55,46 @@ def no_log_tells_a_secret(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     incidents.log.setLevel(level)
     root.removeHandler(handler)
     handler.close()
-    told = [
+    leaks = [
         f"{log}:{number}: {line}"
         for log in LOGS
         for number, line in enumerate(log.read_text("utf-8", "replace").split("\n"), 1)
-        if FORBIDDEN.search(line)
+        if SECRETS.search(line)
     ]
 
-    assert not told, "\n".join(told)
+    assert not leaks, "\n".join(leaks)
 
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
+    """Run asynchronous tests on asyncio, as the service does."""
     return "asyncio"
 
 
 @pytest.fixture(scope="session")
 def server_url() -> Iterator[str]:
-    """A PostgreSQL whose role may create databases: TEST_DATABASE_URL, or the embedded one.
+    """Give a PostgreSQL whose role may create databases: TEST_DATABASE_URL, or the embedded one.
 
-    Its folder is not one of pytest's, which a few other runs on the machine would take away.
+    The data is not in a folder of pytest's, because pytest keeps only the folders of the last three
+    runs, and would delete this one while other runs on the same machine still use it.
     """
     if url := os.environ.get("TEST_DATABASE_URL"):
-        yield incidents.postgres_url(url)
+        yield incidents.normalize_database_url(url)
         return
     with (
         tempfile.TemporaryDirectory() as folder,
         incidents.embedded_postgres(Path(folder) / "data") as url,
     ):
-        # A database is made and dropped for each test, and waits for the disk would be most of it.
+        # Most tests create a database, and waiting for the disk would take most of their time.
         with psycopg.connect(url, autocommit=True) as session:
             session.execute("ALTER SYSTEM SET fsync = off")
             session.execute("SELECT pg_reload_conf()")
         yield url
 
 
-def in_database(url: str, name: str) -> str:
-    """The URL of another database on the same server."""
-    return urlsplit(url)._replace(path=f"/{name}").geturl()
-
-
 @pytest.fixture(scope="session")
-def new_database(server_url: str) -> Iterator[Callable[..., str]]:
-    """Make a database and give its URL; on a server that stays, all are dropped at the end."""
+def new_database(server_url: str) -> Iterator[NewDatabase]:
+    """Create a database and give its URL. On a server that stays, all are dropped at the end."""
     names: list[str] = []
 
     def create(template: str = "template0") -> str:
@@ -112,25 +109,42 @@ def new_database(server_url: str) -> Iterator[Callable[..., str]]:
 
 
 @pytest.fixture(scope="session")
-def migrated(new_database: Callable[..., str]) -> str:
-    """The name of a database with every migration, to copy."""
+def migrated(new_database: NewDatabase) -> str:
+    """Give the name of a database that has the schema and no incidents, to be copied."""
     url = new_database()
     incidents.migrate(url)
     return urlsplit(url).path.removeprefix("/")
 
 
 @pytest.fixture
-def database_url(new_database: Callable[..., str], migrated: str) -> str:
-    """A migrated database of the test's own, empty."""
+def database_url(new_database: NewDatabase, migrated: str) -> str:
+    """Give an empty database, migrated, that only this test uses."""
+    return new_database(template=migrated)
+
+
+@pytest.fixture(scope="module")
+def module_database_url(new_database: NewDatabase, migrated: str) -> str:
+    """Give a migrated database that all tests of a file share."""
     return new_database(template=migrated)
 
 
 @pytest.fixture
-def sql(database_url: str) -> Iterator[Callable[..., list[tuple[Any, ...]]]]:
+def emptied_database_url(module_database_url: str) -> str:
+    """Empty the database that all tests of a file share, and give it.
+
+    This is faster than a new database. A file uses it by a fixture `database_url` of its own.
+    """
+    with psycopg.connect(module_database_url, autocommit=True) as session:
+        session.execute(TRUNCATE_ALL)
+    return module_database_url
+
+
+@pytest.fixture
+def sql(database_url: str) -> Iterator[Sql]:
     """Run a statement in the test's database, and give its rows."""
     with psycopg.connect(database_url, autocommit=True) as session:
 
-        def run(statement: Any, *arguments: Any) -> list[tuple[Any, ...]]:
+        def run(statement: Any, *arguments: Any) -> Rows:
             cursor = session.execute(statement, arguments or None)
             return cursor.fetchall() if cursor.description else []
 
@@ -138,10 +152,17 @@ def sql(database_url: str) -> Iterator[Callable[..., list[tuple[Any, ...]]]]:
 
 
 @pytest.fixture
-def away(
+def stored_rows(sql: Sql) -> Callable[[], list[Rows]]:
+    """Give everything that the database holds, to see that a request has changed nothing."""
+    keys = {"incidents": "id", "incident_texts": "id", "timeline": "id", "idempotency_keys": "key"}
+    return lambda: [sql(f"SELECT * FROM {table} ORDER BY {key}") for table, key in keys.items()]
+
+
+@pytest.fixture
+def database_unavailable(
     server_url: str, database_url: str
 ) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """Take the test's database away for a while: every session ends, and none is let in."""
+    """Make the test's database refuse connections for a while, after it has ended all sessions."""
     name = urlsplit(database_url).path.removeprefix("/")
 
     @contextlib.contextmanager
@@ -156,78 +177,19 @@ def away(
     return refuse_connections
 
 
-@contextlib.asynccontextmanager
-async def client_of(database_url: str) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the application in this process, which runs on this database."""
-    transport = httpx.ASGITransport(incidents.app, raise_app_exceptions=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(incidents.settings, "database_url", database_url)
-        async with (
-            incidents.lifespan(incidents.app),
-            httpx.AsyncClient(transport=transport, base_url="http://test", headers=NAMED) as client,
-        ):
-            yield client
-
-
 @pytest.fixture
 async def client(database_url: str) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the application in this process, which runs on the test's database."""
-    async with client_of(database_url) as client:
+    """Give a client of the application, which runs in this process on the test's database."""
+    async with open_client(database_url) as client:
         yield client
 
 
-def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
-    """Wait for a condition, and give what it gave."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"nothing came of it in {seconds} seconds"
-        time.sleep(0.02)
-    return value
-
-
-class Server:
-    """The service as a process of its own: its URL, its process, and what it has printed."""
-
-    def __init__(self, command: list[str], port: int, log: Path, settings: dict[str, str]) -> None:
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = log
-        LOGS.append(log)
-        environment = {k: v for k, v in os.environ.items() if k.upper() not in SETTINGS}
-        environment |= {"API_PORT": str(port), "PYTHONUNBUFFERED": "1"} | settings
-        with log.open("ab") as output:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=output, stderr=output
-            )
-
-    def answers(self) -> bool:
-        """Whether it serves; fails the test at once when it has ended instead."""
-        assert self.process.poll() is None, self.log.read_text("utf-8")
-        with contextlib.suppress(httpx.TransportError):
-            return httpx.get(f"{self.url}/health/live", timeout=1).is_success
-        return False
-
-    def stop(self, number: int = signal.SIGTERM, seconds: float = 10) -> int:
-        """Send a signal, and give the exit code."""
-        self.process.send_signal(number)
-        return self.process.wait(seconds)
-
-    def printed(self) -> str:
-        return self.log.read_text("utf-8")
-
-
-SETTINGS = {name.upper() for name in incidents.Settings.model_fields}
-
-
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """Start the service with some settings and wait until it answers; ended with the test."""
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Start the service with some settings, wait until it answers, and stop it after the test.
+
+    With `wait=False` it is given at once, for a start that is meant to fail.
+    """
     servers: list[Server] = []
 
     def start(
@@ -238,7 +200,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
         command = command or [sys.executable, "incidents.py"]
         servers.append(Server(command, port, log, settings))
         if wait:
-            until(servers[-1].answers)
+            wait_until(servers[-1].is_live)
         return servers[-1]
 
     yield start

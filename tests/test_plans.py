@@ -1,151 +1,275 @@
-"""What a page costs: whatever the filters, and whichever plan the server keeps for the statement,
-it is found in a few hundred buffers and not by a walk through the table."""
+"""The cost of a page: PostgreSQL must find it in the indexes, and not by a walk through the table.
 
+The cost is counted in buffers of 8 KiB that a statement reads, because that is the same on every
+machine. Time is not.
+"""
+
+import asyncio
 import itertools
 import json
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
-from typing import Any, get_args
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlencode
 
 import psycopg
 import pytest
+from helpers import NewDatabase
 from psycopg.sql import SQL, Composed, Identifier, Literal
 
 import incidents
 
-INCIDENTS = 60_000
+INCIDENTS = 60_000  # one a minute from 2024-01-01 on, so the last is of 2024-02-11
 LIMIT = 50
-BUFFERS = 400  # of 8 KiB
-DEEP = 25_000  # incidents before the deep page
-START = datetime(2024, 1, 1, tzinfo=UTC)  # one incident a minute from then on
+MAX_BUFFERS = 400
+# Before this time there are 35,000 incidents, and after it 25,000.
+MIDDLE = "2024-01-25T07:20:00Z"
 
-# 99 % are closed, the other statuses and the rare words are spread over all times.
+# 99 % are closed, the other statuses have a third of a percent each. Of the words in descriptions,
+# - "сеть" is in a third, "пожар" in 2 %, "авария" in 0.14 %, and "ниоткуда" in none,
+# - "провод" is in 10 %, but only in incidents that are closed and from monitoring,
+# - "потоп" is in half of the oldest tenth, and in none that is newer.
 FILL = """
     INSERT INTO incidents (description, status, source, created_at, updated_at)
-    SELECT 'Сервер ' || left(md5(number::text), 12) || ' не отвечает' ||
-           CASE WHEN mod(number, 700) = 0 THEN ' авария' ELSE '' END ||
-           CASE WHEN mod(number, 50) = 0 THEN ' пожар' ELSE '' END,
+    SELECT 'Сервер ' || left(md5(number::text), 12) || ' не отвечает'
+           || CASE WHEN mod(number / 7, 3) = 0 THEN ' сеть' ELSE '' END
+           || CASE WHEN mod(number, 51) = 0 THEN ' пожар' ELSE '' END
+           || CASE WHEN mod(number, 700) = 0 THEN ' авария' ELSE '' END
+           || CASE WHEN mod(number, 10) = 3 THEN ' провод' ELSE '' END
+           || CASE WHEN number <= %(incidents)s / 10 AND mod(number, 2) = 0
+                   THEN ' потоп' ELSE '' END,
            CASE WHEN mod(number, 100) <> 7 THEN 'closed'
                 ELSE (ARRAY['open', 'in_progress', 'resolved'])[1 + mod(number / 100, 3)] END,
            CASE WHEN mod(number, 10) < 8 THEN 'monitoring'
                 WHEN mod(number, 100) < 99 THEN 'operator'
                 ELSE 'partner' END,
-           %(start)s + number * interval '1 minute', %(start)s + number * interval '1 minute'
-      FROM generate_series(1, %(incidents)s) AS number"""
+           created_at, created_at
+      FROM generate_series(1, %(incidents)s) AS number
+           CROSS JOIN LATERAL (
+           SELECT timestamptz '2024-01-01 00:00Z' + number * interval '1 minute' AS created_at
+           ) AS time
+     ORDER BY number"""
+
+WALK = SQL("SELECT count(description) FROM incidents").format()
+STATEMENTS = ["incident_page", "incident_search"]
+
+Session = psycopg.Connection[tuple[Any, ...]]
+
+
+def fill(session: Session, count: int) -> None:
+    """Fill a migrated database with incidents, and prepare the statements of the list."""
+    # The index of the trigrams is made afterwards: filled row by row, it takes ten seconds.
+    [(index,)] = session.execute(
+        "SELECT pg_get_indexdef('incident_texts_description_idx'::regclass)"
+    ).fetchall()
+    session.execute("DROP INDEX incident_texts_description_idx")
+    session.execute(FILL, {"incidents": count})
+    session.execute(index)
+    session.execute("VACUUM (ANALYZE) incidents, incident_texts")
+    prepare(session)
+
+
+def prepare(session: Session) -> None:
+    """Set a session up as the service does, and prepare the statements of the list."""
+    session.execute("SET enable_seqscan = off; SET jit = off; SET datestyle = 'ISO'")
+    for name in STATEMENTS:
+        statement = SQL("PREPARE {} AS ").format(Identifier(name))
+        session.execute(statement.as_bytes(session) + getattr(incidents.SQL, name).text.encode())
 
 
 @pytest.fixture(scope="module")
-def session(
-    new_database: Callable[..., str], migrated: str
-) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
-    """A session on a database with many incidents, in which the list's statements are prepared."""
+def session(new_database: NewDatabase, migrated: str) -> Iterator[Session]:
+    """Open a session on a database with many incidents."""
     with psycopg.connect(new_database(template=migrated), autocommit=True) as session:
-        # The index of the trigrams is made anew: filled row by row, it takes ten seconds.
-        trigrams = session.execute(
-            "SELECT pg_get_indexdef('incident_texts_description_idx'::regclass)"
-        )
-        [(definition,)] = trigrams.fetchall()
-        session.execute("DROP INDEX incident_texts_description_idx")
-        session.execute(FILL, {"start": START, "incidents": INCIDENTS})
-        session.execute(definition)
-        session.execute("VACUUM (ANALYZE) incidents, incident_texts")
-        session.execute("SET enable_seqscan = off")  # as the service does
-        for name in STATEMENTS:
-            statement = SQL("PREPARE {} AS ").format(Identifier(name))
-            session.execute(statement.as_bytes(session) + getattr(incidents.SQL, name).encode())
+        fill(session, INCIDENTS)
         yield session
 
 
-STATEMENTS = ["incident_page", "incident_page_filtered", "incident_search"]
+@pytest.fixture(params=["force_generic_plan", "force_custom_plan"])
+def both_plan_modes(request: pytest.FixtureRequest, session: Session) -> None:
+    """Run a test with generic plans, and once more with custom plans."""
+    session.execute(SQL("SET plan_cache_mode = {}").format(Literal(request.param)))
 
-FILTERS: dict[str, list[dict[str, Any]]] = {
-    "status": [{"status": ["open"]}, {"status": ["closed"]}, {"status": ["in_progress", "closed"]}],
-    "source": [
-        {"source": ["partner"]},
-        {"source": ["monitoring"]},
-        {"source": ["partner", "operator"]},
-    ],
-    "since": [{"since": START + timedelta(days=35)}, {"since": START + timedelta(days=5)}],
-    "until": [{"until": START + timedelta(days=20)}, {"until": START + timedelta(days=2)}],
+
+@pytest.fixture
+def generic_plans(session: Session) -> None:
+    """Use generic plans, as the service does on all its connections."""
+    session.execute("SET plan_cache_mode = force_generic_plan")
+
+
+def execute_page(query: dict[str, str], after: tuple[str, int] | None = None) -> Composed:
+    """Write the EXECUTE of the statement that the service would run for a query."""
+    sent: list[tuple[incidents.Statement, tuple[Any, ...]]] = []
+
+    async def record(statement: incidents.Statement, *arguments: Any) -> None:
+        sent.append((statement, arguments))
+
+    parameters = urlencode(query | {"limit": str(LIMIT)}).encode()
+    parsed = incidents.validate_query(parameters, incidents.ListQuery)
+    position = after and incidents.Position(incidents.parse_timestamp(after[0]), after[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(incidents.database, "fetchrow", record)
+        asyncio.run(incidents.fetch_page(parsed, incidents.LIST_FORMATS["json"], position))
+    [(statement, arguments)] = sent
+    values = [list(value) if isinstance(value, tuple) else value for value in arguments]
+    return SQL("EXECUTE {} ({})").format(
+        Identifier(statement.name), SQL(", ").join(map(Literal, values))
+    )
+
+
+def count_buffers(session: Session, command: Composed) -> int:
+    """Run a command, and give how many buffers it read, from memory or from disk."""
+    explain = SQL("EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON) ")
+    [(plans,)] = session.execute(explain + command).fetchall()
+    plan: dict[str, int] = plans[0]["Plan"]
+    return plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
+
+
+def count_buffers_of_all(
+    session: Session, queries: list[dict[str, str]], after: tuple[str, int] | None = None
+) -> dict[str, int]:
+    """Give the buffers that the page of each query reads."""
+    return {
+        json.dumps(query, ensure_ascii=False): count_buffers(session, execute_page(query, after))
+        for query in queries
+    }
+
+
+def find_costly(costs: dict[str, int], bound: int = MAX_BUFFERS) -> dict[str, int]:
+    """Give the queries that read more buffers than the bound."""
+    return {query: buffers for query, buffers in costs.items() if buffers > bound}
+
+
+# ── Flat: as cheap in a large table as in a small one ─────────────────────────────────────────────
+
+FILTERS = {
+    "status": [{"status": "open"}, {"status": "closed"}, {"status": "in_progress,closed"}],
+    "source": [{"source": "partner"}, {"source": "monitoring"}, {"source": "partner,operator"}],
+    "since": [{"since": "2024-02-05"}, {"since": "2024-01-06"}],
+    "until": [{"until": "2024-01-21"}, {"until": "2024-01-03"}],
     "q": [{"q": "авария"}, {"q": "АВАР"}, {"q": "ниоткуда"}],
 }
-CHOICES = [{}, *itertools.chain(*FILTERS.values())] + [
+# No filter, each filter, and each pair of filters.
+QUERIES: list[dict[str, str]] = [{}, *itertools.chain(*FILTERS.values())] + [
     one | other
     for some, others in itertools.combinations(FILTERS.values(), 2)
     for one, other in itertools.product(some, others)
 ]
 
 
-def call(query: dict[str, Any], after: str | None) -> tuple[str, list[Any]]:
-    """The statement that page_of runs for a query, and its arguments."""
-    page = [query.get("since"), query.get("until"), after, LIMIT, "json", True, True]
-    chosen = [
-        query.get("status", list(get_args(incidents.Status))),
-        query.get("source", list(get_args(incidents.Source))),
-    ]
-    if "q" in query:
-        return "incident_search", [*chosen, *page, query["q"]]
-    if "status" in query or "source" in query:
-        return "incident_page_filtered", [*chosen, *page]
-    return "incident_page", page
-
-
-def execute(name: str, arguments: list[Any]) -> Composed:
-    """The EXECUTE of a prepared statement."""
-    values = SQL(", ").join(map(Literal, arguments))
-    return SQL("EXECUTE {} ({})").format(Identifier(name), values)
-
-
-def buffers(session: psycopg.Connection[tuple[Any, ...]], command: Composed) -> int:
-    """How many buffers a command reads, from memory or disk."""
-    explain = SQL("EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON) ")
-    row = session.execute(explain + command).fetchone()
-    assert row is not None
-    plan: dict[str, int] = row[0][0]["Plan"]
-    return plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
-
-
-@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
-@pytest.mark.parametrize("depth", [0, DEEP], ids=["first", "deep"])
+@pytest.mark.parametrize("after", [None, (MIDDLE, 35_000)], ids=["first page", "deep page"])
+@pytest.mark.usefixtures("both_plan_modes")
 def test_a_page_reads_few_buffers_whatever_the_filters(
-    session: psycopg.Connection[tuple[Any, ...]], mode: str, depth: int
+    session: Session, after: tuple[str, int] | None
 ) -> None:
-    session.execute(SQL("SET plan_cache_mode = {}").format(Literal(mode)))
-    row = session.execute("SELECT cursor_after(%s)", (INCIDENTS - depth,)).fetchone()
-    assert row is not None
-    after = row[0] if depth else None
+    costs = count_buffers_of_all(session, QUERIES, after)
 
+    assert find_costly(costs) == {}
+
+
+@pytest.mark.parametrize("period", [{}, {"since": "2024-01-06"}, {"until": "2024-01-21"}])
+@pytest.mark.parametrize("after", [None, (MIDDLE, 35_000)], ids=["first page", "deep page"])
+@pytest.mark.usefixtures("generic_plans")
+def test_a_search_reads_few_buffers_whether_the_word_is_frequent_rare_or_absent(
+    session: Session, after: tuple[str, int] | None, period: dict[str, str]
+) -> None:
+    words = ["сеть", "СЕТ", "провод", "пожар", "авария", "ниоткуда"]
+    costs = count_buffers_of_all(session, [{"q": word} | period for word in words], after)
+
+    assert find_costly(costs) == {}
+
+
+# ── Not flat: these cost more in a larger table, and so much in this one ──────────────────────────
+
+
+@pytest.mark.usefixtures("generic_plans")
+def test_a_search_with_a_filter_reads_a_page_of_hits_for_each_status_and_source(
+    session: Session,
+) -> None:
+    chosen = [{"status": "closed"}, {"source": "monitoring"}, {"status": "open,closed"}]
     costs = {
-        json.dumps(query, default=str): buffers(session, execute(*call(query, after)))
-        for query in CHOICES
-    }
-    assert {query: cost for query, cost in costs.items() if cost > BUFFERS} == {}
-
-
-def test_the_pages_that_are_measured_are_full_or_hold_all_there_are(
-    session: psycopg.Connection[tuple[Any, ...]],
-) -> None:
-    """Else the few buffers would say nothing."""
-    wanted: dict[str, tuple[dict[str, Any], int]] = {
-        "the newest": ({}, LIMIT),
-        "a rare status": ({"status": ["open"]}, LIMIT),
-        "a rare source": ({"source": ["partner"]}, LIMIT),
-        "a rare word": ({"q": "авария"}, LIMIT),
-        "a rare word, shouted": ({"q": "АВАРИЯ", "since": START + timedelta(days=35)}, 14),
-        "a rare word of a rare status": ({"q": "авария", "status": ["open"]}, 0),
-        "no word at all": ({"q": "ниоткуда"}, 0),
-        "before the first": ({"until": START}, 0),
+        word: count_buffers_of_all(session, [{"q": word} | one for one in chosen])
+        for word in ("сеть", "пожар")
     }
 
-    for what, (query, count) in wanted.items():
-        row = session.execute(execute(*call(query, None))).fetchone()
-        assert row is not None
-        assert len(json.loads(row[0])) == count, what
+    assert find_costly(costs["сеть"], 600) == {}
+    assert find_costly(costs["пожар"], 1_400) == {}
 
 
-def test_a_walk_through_the_table_would_be_noticed(
-    session: psycopg.Connection[tuple[Any, ...]],
+@pytest.mark.parametrize(
+    ("chosen", "bound"),
+    [({"status": "open"}, 300), ({"source": "partner"}, 800), ({"source": "operator"}, 1_500)],
+)
+@pytest.mark.usefixtures("generic_plans")
+def test_a_search_for_a_frequent_word_walks_through_a_status_or_source_that_never_has_it(
+    session: Session, chosen: dict[str, str], bound: int
 ) -> None:
-    walk = SQL("SELECT count(description) FROM incidents")
+    costs = count_buffers_of_all(session, [{"q": "провод"} | chosen])
 
-    assert buffers(session, SQL("{}").format(walk)) > BUFFERS
+    assert find_costly(costs, bound) == {}
+
+
+@pytest.mark.parametrize("chosen", [{"status": "open"}, {"source": "monitoring"}])
+@pytest.mark.usefixtures("generic_plans")
+def test_a_search_for_a_rare_word_with_a_filter_reads_up_to_five_buffers_for_each_hit(
+    session: Session, chosen: dict[str, str]
+) -> None:
+    hits = INCIDENTS // 700
+    costs = count_buffers_of_all(session, [{"q": "авария"} | chosen])
+
+    assert find_costly(costs, 5 * hits) == {}
+
+
+@pytest.mark.usefixtures("generic_plans")
+def test_a_search_for_a_word_that_was_frequent_long_ago_reads_all_its_hits(
+    session: Session,
+) -> None:
+    hits = INCIDENTS // 20
+    without_filter = count_buffers_of_all(session, [{"q": "потоп"}])
+    with_filter = count_buffers_of_all(session, [{"q": "потоп", "source": "operator"}])
+
+    assert find_costly(without_filter, hits // 10) == {}
+    assert find_costly(with_filter, 3 * hits) == {}
+
+
+@pytest.mark.usefixtures("generic_plans")
+def test_a_search_for_two_letters_that_no_incident_has_reads_the_whole_table(
+    session: Session,
+) -> None:
+    whole_table = count_buffers(session, WALK)
+    costs = count_buffers_of_all(session, [{"q": "цц"}, {"q": "цц", "status": "open"}])
+
+    assert find_costly(costs, 2 * whole_table) == {}
+
+
+# ── That the measurements mean something ──────────────────────────────────────────────────────────
+
+
+def test_the_measured_pages_are_full_or_have_all_that_there_is(session: Session) -> None:
+    pages: list[tuple[dict[str, str], int]] = [
+        ({}, LIMIT),
+        ({"status": "open"}, LIMIT),
+        ({"source": "partner"}, LIMIT),
+        ({"q": "сеть"}, LIMIT),
+        ({"q": "пожар"}, LIMIT),
+        ({"q": "пожар", "source": "monitoring"}, LIMIT),
+        ({"q": "провод"}, LIMIT),
+        ({"q": "провод", "status": "open"}, 0),
+        ({"q": "провод", "source": "partner"}, 0),
+        ({"q": "провод", "source": "operator"}, 0),
+        ({"q": "авария"}, LIMIT),
+        ({"q": "АВАРИЯ", "since": "2024-02-05"}, 14),
+        ({"q": "авария", "status": "open"}, 0),
+        ({"q": "потоп"}, LIMIT),
+        ({"q": "потоп", "source": "operator"}, LIMIT),
+        ({"q": "ниоткуда"}, 0),
+        ({"q": "цц"}, 0),
+        ({"until": "2024-01-01"}, 0),
+    ]
+
+    for query, count in pages:
+        [row] = session.execute(execute_page(query)).fetchall()
+        assert len(json.loads(b"[%s]" % row[0])) == count, query
+
+
+def test_a_walk_through_the_table_would_be_noticed(session: Session) -> None:
+    assert count_buffers(session, WALK) > MAX_BUFFERS

@@ -1,55 +1,63 @@
-"""The settings: where they are read from, and how a wrong one is refused."""
+"""The settings: where they are read from, and what is said when one is wrong."""
 
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SETTINGS
+from helpers import ROOT, SETTING_NAMES, free_port
 
 import incidents
+from incidents import get_settings
 
-Refusal = Callable[[], str]
+ReadError = Callable[[], str]
+
+MODULE_FOLDER = incidents.HERE  # The fixture `folder` puts another one in its place.
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to start in, and no setting in the environment."""
-    for name in [name for name in os.environ if name.upper() in SETTINGS]:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Give the empty folder in which `.env` is looked for. The environment has no setting."""
+    for name in [name for name in os.environ if name.upper() in SETTING_NAMES]:
         monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    monkeypatch.setattr(incidents, "HERE", tmp_path)
+    get_settings.cache_clear()
+    yield tmp_path
+    get_settings.cache_clear()
 
 
 @pytest.fixture
-def refusal(capfd: pytest.CaptureFixture[str]) -> Refusal:
-    """Read the settings, which end the process with exit code 2, and give what they print."""
+def read_error() -> ReadError:
+    """Read the settings, of which some are wrong, and give what is said about them."""
 
     def read() -> str:
-        with pytest.raises(SystemExit) as end:
-            incidents.read_settings()
-
-        assert end.value.code == 2
-        printed = capfd.readouterr()
-        assert printed.out == ""
-        return printed.err
+        with pytest.raises(ValueError) as error:
+            get_settings()
+        return str(error.value)
 
     return read
 
 
-def started(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A fresh process that imports the service in a folder and prints one of its settings."""
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONUTF8="1", **environment)
-    script = "import incidents; print(incidents.settings.api_port)"
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python until it ends, and give its exit code and what it printed."""
     return subprocess.run(
-        [sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUTF8": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
-def test_without_settings_the_service_is_local_and_keeps_its_own_database() -> None:
-    settings = incidents.read_settings()
+# ── Where they come from ──────────────────────────────────────────────────────────────────────────
+
+
+def test_without_settings_the_service_is_local_and_has_a_database_of_its_own() -> None:
+    settings = get_settings()
 
     assert settings.model_dump() == {
         "database_url": None,
@@ -75,7 +83,7 @@ def test_every_setting_is_read_from_the_environment(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("CORS_ORIGINS", "https://ops.example.com,http://localhost:3000")
     monkeypatch.setenv("DB_POOL_SIZE", "1")
 
-    assert incidents.read_settings().model_dump() == {
+    assert get_settings().model_dump() == {
         "database_url": "postgresql://db/incidents",
         "data_dir": Path("/var/lib/incidents"),
         "api_host": "::1",
@@ -96,39 +104,59 @@ def test_the_environment_comes_before_the_env_file(
 ) -> None:
     (folder / ".env").write_text("API_PORT=9001\nAPI_HOST=0.0.0.0\n")
     monkeypatch.setenv("API_PORT", "9002")
-    settings = incidents.read_settings()
+    settings = get_settings()
 
     assert settings.api_port == 9002
     assert settings.api_host == "0.0.0.0"
 
 
-def test_an_empty_setting_is_unset(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_setting_counts_as_not_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / ".env").write_text("DATABASE_URL=\nAPI_PORT=9001\n")
     monkeypatch.setenv("API_PORT", "")
-    settings = incidents.read_settings()
+    settings = get_settings()
 
     assert settings.database_url is None
     assert settings.api_port == 9001
 
 
-def test_other_lines_of_the_env_file_are_left_to_others(folder: Path) -> None:
-    (folder / ".env").write_text("# Ours and Compose's\nPOSTGRES_DB=incidents\nAPI_PORT=9001\n")
+def test_the_env_file_is_the_one_beside_the_module_and_not_one_of_the_current_folder(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / ".env").write_text("API_PORT=9001\n")
+    current_folder = tmp_path_factory.mktemp("current")
+    (current_folder / ".env").write_text("API_PORT=9002\nDB_POOL_SIZE=2\n")
+    monkeypatch.chdir(current_folder)
+    settings = get_settings()
 
-    assert incidents.read_settings().api_port == 9001
+    assert MODULE_FOLDER == ROOT
+    assert (settings.api_port, settings.db_pool_size) == (9001, 10)
+
+
+def test_other_lines_of_the_env_file_are_ignored(folder: Path) -> None:
+    (folder / ".env").write_text(
+        "# For us and for Docker Compose\nPOSTGRES_DB=incidents\nAPI_PORT=9001\n"
+    )
+
+    assert get_settings().api_port == 9001
 
 
 def test_an_env_file_may_begin_with_a_byte_order_mark(folder: Path) -> None:
     (folder / ".env").write_text("API_PORT=9001\nDATA_DIR=данные\n", "utf-8-sig")
-    settings = incidents.read_settings()
+    settings = get_settings()
 
     assert settings.api_port == 9001
     assert settings.data_dir == Path("данные")
 
 
-def test_an_env_file_in_utf_16_is_refused_with_one_line(folder: Path, refusal: Refusal) -> None:
+def test_an_env_file_in_utf_16_is_refused_with_one_line(
+    folder: Path, read_error: ReadError
+) -> None:
     (folder / ".env").write_text("API_PORT=9001\n", "utf-16")
 
-    assert refusal() == ".env is refused: it is not UTF-8 text; save it as UTF-8\n"
+    assert read_error() == ".env is refused: it is not UTF-8 text; save it as UTF-8"
+
+
+# ── Wrong settings ────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -143,21 +171,23 @@ def test_an_env_file_in_utf_16_is_refused_with_one_line(folder: Path, refusal: R
     ],
 )
 def test_a_wrong_setting_is_refused_with_its_name_its_value_and_what_is_allowed(
-    name: str, value: str, allowed: str, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+    name: str, value: str, allowed: str, read_error: ReadError, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
-    line = refusal()
+    message = read_error()
 
-    assert line.startswith(f"{name}='{value}' is refused: ")
-    assert allowed in line
-    assert line.count("\n") == 1
+    assert message.startswith(f"{name}='{value}' is refused: ")
+    assert allowed in message
+    assert "\n" not in message
 
 
-def test_each_wrong_setting_has_a_line(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_wrong_setting_has_a_line(
+    read_error: ReadError, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("API_PORT", "0")
     monkeypatch.setenv("DEBUG", "maybe")
 
-    assert [line.split("=")[0] for line in refusal().splitlines()] == ["API_PORT", "DEBUG"]
+    assert [line.split("=")[0] for line in read_error().splitlines()] == ["API_PORT", "DEBUG"]
 
 
 @pytest.mark.parametrize(
@@ -175,37 +205,56 @@ def test_each_wrong_setting_has_a_line(refusal: Refusal, monkeypatch: pytest.Mon
         "postgresql://incidents:Secret123#end@db/incidents",
     ],
 )
-def test_a_database_url_that_cannot_be_one_is_refused_without_its_password(
-    url: str, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+def test_a_wrong_database_url_is_refused_without_showing_its_password(
+    url: str, read_error: ReadError, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DATABASE_URL", url)
-    line = refusal()
+    message = read_error()
 
-    assert line.startswith("DATABASE_URL=… is refused: a URL like postgresql://user:password@host")
-    assert line.count("\n") == 1
-    assert "Secret123" not in line
+    assert message.startswith(
+        "DATABASE_URL=… is refused: a URL like postgresql://user:password@host"
+    )
+    assert "\n" not in message
+    assert "Secret123" not in message
 
 
-def test_a_wrong_setting_ends_a_start_with_exit_code_2_and_no_traceback(folder: Path) -> None:
-    (folder / ".env").write_text("API_PORT=1\n")
-    done = started(folder, API_PORT="eighty", DATABASE_URL="mysql://incidents:Secret123@db")
+# ── When the service starts ───────────────────────────────────────────────────────────────────────
+
+WRONG = {"DATABASE_URL": "mysql://incidents:Secret123@db", "API_PORT": "eighty"}
+
+
+def test_the_module_can_be_imported_when_settings_are_wrong() -> None:
+    done = run_python("-c", "import incidents", **WRONG)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_start_with_wrong_settings_ends_with_exit_code_2_and_a_line_for_each() -> None:
+    done = run_python("incidents.py", **WRONG)
 
     assert done.returncode == 2
     assert done.stdout == ""
     lines = done.stderr.splitlines()
     assert [line.split("=")[0] for line in lines] == ["DATABASE_URL", "API_PORT"]
+    assert all(" is refused: " in line for line in lines)
     assert "Secret123" not in done.stderr
 
 
-def test_a_start_reads_the_env_file_of_the_folder_it_is_in(folder: Path) -> None:
-    (folder / ".env").write_text("API_PORT=9001\n", "utf-8-sig")
-    done = started(folder)
+def test_a_start_by_uvicorn_with_wrong_settings_ends_with_exit_code_3_and_the_lines() -> None:
+    done = run_python("-m", "uvicorn", "incidents:app", "--port", str(free_port()), **WRONG)
 
-    assert (done.returncode, done.stdout, done.stderr) == (0, "9001\n", "")
+    assert done.returncode == 3
+    assert done.stdout == ""
+    assert re.findall(r"(\w+)=\S+ is refused: ", done.stderr) == ["DATABASE_URL", "API_PORT"]
+    assert 'File "' not in done.stderr
+    assert "Secret123" not in done.stderr
+
+
+# ── Database URLs ─────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
-    ("given", "used"),
+    ("given", "normalized"),
     [
         ("postgresql://u:p@db:5433/incidents", "postgresql://u:p@db:5433/incidents"),
         ("postgres://u:p@db/incidents", "postgresql://u:p@db/incidents"),
@@ -222,12 +271,12 @@ def test_a_start_reads_the_env_file_of_the_folder_it_is_in(folder: Path) -> None
         ("postgresql://u:%40%3A%2F%3F%23%25@db/i", "postgresql://u:%40%3A%2F%3F%23%25@db/i"),
     ],
 )
-def test_a_database_url_is_taken_in_the_forms_that_are_in_use(given: str, used: str) -> None:
-    assert incidents.postgres_url(given) == used
+def test_a_database_url_is_accepted_in_all_common_forms(given: str, normalized: str) -> None:
+    assert incidents.normalize_database_url(given) == normalized
 
 
 @pytest.mark.parametrize(
-    ("url", "place"),
+    ("url", "name"),
     [
         ("postgresql://incidents:Secret123@db:5433/incidents", "db:5433"),
         ("postgresql://incidents:Secret123@db/incidents", "db:5432"),
@@ -237,8 +286,8 @@ def test_a_database_url_is_taken_in_the_forms_that_are_in_use(given: str, used: 
         ("postgresql://u:Secret123%40%2F@[::1]:5433/i", "::1:5433"),
     ],
 )
-def test_a_database_is_named_by_its_place_never_with_its_password(url: str, place: str) -> None:
+def test_logs_name_a_database_by_host_and_port_without_its_password(url: str, name: str) -> None:
     database = incidents.Database()
-    database.url = incidents.postgres_url(url)
+    database.url = incidents.normalize_database_url(url)
 
-    assert str(database) == place
+    assert str(database) == name

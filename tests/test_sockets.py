@@ -1,4 +1,7 @@
-"""What no HTTP library would send, over a bare socket: a clean answer or a close, never a 500."""
+"""Requests that no HTTP library would send, written to a socket byte by byte.
+
+The service may respond to them or close the connection, but no response may be a 5xx.
+"""
 
 import json
 import re
@@ -9,32 +12,30 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from conftest import Server, free_port, until
+from helpers import Server, free_port, wait_until
 
 Exchange = Callable[..., bytes]
 
 BODY = json.dumps({"description": "Over a bare socket", "source": "operator"}).encode()
 POST = b"POST /incidents/ HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 GET = b"GET /health/live HTTP/1.1\r\nHost: x\r\n"
-LAST = b"Connection: close\r\n"
+CLOSE = b"Connection: close\r\n"
 
 
 @pytest.fixture(scope="module")
-def service(
-    new_database: Callable[..., str], migrated: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    """A real service for all of these tests, on a database of its own."""
+def service(module_database_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Start a service that all tests of this file share."""
     log = tmp_path_factory.mktemp("sockets") / "server.log"
-    url = new_database(template=migrated)
-    server = Server([sys.executable, "incidents.py"], free_port(), log, {"DATABASE_URL": url})
-    until(server.answers)
+    settings = {"DATABASE_URL": module_database_url}
+    server = Server([sys.executable, "incidents.py"], free_port(), log, settings)
+    wait_until(server.is_live)
     yield server
     server.stop()
 
 
 @pytest.fixture
 def server(service: Server) -> Iterator[Server]:
-    """The service, which lives after every test and has had no failure of its own."""
+    """Give the service, and check after the test that it still works and has logged no error."""
     yield service
     assert httpx.get(f"{service.url}/health/ready").is_success
     assert "Traceback" not in service.printed()
@@ -42,30 +43,33 @@ def server(service: Server) -> Iterator[Server]:
 
 @pytest.fixture
 def exchange(server: Server) -> Exchange:
-    """Send bytes, and give all that comes back until the service closes the connection."""
+    """Send bytes, and give all that comes back until the service closes the connection.
 
-    def send_and_receive(*parts: bytes, gone: bool = False) -> bytes:
+    With `hang_up=True` the connection is closed at once, without reading anything.
+    """
+
+    def send_and_receive(*parts: bytes, hang_up: bool = False) -> bytes:
         with socket.create_connection(("127.0.0.1", urlsplit(server.url).port), 10) as connection:
             for part in parts:
                 connection.sendall(part)
             received = bytearray()
             try:
-                while not gone and (chunk := connection.recv(65536)):
+                while not hang_up and (chunk := connection.recv(65536)):
                     received += chunk
-            except ConnectionResetError:  # it closed before it had read all that was sent
+            except ConnectionResetError:  # the service closed before it had read everything
                 pass
             return bytes(received)
 
     return send_and_receive
 
 
-def statuses(received: bytes) -> list[int]:
-    """The statuses of the answers."""
+def parse_statuses(received: bytes) -> list[int]:
+    """Find the status codes of all responses in the bytes that came back."""
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3})", received)]
 
 
-def reported(server: Server) -> int:
-    """How many incidents there are."""
+def count_incidents(server: Server) -> int:
+    """Ask the service how many incidents there are."""
     return int(httpx.get(f"{server.url}/stats").json()["incidents"])
 
 
@@ -94,10 +98,12 @@ def reported(server: Server) -> int:
         b"GET /" + "журнал".encode() + b" HTTP/1.1",
     ],
 )
-def test_a_bad_request_line_is_refused(exchange: Exchange, request_line: bytes) -> None:
-    received = exchange(request_line + b"\r\nHost: x\r\n" + LAST + b"\r\n\r\n")
+def test_a_malformed_request_line_causes_no_server_error(
+    exchange: Exchange, request_line: bytes
+) -> None:
+    received = exchange(request_line + b"\r\nHost: x\r\n" + CLOSE + b"\r\n\r\n")
 
-    assert all(status < 500 for status in statuses(received))
+    assert all(status < 500 for status in parse_statuses(received))
     assert b"import asyncio" not in received
 
 
@@ -110,8 +116,8 @@ def test_a_bad_request_line_is_refused(exchange: Exchange, request_line: bytes) 
         b"Accept: " + 65536 * b"a" + b"\r\n",
     ],
 )
-def test_64_kib_of_headers_are_taken_or_refused(exchange: Exchange, headers: bytes) -> None:
-    [status] = statuses(exchange(GET + headers + LAST + b"\r\n"))
+def test_64_kib_of_headers_are_accepted_or_refused(exchange: Exchange, headers: bytes) -> None:
+    [status] = parse_statuses(exchange(GET + headers + CLOSE + b"\r\n"))
 
     assert status == 200 or 400 <= status < 500
 
@@ -130,80 +136,80 @@ def test_64_kib_of_headers_are_taken_or_refused(exchange: Exchange, headers: byt
         b" Content-Length: 5\r\n",
     ],
 )
-def test_a_body_of_two_lengths_is_refused(
+def test_a_body_of_unclear_length_is_refused_and_nothing_after_it_is_read_as_a_request(
     server: Server, exchange: Exchange, headers: bytes
 ) -> None:
-    before = reported(server)
+    before = count_incidents(server)
     smuggled = b"0\r\n\r\n" + POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
-    received = exchange(POST + headers + LAST + b"\r\n" + smuggled)
+    received = exchange(POST + headers + CLOSE + b"\r\n" + smuggled)
 
-    assert all(400 <= status < 500 for status in statuses(received)), received
-    assert reported(server) == before
+    assert all(400 <= status < 500 for status in parse_statuses(received)), received
+    assert count_incidents(server) == before
 
 
-def test_a_broken_chunk_is_refused(server: Server, exchange: Exchange) -> None:
-    before = reported(server)
+def test_a_malformed_chunk_is_refused(server: Server, exchange: Exchange) -> None:
+    before = count_incidents(server)
     received = exchange(POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n" + BODY + b"\r\n")
 
-    assert all(400 <= status < 500 for status in statuses(received)), received
-    assert reported(server) == before
+    assert all(400 <= status < 500 for status in parse_statuses(received)), received
+    assert count_incidents(server) == before
 
 
-def test_a_chunked_body_is_taken(server: Server, exchange: Exchange) -> None:
-    before = reported(server)
+def test_a_chunked_body_is_accepted(server: Server, exchange: Exchange) -> None:
+    before = count_incidents(server)
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in BODY) + b"0\r\n\r\n"
-    received = exchange(POST + LAST + b"Transfer-Encoding: chunked\r\n\r\n" + chunks)
+    received = exchange(POST + CLOSE + b"Transfer-Encoding: chunked\r\n\r\n" + chunks)
 
-    assert statuses(received) == [201]
-    assert reported(server) == before + 1
+    assert parse_statuses(received) == [201]
+    assert count_incidents(server) == before + 1
 
 
 def test_pipelined_requests_are_answered_in_order(server: Server, exchange: Exchange) -> None:
     post = POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
-    names = [f"X-Request-ID: {number}\r\n\r\n".encode() for number in range(50)]
+    ids = [f"X-Request-ID: {number}\r\n\r\n".encode() for number in range(50)]
     received = exchange(
-        b"".join(GET + name for name in names)
+        b"".join(GET + request_id for request_id in ids)
         + post
         + b"GET /incidents/?limit=1 HTTP/1.1\r\nHost: x\r\n\r\n"
         + b"GET /nowhere HTTP/1.1\r\nHost: x\r\n"
-        + LAST
+        + CLOSE
         + b"\r\n"
     )
 
-    assert statuses(received) == [200] * 50 + [201, 200, 404]
+    assert parse_statuses(received) == [200] * 50 + [201, 200, 404]
     echoed = re.findall(rb"x-request-id: (\d+)\r", received)
     assert echoed[:50] == [b"%d" % number for number in range(50)]
 
 
-def test_a_body_cut_short_reports_nothing(server: Server, exchange: Exchange) -> None:
-    before = reported(server)
-    exchange(POST + b"Content-Length: %d\r\n\r\n" % (len(BODY) + 1) + BODY, gone=True)
-    exchange(POST + b"Content-Length: %d\r\n\r\n" % len(BODY), BODY[:-1], gone=True)
-    exchange(POST + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % len(BODY) + BODY, gone=True)
-    exchange(POST[:-20], gone=True)
+def test_a_body_that_is_cut_short_creates_no_incident(server: Server, exchange: Exchange) -> None:
+    before = count_incidents(server)
+    exchange(POST + b"Content-Length: %d\r\n\r\n" % (len(BODY) + 1) + BODY, hang_up=True)
+    exchange(POST + b"Content-Length: %d\r\n\r\n" % len(BODY), BODY[:-1], hang_up=True)
+    exchange(POST + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % len(BODY) + BODY, hang_up=True)
+    exchange(POST[:-20], hang_up=True)
 
-    assert reported(server) == before
+    assert count_incidents(server) == before
 
 
-def test_a_client_that_waits_to_be_asked_for_its_body_is_asked(
+def test_a_client_that_expects_100_continue_gets_it_before_it_sends_the_body(
     server: Server, exchange: Exchange
 ) -> None:
-    head = POST + b"Expect: 100-continue\r\nContent-Length: %d\r\n" % len(BODY) + LAST
+    head = POST + b"Expect: 100-continue\r\nContent-Length: %d\r\n" % len(BODY) + CLOSE
     with socket.create_connection(("127.0.0.1", urlsplit(server.url).port), 10) as connection:
         connection.sendall(head + b"\r\n")
-        asked = connection.recv(65536)
+        interim = connection.recv(65536)
         connection.sendall(BODY)
-        answer = connection.recv(65536)
+        final = connection.recv(65536)
 
-    assert statuses(asked) == [100]
-    assert statuses(answer) == [201]
+    assert parse_statuses(interim) == [100]
+    assert parse_statuses(final) == [201]
 
 
-def test_a_client_whose_body_is_not_wanted_is_not_asked_for_it(exchange: Exchange) -> None:
-    form = POST.replace(b"application/json", b"text/plain")
-    received = exchange(form + b"Expect: 100-continue\r\nContent-Length: 50\r\n" + LAST + b"\r\n")
+def test_a_client_with_a_wrong_content_type_gets_no_100_continue(exchange: Exchange) -> None:
+    post = POST.replace(b"application/json", b"text/plain")
+    received = exchange(post + b"Expect: 100-continue\r\nContent-Length: 50\r\n" + CLOSE + b"\r\n")
 
-    assert statuses(received) == [415]
+    assert parse_statuses(received) == [415]
 
 
 @pytest.mark.parametrize(
@@ -220,13 +226,13 @@ def test_a_client_whose_body_is_not_wanted_is_not_asked_for_it(exchange: Exchang
     ],
 )
 @pytest.mark.parametrize("header", [b"X-Request-ID", b"Idempotency-Key", b"If-None-Match"])
-def test_no_header_of_a_request_becomes_one_of_the_answer(
+def test_no_request_header_can_inject_a_response_header(
     exchange: Exchange, header: bytes, value: bytes
 ) -> None:
     message = b"%b: %b\r\nContent-Length: %d\r\n" % (header, value, len(BODY))
-    received = exchange(POST + message + LAST + b"\r\n" + BODY)
+    received = exchange(POST + message + CLOSE + b"\r\n" + BODY)
 
-    [status] = statuses(received)
+    [status] = parse_statuses(received)
     assert status < 500
     assert not re.search(rb"[\r\n]\s*set-cookie", received, re.I)
 
@@ -244,12 +250,12 @@ def test_no_header_of_a_request_becomes_one_of_the_answer(
         b"limit=1&q=a\x00b",
     ],
 )
-def test_no_part_of_a_query_becomes_a_header(
+def test_no_query_can_inject_a_response_header(
     server: Server, exchange: Exchange, query: bytes
 ) -> None:
-    received = exchange(b"GET /incidents/?" + query + b" HTTP/1.1\r\nHost: x\r\n" + LAST + b"\r\n")
+    received = exchange(b"GET /incidents/?" + query + b" HTTP/1.1\r\nHost: x\r\n" + CLOSE + b"\r\n")
 
-    [status] = statuses(received)
+    [status] = parse_statuses(received)
     assert status == 200 or 400 <= status < 500
     head = received.partition(b"\r\n\r\n")[0]
     assert not re.search(rb"[\r\n]\s*set-cookie", head, re.I)

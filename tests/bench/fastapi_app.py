@@ -1,7 +1,9 @@
-"""A peer of the benchmark: the routes that it measures, in FastAPI, SQLAlchemy 2 and asyncpg, as
-one writes them there and as the replaced system had them. It makes its tables when it starts.
+"""The measured routes in FastAPI, SQLAlchemy 2 and asyncpg, for comparison in the benchmark.
 
-uvicorn fastapi_app:app --loop uvloop --http httptools --no-access-log --workers 1
+They are written in the usual way for these libraries, and much like the system that this service
+has replaced. The program creates its tables when it starts:
+
+    uvicorn fastapi_app:app --loop uvloop --http httptools --no-access-log --workers 1
 """
 
 import os
@@ -20,7 +22,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
 class Base(DeclarativeBase):
-    """The tables."""
+    """Base of all tables."""
 
     type_annotation_map = {datetime: DateTime(timezone=True)}  # noqa: RUF012
 
@@ -60,8 +62,8 @@ Status = Literal["open", "in_progress", "resolved", "closed"]
 Source = Literal["operator", "monitoring", "partner"]
 
 
-def visible_text(text: str) -> str:
-    """Refuse what PostgreSQL cannot store, and what nobody can see."""
+def check_text(text: str) -> str:
+    """Refuse blank texts, and NUL characters, which PostgreSQL cannot store."""
     if "\x00" in text or not text.strip():
         raise ValueError("write some text, without NUL characters")
     return text
@@ -72,12 +74,12 @@ class NewIncident(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    description: Annotated[str, Field(min_length=1, max_length=5000), AfterValidator(visible_text)]
+    description: Annotated[str, Field(min_length=1, max_length=5000), AfterValidator(check_text)]
     source: Source
 
 
 class StatusChange(BaseModel):
-    """The status to move to."""
+    """The new status."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -94,7 +96,7 @@ class ListQuery(BaseModel):
 
 
 class IncidentOut(BaseModel):
-    """An incident, as it is answered."""
+    """An incident, as it is sent to clients."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -114,7 +116,7 @@ new_session = async_sessionmaker(engine, expire_on_commit=False)
 
 
 async def open_session() -> AsyncIterator[AsyncSession]:
-    """A session for one request."""
+    """Open a database session for one request."""
     async with new_session() as session:
         yield session
 
@@ -125,7 +127,7 @@ IncidentId = Annotated[int, Path(ge=0, le=2**31 - 1)]
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Make the tables, and close the pool at the end."""
+    """Create the tables at the start, and close the pool at the end."""
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
     yield
@@ -184,5 +186,5 @@ async def change_status(
 
 
 @app.get("/health/live")
-async def live() -> dict[str, str]:
+async def check_liveness() -> dict[str, str]:
     return {"status": "ok"}

@@ -1,11 +1,11 @@
-"""The benchmark: this service against what one would take instead, side by side on this machine.
+"""The benchmark: this service and two common alternatives, side by side on this machine.
 
-    uv run tests/bench/run.py           all of it, in 15 minutes at most; writes results.md here
-    uv run tests/bench/run.py --quick   fewer and shorter rounds, in 2 minutes; only prints
+    uv run tests/bench/run.py           the whole benchmark, about 15 minutes; writes results.md
+    uv run tests/bench/run.py --quick   fewer and shorter rounds, about 2 minutes; only prints
 
-It needs wrk, curl and Node.js with npm, takes PostgreSQL from the `embedded` dependency group, and
-starts and ends everything itself. Read downwards: servers and their data, load, the whole list,
-growth, one call alone, the report, `main`.
+It needs wrk, curl and Node.js with npm. PostgreSQL comes from the dependency group `embedded`. The
+benchmark starts and stops everything itself. Read it from the top: servers and their data, load,
+the whole list, growth, single calls, the report, `main`.
 """
 
 import argparse
@@ -38,7 +38,7 @@ ROOT = BENCH.parent.parent
 if __name__ == "__main__" and not importlib.util.find_spec("fastapi"):
     if "BENCH_GROUP" in os.environ or not shutil.which("uv"):
         sys.exit("FastAPI is missing; run: uv run --group bench tests/bench/run.py")
-    os.environ["BENCH_GROUP"] = "asked for"
+    os.environ["BENCH_GROUP"] = "requested"  # so that this is tried only once
     group = ["uv", "run", "--project", str(ROOT), "--group", "bench", "python", __file__]
     os.execvp("uv", [*group, *sys.argv[1:]])
 
@@ -49,24 +49,25 @@ from psycopg.conninfo import conninfo_to_dict  # noqa: E402
 
 OURS, FASTAPI, FASTIFY = "this service", "FastAPI + SQLAlchemy", "Fastify + postgres.js"
 PEERS = (FASTAPI, FASTIFY)
-EVERYONE = (OURS, *PEERS)
-FEW, MANY, WHOLE = 10_000, 1_000_000, 300_000  # incidents
-RARE = 50  # of them in progress
+SERVERS = (OURS, *PEERS)
+FEW, MANY, WHOLE = 10_000, 1_000_000, 300_000  # numbers of incidents
+RARE = 50  # how many of them are in progress
 
 Rounds = dict[tuple[str, int, str], list["Round"]]
 
 
-def note(text: str) -> None:
-    """Say how far it is."""
-    print(f"{time.monotonic() - STARTED:5.0f} s  {text}", file=sys.stderr, flush=True)
+STARTED_AT = time.monotonic()
 
 
-STARTED = time.monotonic()
+def log_progress(text: str) -> None:
+    """Print a line with the seconds since the start."""
+    print(f"{time.monotonic() - STARTED_AT:5.0f} s  {text}", file=sys.stderr, flush=True)
+
 
 # ── Servers and their data ────────────────────────────────────────────────────────────────────────
 
-# The same incidents for all. One of each n/50 is in progress; the texts have a token of their own
-# (md5), and a word that a third of them share.
+# All servers get the same incidents. A few of them are in progress. Each description has a word
+# that no other has, made by md5, and words that a third of all incidents share.
 SEED = """
   WITH seeded AS (
        INSERT INTO incidents (id, description, status, source, created_at, updated_at)
@@ -85,46 +86,47 @@ SELECT id, 'created', 'anonymous', created_at
 
 
 class Server(NamedTuple):
-    """A running server: what it is, where it listens, its process and its database."""
+    """A running server."""
 
     name: str
     port: int
     process: psutil.Process
-    database: str  # its URL
+    database: str  # the URL of its database
 
     @property
     def url(self) -> str:
+        """Give the URL under which the server answers."""
         return f"http://127.0.0.1:{self.port}"
 
 
 def free_port() -> int:
-    """A port that nothing listens on now."""
+    """Find a port of 127.0.0.1 on which nothing listens."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
 
 
-def command_of(name: str, port: int, user: str, host: str, database: str) -> tuple[Any, Any]:
-    """How to start a server with one worker, and what its environment must have."""
-    place = f"{user}@/{database}?host={host}"
+def start_command(name: str, port: int, user: str, host: str, database: str) -> tuple[Any, Any]:
+    """Give the command that starts a server with one worker, and its environment variables."""
+    address = f"{user}@/{database}?host={host}"
     if name == OURS:
-        env = {"DATABASE_URL": f"postgresql://{place}", "API_PORT": str(port)}
+        env = {"DATABASE_URL": f"postgresql://{address}", "API_PORT": str(port)}
         return [sys.executable, str(ROOT / "incidents.py")], env
     if name == FASTAPI:
         app = [sys.executable, "-m", "uvicorn", "--app-dir", str(BENCH), "fastapi_app:app"]
         app += ["--loop", "uvloop", "--http", "httptools", "--no-access-log", "--workers", "1"]
-        return [*app, "--port", str(port)], {"DATABASE_URL": f"postgresql+asyncpg://{place}"}
+        return [*app, "--port", str(port)], {"DATABASE_URL": f"postgresql+asyncpg://{address}"}
     env = {"PGHOST": host, "PGUSER": user, "PGDATABASE": database, "PORT": str(port)}
     return ["node", str(BENCH / "fastify/app.js")], env | {"NODE_ENV": "production"}
 
 
 @contextlib.contextmanager
-def served(postgres: str, folder: Path, name: str, incidents: int) -> Iterator[Server]:
-    """A server on a new database with so many incidents; both end with the block."""
-    database = f"bench_{EVERYONE.index(name)}_{incidents}"
+def run_server(postgres: str, folder: Path, name: str, incidents: int) -> Iterator[Server]:
+    """Run a server on a new database with so many incidents; at the end, remove both."""
+    database = f"bench_{SERVERS.index(name)}_{incidents}"
     address = conninfo_to_dict(postgres)
     user, host, port = str(address["user"]), str(address["host"]), free_port()
-    command, wants = command_of(name, port, user, host, database)
+    command, settings = start_command(name, port, user, host, database)
     ignored = ("API_", "DATABASE_URL", "DEBUG", "ACCESS_LOG", "CORS_ORIGINS", "DB_POOL", "PG")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(ignored)}
     with contextlib.ExitStack() as stack:
@@ -132,11 +134,11 @@ def served(postgres: str, folder: Path, name: str, incidents: int) -> Iterator[S
         admin.execute(f"CREATE DATABASE {database} TEMPLATE template0")
         stack.callback(admin.execute, f"DROP DATABASE {database} WITH (FORCE)")
         log = stack.enter_context((folder / f"{database}.log").open("w+"))
-        # In a session of its own, Ctrl-C reaches it only through `end`, after the load has ended.
+        # In its own session, Ctrl-C does not reach it. `stop_process` ends it, after the load.
         process = subprocess.Popen(
-            command, cwd=folder, env=kept | wants, stdout=log, stderr=log, start_new_session=True
+            command, cwd=folder, env=kept | settings, stdout=log, stderr=log, start_new_session=True
         )
-        stack.callback(end, process)
+        stack.callback(stop_process, process)
         server = Server(
             name, port, psutil.Process(process.pid), f"postgresql://{user}@/{database}?host={host}"
         )
@@ -156,8 +158,8 @@ def served(postgres: str, folder: Path, name: str, incidents: int) -> Iterator[S
         yield server
 
 
-def end(process: subprocess.Popen[Any]) -> None:
-    """End a process that was started here, by its id."""
+def stop_process(process: subprocess.Popen[Any]) -> None:
+    """Stop a process that the benchmark has started, and wait for its end."""
     process.terminate()
     try:
         process.wait(8)
@@ -167,13 +169,13 @@ def end(process: subprocess.Popen[Any]) -> None:
 
 
 def seed(server: Server, incidents: int) -> None:
-    """Fill a database, and leave no work of that for later."""
+    """Fill a database, and finish all work that PostgreSQL would do later because of that."""
     with psycopg.connect(server.database, autocommit=True) as session:
         indexes = session.execute(
             "SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public' "
             "AND tablename IN ('incidents', 'timeline') AND indexname NOT LIKE '%_pkey'"
         ).fetchall()
-        for name, _ in indexes:  # quicker made afterwards
+        for name, _ in indexes:  # it is faster to create them afterwards
             session.execute(f"DROP INDEX {name}")
         session.execute(SEED, {"n": incidents, "rare": RARE})
         for _, definition in indexes:
@@ -187,17 +189,20 @@ def seed(server: Server, incidents: int) -> None:
 
 
 def check_same_answers(servers: Sequence[Server]) -> None:
-    """All must answer and write the same for the same requests, apart from ids and times."""
-    path, one = "/incidents/", {"description": "Нет связи", "source": "monitoring"}
-    asked: list[tuple[str, str, Any]] = [
-        ("POST", path, one),
+    """Check that all servers answer and store the same for the same requests.
+
+    Ids and times may differ, and so may the texts of errors.
+    """
+    path, valid = "/incidents/", {"description": "Нет связи", "source": "monitoring"}
+    requests: list[tuple[str, str, Any]] = [
+        ("POST", path, valid),
         ("POST", path, {"source": "monitoring"}),
-        ("POST", path, one | {"source": "nobody"}),
-        ("POST", path, one | {"more": "1"}),
-        ("POST", path, one | {"description": "  "}),
-        ("POST", path, one | {"description": "a\x00b"}),
-        ("POST", path, one | {"description": "д" * 5000}),
-        ("POST", path, one | {"description": "д" * 5001}),
+        ("POST", path, valid | {"source": "nobody"}),
+        ("POST", path, valid | {"more": "1"}),
+        ("POST", path, valid | {"description": "  "}),
+        ("POST", path, valid | {"description": "a\x00b"}),
+        ("POST", path, valid | {"description": "д" * 5000}),
+        ("POST", path, valid | {"description": "д" * 5001}),
         ("GET", "/incidents/7", None),
         ("GET", "/incidents/999999999", None),
         ("PATCH", "/incidents/7/status", {"status": "closed"}),
@@ -212,31 +217,31 @@ def check_same_answers(servers: Sequence[Server]) -> None:
         ("GET", "/incidents/?status=gone", None),
         ("GET", "/health/live", None),
     ]
-    answers, written = {}, {}
+    answers, timelines = {}, {}
     for server in servers:
         with httpx.Client(base_url=server.url) as client:
-            given = [client.request(method, url, json=body) for method, url, body in asked]
-        answers[server.name] = [(answer.status_code, plain(answer)) for answer in given]
+            responses = [client.request(method, url, json=body) for method, url, body in requests]
+        answers[server.name] = [(r.status_code, comparable_body(r)) for r in responses]
         with psycopg.connect(server.database) as session:
-            written[server.name] = session.execute(
+            timelines[server.name] = session.execute(
                 "SELECT kind, from_value, to_value, actor, count(*) FROM timeline "
                 "GROUP BY 1, 2, 3, 4 ORDER BY 1, 2, 3, 4"
             ).fetchall()
     ours = answers[OURS]
     for name in answers:
-        for request, mine, theirs in zip(asked, ours, answers[name], strict=True):
+        for request, mine, theirs in zip(requests, ours, answers[name], strict=True):
             if mine != theirs:
-                raise SystemExit(f"{name} answers otherwise to {request}:\n{theirs}\nnot\n{mine}")
-        if written[name] != written[OURS]:
-            raise SystemExit(f"{name} writes another timeline: {written[name]}")
+                raise SystemExit(f"{name} answers {request} with\n{theirs}\ninstead of\n{mine}")
+        if timelines[name] != timelines[OURS]:
+            raise SystemExit(f"{name} stores another timeline: {timelines[name]}")
     assert [status for status, _ in ours][:3] == [201, 422, 422], ours
 
 
-def plain(answer: httpx.Response) -> Any:
-    """A reply's body without ids and times; nothing of a refusal, for each words it its own way."""
-    if not answer.is_success:
+def comparable_body(response: httpx.Response) -> Any:
+    """Give the body without ids and times, and None for an error, whose text may differ."""
+    if not response.is_success:
         return None
-    body = answer.json()
+    body = response.json()
     for incident in body if isinstance(body, list) else [body]:
         for key in ("id", "created_at", "updated_at"):
             assert key not in incident or incident.pop(key)
@@ -245,8 +250,9 @@ def plain(answer: httpx.Response) -> Any:
 
 # ── Load ──────────────────────────────────────────────────────────────────────────────────────────
 
-# Each script counts its requests from where the round before it ended (first). The ids go by
-# strides, and each pass over them gives an incident the status after the one that it has.
+# The script of wrk. It goes on counting where the round before ended (args[1]). The ids come in
+# large steps, so that they do not follow the order on disk. Each pass over all ids gives every
+# incident the next status.
 LUA = """
 local n, step, rare = {few}, 3989, {few} / {rare}
 local at = 0
@@ -280,92 +286,99 @@ ROUTES = {
   return wrk.format("POST", "/incidents/", json,
     '{"description":"Нет связи с сервером: узел ' .. at .. '","source":"monitoring"}')""",
 }
-# In this order, for PATCH leaves dead rows, and POST more rows, the faster a server the more.
+# The writes come last: PATCH leaves dead rows, POST leaves new ones, and a fast server leaves more
+# of them than a slow one.
 
 
 class Round(NamedTuple):
-    """What one round of load gave."""
+    """The measurements of one round of load."""
 
-    rate: float  # requests a second
+    rate: float  # requests per second
     p50: float  # milliseconds
     p99: float
-    cpu: float  # seconds of the server's process for 1,000 requests
-    postgres_cpu: float  # of PostgreSQL's processes
+    cpu: float  # CPU seconds of the server's process per 1,000 requests
+    postgres_cpu: float  # the same for all processes of PostgreSQL
 
 
 class Wrk:
-    """Load, by wrk: it remembers how far each server has come in each route."""
+    """Runs wrk, and remembers for each server and route how many requests were sent."""
 
     def __init__(self, folder: Path, postmaster: psutil.Process) -> None:
         self.folder, self.postmaster = folder, postmaster
         self.sent: dict[tuple[str, str], int] = {}
 
     def run(self, server: Server, body: str, connections: int, seconds: int) -> Round:
-        """One round; every reply must be a success."""
+        """Run one round of load, in which every request must succeed."""
         script = self.folder / "load.lua"
         script.write_text(LUA.format(few=FEW, rare=RARE, body=body), "utf-8")
         first = self.sent.get((server.database, body), 0)
         command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "20s"]
-        before = cpu(server.process), self.postgres_cpu()
+        before = cpu_seconds(server.process), self.postgres_cpu()
         printed = subprocess.run(
             [*command, "-s", str(script), server.url, "--", str(first)],
             capture_output=True,
             text=True,
             start_new_session=True,
         )
-        after = cpu(server.process), self.postgres_cpu()
+        after = cpu_seconds(server.process), self.postgres_cpu()
         last = printed.stdout.rpartition("done ")[2].split()
         if printed.returncode or len(last) != 5:
             raise SystemExit(f"wrk failed:\n{printed.stdout}{printed.stderr}")
         requests, microseconds, errors = map(int, last[:3])
         if errors or not requests:
             raise SystemExit(f"{server.name}: {errors} of {requests} requests failed in {body}")
-        # Those in flight at the end have changed their incidents too: the next round skips them.
+        # Requests that were not yet answered at the end may have changed their incidents, so the
+        # next round begins a little later.
         self.sent[server.database, body] = first + requests + requests // 100 + connections
         p50, p99 = map(float, last[3:])
         used = [1000 * (b - a) / requests for a, b in zip(before, after, strict=True)]
         return Round(requests / microseconds * 1e6, p50, p99, *used)
 
     def postgres_cpu(self) -> float:
-        """The CPU seconds of all of PostgreSQL's processes, the ended ones with them."""
+        """Give the CPU seconds of all processes of PostgreSQL, including those that have ended."""
         times = self.postmaster.cpu_times()
         total: float = times.user + times.system + times.children_user + times.children_system
         for child in self.postmaster.children():
             with contextlib.suppress(psutil.NoSuchProcess):
-                total += cpu(child)
+                total += cpu_seconds(child)
         return total
 
 
-def cpu(process: psutil.Process) -> float:
-    """The CPU seconds of one process so far."""
+def cpu_seconds(process: psutil.Process) -> float:
+    """Give the CPU seconds that one process has used so far."""
     times = process.cpu_times()
     seconds: float = times.user + times.system
     return seconds
 
 
-def load(wrk: Wrk, servers: Sequence[Server], plan: dict[int, tuple[int, int]]) -> Rounds:
-    """Every route at each number of connections, in alternating rounds."""
+def measure_routes(wrk: Wrk, servers: Sequence[Server], plan: dict[int, tuple[int, int]]) -> Rounds:
+    """Measure every route in alternating rounds.
+
+    The plan says for each number of connections how many rounds there are, and of how many seconds.
+    """
     rounds: Rounds = {}
     for route, body in ROUTES.items():
-        for server in servers:  # Node compiles what is hot; nobody starts cold
+        for server in servers:  # a first round to warm up: Node.js compiles code that is used often
             wrk.run(server, body, 64, 1)
-        changes = statuses_changed(servers) if route == "PATCH status" else None
+        changes = count_status_changes(servers) if route == "PATCH status" else None
         sent = dict(wrk.sent)
         for connections, (times, seconds) in plan.items():
             for number in range(times):
-                for at in range(len(servers)):  # who begins takes turns
+                for at in range(len(servers)):  # each round begins with another server
                     server = servers[(at + number) % len(servers)]
                     result = wrk.run(server, body, connections, seconds)
                     rounds.setdefault((route, connections, server.name), []).append(result)
             rates = (median(r.rate for r in rounds[route, connections, s.name]) for s in servers)
-            note(f"{route} at {connections}: {', '.join(f'{rate:,.0f}/s' for rate in rates)}")
+            log_progress(
+                f"{route} at {connections}: {', '.join(f'{rate:,.0f}/s' for rate in rates)}"
+            )
         if changes:
             check_changes(servers, changes, wrk.sent, sent, body)
     return rounds
 
 
-def statuses_changed(servers: Sequence[Server]) -> list[int]:
-    """How many changes of a status each server has written."""
+def count_status_changes(servers: Sequence[Server]) -> list[int]:
+    """Count the status changes that each server has stored."""
     counts = []
     for server in servers:
         with psycopg.connect(server.database) as session:
@@ -382,8 +395,8 @@ def check_changes(
     sent_before: dict[tuple[str, str], int],
     body: str,
 ) -> None:
-    """Nearly every PATCH must have changed a status, or it was no measure of a change."""
-    for server, was, now in zip(servers, before, statuses_changed(servers), strict=True):
+    """Check that nearly every PATCH has changed a status, because that is what is measured."""
+    for server, was, now in zip(servers, before, count_status_changes(servers), strict=True):
         key = server.database, body
         if now - was < 0.9 * (sent[key] - sent_before[key]):
             raise SystemExit(f"{server.name}: {now - was} changes are fewer than the requests")
@@ -393,15 +406,15 @@ def check_changes(
 
 
 class Listing(NamedTuple):
-    """What reading the whole list once gave."""
+    """The measurements of one read of the whole list."""
 
-    rate: float  # incidents a second
-    first: float  # milliseconds to the first byte of the body
-    grown: float  # MiB by which the server's memory grew meanwhile, at most
+    rate: float  # incidents per second
+    first: float  # milliseconds until the first byte of the body
+    grown: float  # MiB by which the memory of the server grew at most
 
 
 def read_whole_list(server: Server) -> Listing:
-    """Read all incidents once, and watch the server's memory."""
+    """Read all incidents once, and watch the memory of the server."""
     start = server.process.memory_info().rss
     highest, reading = start, True
 
@@ -427,7 +440,7 @@ def read_whole_list(server: Server) -> Listing:
 
 
 def read_whole_lists(servers: Sequence[Server], times: int) -> dict[str, list[Listing]]:
-    """The whole list of each server, in turns; pages come first, so that nobody starts cold."""
+    """Read the whole list of each server in turns, after some pages to warm up."""
     listings: dict[str, list[Listing]] = {server.name: [] for server in servers}
     for server in servers:
         with httpx.Client(base_url=server.url) as client:
@@ -436,15 +449,17 @@ def read_whole_lists(servers: Sequence[Server], times: int) -> dict[str, list[Li
     for _ in range(times):
         for server in servers:
             listings[server.name].append(read_whole_list(server))
-            note(f"whole list, {server.name}: {listings[server.name][-1].rate:,.0f} incidents/s")
+            log_progress(
+                f"whole list, {server.name}: {listings[server.name][-1].rate:,.0f} incidents/s"
+            )
     return listings
 
 
 # ── Growth ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def filters(incidents: int) -> dict[str, str]:
-    """The pages of 50 to compare at two sizes: since is the middle, q a text of many or of one."""
+def page_filters(incidents: int) -> dict[str, str]:
+    """Give the filters of the pages that are compared between a small and a large database."""
     middle = datetime(2024, 1, 1, tzinfo=UTC) + timedelta(seconds=incidents // 2)
     return {
         "none": "",
@@ -457,14 +472,17 @@ def filters(incidents: int) -> dict[str, str]:
     }
 
 
-def grow(
+def measure_growth(
     wrk: Wrk, few: Server, many: Server, times: int, seconds: int
 ) -> dict[str, list[tuple[Round, Round]]]:
-    """Pages at one connection, where no reads are shared, and POST at 64: the sizes take turns."""
+    """Measure pages and POST on a small and a large database, in alternating rounds.
+
+    Pages are read by one connection, because identical reads of several would share a result.
+    """
     pairs: dict[str, list[tuple[Round, Round]]] = {}
-    for name in filters(FEW):
+    for name in page_filters(FEW):
         bodies = [
-            f'return wrk.format("GET", "/incidents/?limit=50{filters(size)[name]}")'
+            f'return wrk.format("GET", "/incidents/?limit=50{page_filters(size)[name]}")'
             for size in (FEW, MANY)
         ]
         for server, body in zip((few, many), bodies, strict=True):
@@ -474,7 +492,7 @@ def grow(
             for _ in range(times)
         ]
         a, b = (median(pair[i].p50 for pair in pairs[name]) for i in (0, 1))
-        note(f"page by {name}: {a:.2f} ms, {b:.2f} ms")
+        log_progress(f"page by {name}: {a:.2f} ms, {b:.2f} ms")
     pairs["POST"] = [
         (wrk.run(few, ROUTES["POST"], 64, 3), wrk.run(many, ROUTES["POST"], 64, 3))
         for _ in range(times)
@@ -482,11 +500,11 @@ def grow(
     return pairs
 
 
-# ── One call alone ────────────────────────────────────────────────────────────────────────────────
+# ── Single calls ──────────────────────────────────────────────────────────────────────────────────
 
 
-async def time_lone_calls(url: str, times: int, calls: int) -> list[tuple[float, float]]:
-    """Milliseconds of creates, one by one: through group commit, and straight to the pool."""
+async def time_single_calls(url: str, times: int, calls: int) -> list[tuple[float, float]]:
+    """Give the milliseconds of one call when no other waits: with group commit, and without."""
     import incidents
 
     await incidents.database.open(url)
@@ -494,24 +512,27 @@ async def time_lone_calls(url: str, times: int, calls: int) -> list[tuple[float,
     arguments = (None, None, "anonymous", "Нет связи с сервером", "monitoring")
     pool = incidents.database.pool
 
-    async def timed(call: Callable[..., Any]) -> float:
-        began = time.perf_counter()
+    async def time_call(call: Callable[..., Any]) -> float:
+        started_at = time.perf_counter()
         for _ in range(calls):
             await call(create, *arguments)
-        return (time.perf_counter() - began) * 1000 / calls
+        return (time.perf_counter() - started_at) * 1000 / calls
 
-    async def straight(statement: str, *arguments: Any) -> Any:
-        return await pool.fetchrow(statement, *([argument] for argument in arguments))
+    async def fetch_directly(statement: incidents.Statement, *arguments: Any) -> Any:
+        return await pool.fetchrow(statement.text, *([argument] for argument in arguments))
 
-    await timed(straight)
-    pairs = [(await timed(incidents.database.run), await timed(straight)) for _ in range(times)]
+    await time_call(fetch_directly)  # to warm up
+    pairs = [
+        (await time_call(incidents.database.fetchrow), await time_call(fetch_directly))
+        for _ in range(times)
+    ]
     await pool.close()
     return pairs
 
 
 # ── The report ────────────────────────────────────────────────────────────────────────────────────
 
-TARGETS = {  # × each peer's requests a second
+TARGETS = {  # how many times as many requests per second as each peer
     "POST": {FASTAPI: 20, FASTIFY: 1.5},
     "PATCH status": {FASTAPI: 15, FASTIFY: 1.2},
     "GET one": {FASTAPI: 15, FASTIFY: 1.5},
@@ -520,16 +541,16 @@ TARGETS = {  # × each peer's requests a second
 
 
 class Results(NamedTuple):
-    """All that was measured."""
+    """All measurements."""
 
     rounds: Rounds
     listings: dict[str, list[Listing]]
-    growth: dict[str, list[tuple[Round, Round]]]  # empty after --quick
-    lone: list[tuple[float, float]]
+    growth: dict[str, list[tuple[Round, Round]]]  # empty with --quick
+    single_calls: list[tuple[float, float]]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown whose columns also line up as plain text."""
+    """Make a Markdown table whose columns also line up as plain text."""
     lines = [list(head), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     lines.insert(1, ["-" * width for width in widths])
@@ -537,8 +558,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
-def judged(value: float, target: float | None, at_least: bool, lost: str = "") -> str:
-    """A ratio or a figure beside its target, with the rounds that we lost."""
+def with_target(value: float, target: float | None, at_least: bool, lost: str = "") -> str:
+    """Format a value with its target, and with the rounds that this service lost."""
     text = f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
     if target is not None:
         met = value >= target if at_least else value <= target
@@ -546,19 +567,19 @@ def judged(value: float, target: float | None, at_least: bool, lost: str = "") -
     return text + lost
 
 
-def lost(ours: Sequence[float], theirs: Sequence[float], more_is_better: bool = True) -> str:
-    """In how many rounds we were behind."""
+def count_lost(ours: Sequence[float], theirs: Sequence[float], more_is_better: bool = True) -> str:
+    """Say in how many rounds this service was worse than a peer."""
     pairs = list(zip(ours, theirs, strict=True))
     behind = sum((a < b) if more_is_better else (a > b) for a, b in pairs)
     return f", lost {behind} of {len(pairs)}"
 
 
-def summary(results: Results) -> str:
-    """The table of the targets."""
+def format_summary(results: Results) -> str:
+    """Make the table with the targets."""
     rounds, rows = results.rounds, []
 
     def figures(route: str, field: str) -> list[list[float]]:
-        return [[getattr(r, field) for r in rounds[route, 64, name]] for name in EVERYONE]
+        return [[getattr(r, field) for r in rounds[route, 64, name]] for name in SERVERS]
 
     for route in ("POST", "PATCH status", "GET one", "page of 50", "GET /health/live"):
         rates = figures(route, "rate")
@@ -566,14 +587,14 @@ def summary(results: Results) -> str:
         for peer, theirs in zip(PEERS, rates[1:], strict=True):
             target = TARGETS.get(route, {}).get(peer)
             ratio = median(rates[0]) / median(theirs)
-            row.append("× " + judged(ratio, target, True, lost(rates[0], theirs)))
+            row.append("× " + with_target(ratio, target, True, count_lost(rates[0], theirs)))
         rows.append(row)
     for route in TARGETS:
         p99 = figures(route, "p99")
         row = [f"{route}, p99 in ms", *(f"{median(one):.1f}" for one in p99)]
         for theirs, target in zip(p99[1:], (None, 1), strict=True):
             ratio = median(p99[0]) / median(theirs)
-            row.append("× " + judged(ratio, target, False, lost(p99[0], theirs, False)))
+            row.append("× " + with_target(ratio, target, False, count_lost(p99[0], theirs, False)))
         rows.append(row)
     fields = [
         ("incidents/s", "rate", True, None, 10),
@@ -582,37 +603,37 @@ def summary(results: Results) -> str:
     ]
     for text, field, more, target, ratio_target in fields:
         ours, theirs = ([getattr(x, field) for x in results.listings[n]] for n in (OURS, FASTAPI))
-        # Memory grows with the first list alone: the median would hide it.
+        # The memory grows with the first list only, which a median would hide.
         a, b = (max(x) if field == "grown" else median(x) for x in (ours, theirs))
         ratio = a / b
-        cells = judged(a, target, more), judged(b, None, more), ""
-        verdict = "× " + judged(ratio, ratio_target, more, lost(ours, theirs, more))
+        cells = with_target(a, target, more), with_target(b, None, more), ""
+        verdict = "× " + with_target(ratio, ratio_target, more, count_lost(ours, theirs, more))
         rows.append([f"whole list of {WHOLE:,}, {text}", *cells, verdict, ""])
     post, live = (median(figures(x, "rate")[0]) for x in ("POST", "GET /health/live"))
-    alone = [["POST in % of our /health/live", judged(100 * post / live, 55, True)]]
-    through, straight = zip(*results.lone, strict=True)
-    behind = lost(through, straight, more_is_better=False)
-    times = judged(median(through) / median(straight), 1.1, False, behind)
-    alone.append(["one create alone, × without group commit", times])
+    ratios = [["POST in % of our /health/live", with_target(100 * post / live, 55, True)]]
+    batched, direct = zip(*results.single_calls, strict=True)
+    behind = count_lost(batched, direct, more_is_better=False)
+    times = with_target(median(batched) / median(direct), 1.1, False, behind)
+    ratios.append(["one call when no other waits, × without group commit", times])
     for name, pairs in results.growth.items():
         few, many = (median(pair[i].p50 for pair in pairs) for i in (0, 1))
         if name != "POST":
             label = f"page by {name}, at {MANY:,} × at {FEW:,}"
-            alone.append([label, judged(many / few, 1.5, False)])
-    rows += [[*cells, "", "", "", ""] for cells in alone]
-    head = ["64 connections, medians", *EVERYONE, *(f"ours × {peer}" for peer in PEERS)]
+            ratios.append([label, with_target(many / few, 1.5, False)])
+    rows += [[*cells, "", "", "", ""] for cells in ratios]
+    head = ["64 connections, medians", *SERVERS, *(f"ours × {peer}" for peer in PEERS)]
     return table(head, rows)
 
 
-def details(results: Results) -> str:
-    """The other tables: every route at every number of connections, and growth."""
+def format_details(results: Results) -> str:
+    """Make the tables of all routes at all numbers of connections, and of growth."""
     rows = []
     for (route, connections, name), some in results.rounds.items():
         rate, *others = (median(getattr(r, field) for r in some) for field in Round._fields)
         ours, theirs = (
             [r.rate for r in x] for x in (results.rounds[route, connections, OURS], some)
         )
-        ratio = "" if name == OURS else f"{median(ours) / rate:.2f}{lost(ours, theirs)}"
+        ratio = "" if name == OURS else f"{median(ours) / rate:.2f}{count_lost(ours, theirs)}"
         cells = [route, str(connections), name, f"{rate:,.0f}"]
         rows.append([*cells, *(f"{x:.3f}" for x in others), ratio])
     head = ["route", "connections", "server", "requests/s", "p50 ms", "p99 ms"]
@@ -632,8 +653,8 @@ def details(results: Results) -> str:
     return text
 
 
-def versions(postgres: str) -> str:
-    """What was measured, and on what."""
+def describe_environment(postgres: str) -> str:
+    """Describe the machine and the versions of everything that is measured."""
     with psycopg.connect(postgres) as session:
         shown = session.execute(
             "SELECT current_setting('server_version'), current_setting('fsync'), "
@@ -657,7 +678,7 @@ def versions(postgres: str) -> str:
     node = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout
     wrk = subprocess.run(["wrk", "--version"], capture_output=True, text=True).stdout.split()[1]
     memory = psutil.virtual_memory().total / 2**30
-    busy = os.getloadavg()[0]  # what others do on the machine, for nothing of ours runs yet
+    busy = os.getloadavg()[0]  # of other programs, because nothing is measured yet
     return (
         f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, "
         f"load average {busy:.1f} before the start. "
@@ -667,86 +688,94 @@ def versions(postgres: str) -> str:
 
 
 HOW = f"""\
-One worker each, a pool of ten connections each, one PostgreSQL with a database for each, over its
-unix socket; wrk and PostgreSQL share the machine with the server under load. {FEW:,} incidents,
-{RARE} of them `in_progress`; GET and PATCH go over all of them, and nearly every PATCH changes a
-status. Rounds alternate, and who begins takes turns; any reply but a success would have ended the
-run. *Lost* counts the rounds in which we were behind. A ratio is that of two medians. All were
-checked to answer the same to the same requests.
+Each server has one worker, a pool of ten connections, and its own database in the same PostgreSQL,
+which it reaches over a Unix socket. wrk and PostgreSQL run on the same machine. There are {FEW:,}
+incidents, {RARE} of them `in_progress`. GET and PATCH go over all of them, and nearly every PATCH
+changes a status. The servers take turns, and each round begins with another one. A request that
+failed would have ended the benchmark. *Lost* counts the rounds in which this service was worse. A
+ratio is the ratio of two medians. Before, all servers were checked to answer the same to the same
+requests.
 
-What weighs on us alone: an index for text search (`pg_trgm`) and one for the whole list that the
-peers do not have, constraints on the columns, entity tags, request ids, headers of safety. What
-helps us alone: equal reads that wait at the same time are one, as most of those for the page are.
+This service does more than the others: it has an index for text search (`pg_trgm`) and one for the
+whole list, constraints on the columns, entity tags, request ids and security headers. It has one
+advantage that the others lack: identical reads that wait at the same time share one result, as
+most reads of the page do.
 """
 
 # ── Main ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def need_tools() -> None:
-    """wrk, Node.js and the packages of the Fastify program; or a line that says what to do."""
+    """Check that all tools are there, and install the packages of the Fastify program."""
     for tool, package in (("wrk", "wrk"), ("curl", "curl"), ("node", "nodejs"), ("npm", "npm")):
         if not shutil.which(tool):
             sys.exit(f"{tool} is missing; install it, on Debian: apt-get install {package}")
+    if (ROOT / ".env").exists():
+        sys.exit(f"{ROOT}/.env would change what is measured; move it away for this run")
     if not (BENCH / "fastify/node_modules/postgres").exists():
-        note("npm install")
+        log_progress("npm install")
         options = ["--no-package-lock", "--no-audit", "--no-fund"]
         subprocess.run(["npm", "install", *options], cwd=BENCH / "fastify", check=True, stdout=2)
 
 
-def stop(number: int, frame: Any) -> NoReturn:
-    """Leave every block, and with it end all that was started; a second signal changes nothing."""
-    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(one, signal.SIG_IGN)
+def exit_on_signal(number: int, frame: Any) -> NoReturn:
+    """Leave all `with` blocks, which stops everything. A second signal does not disturb that."""
+    for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(other, signal.SIG_IGN)
     sys.exit(128 + number)
 
 
 def measure(postgres: str, folder: Path, quick: bool) -> Results:
-    """All of it, in an order in which nothing that was measured disturbs what follows."""
+    """Measure everything, in an order in which nothing disturbs what is measured later."""
     with psycopg.connect(postgres) as session:
         postmaster = psutil.Process(session.info.backend_pid).parent()
     assert postmaster
     wrk = Wrk(folder, postmaster)
     plan = {64: (2, 2)} if quick else {64: (5, 3), 1: (3, 2), 256: (3, 2)}
     with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(served(postgres, folder, x, FEW)) for x in EVERYONE]
+        servers = [stack.enter_context(run_server(postgres, folder, x, FEW)) for x in SERVERS]
         check_same_answers(servers)
-        rounds = load(wrk, servers, plan)
-        calls = time_lone_calls(servers[0].database, 3 if quick else 9, 300)
-        lone = asyncio.run(calls)
+        rounds = measure_routes(wrk, servers, plan)
+        calls = time_single_calls(servers[0].database, 3 if quick else 9, 300)
+        single_calls = asyncio.run(calls)
     with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(served(postgres, folder, x, WHOLE)) for x in (OURS, FASTAPI)]
+        servers = [
+            stack.enter_context(run_server(postgres, folder, x, WHOLE)) for x in (OURS, FASTAPI)
+        ]
         listings = read_whole_lists(servers, 1 if quick else 3)
     if quick:
-        return Results(rounds, listings, {}, lone)
+        return Results(rounds, listings, {}, single_calls)
     with contextlib.ExitStack() as stack:
-        few, many = (stack.enter_context(served(postgres, folder, OURS, x)) for x in (FEW, MANY))
-        return Results(rounds, listings, grow(wrk, few, many, 5, 2), lone)
+        few, many = (
+            stack.enter_context(run_server(postgres, folder, OURS, x)) for x in (FEW, MANY)
+        )
+        growth = measure_growth(wrk, few, many, 5, 2)
+        return Results(rounds, listings, growth, single_calls)
 
 
 def main() -> None:
-    """Run the benchmark, print its table and, after a full run, write results.md."""
-    parser = argparse.ArgumentParser(description="Measure this service against its peers.")
-    parser.add_argument("--quick", action="store_true", help="two minutes at most; write nothing")
+    """Run the benchmark, print its summary and, unless it is a quick run, write results.md."""
+    parser = argparse.ArgumentParser(description="Compare this service with two others.")
+    parser.add_argument("--quick", action="store_true", help="about two minutes, writes no file")
     quick = parser.parse_args().quick
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
+        signal.signal(number, exit_on_signal)
     need_tools()
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        os.chdir(name)  # so that no .env is read
+        os.chdir(name)  # so that servers leave no files in the checkout
         sys.path.insert(0, str(ROOT))
         import incidents
 
         with incidents.embedded_postgres(Path(name) / "postgres") as postgres:
-            about = versions(postgres)
+            environment = describe_environment(postgres)
             results = measure(postgres, Path(name), quick)
         os.chdir(ROOT)
-    print(f"{about}\n\n{summary(results)}")
+    report = f"{environment}\n\n{format_summary(results)}"
+    print(report)
     if not quick:
-        text = (
-            f"# Results of `uv run tests/bench/run.py`\n\n{about}\n\n{summary(results)}\n\n{HOW}\n"
-        )
-        (BENCH / "results.md").write_text(text + details(results), "utf-8")
-    note("done")
+        text = f"# Results of `uv run tests/bench/run.py`\n\n{report}\n\n{HOW}\n"
+        (BENCH / "results.md").write_text(text + format_details(results), "utf-8")
+    log_progress("done")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-// A peer of the benchmark: the routes it measures in Fastify and postgres.js, as one writes them
-// there. PGHOST, PGDATABASE and the like name its database, in which it makes its tables; PORT.
+// The measured routes in Fastify and postgres.js, for comparison in the benchmark. They are written
+// in the usual way for these libraries. The program creates its tables when it starts. PORT is its
+// port; PGHOST, PGUSER and PGDATABASE say where its database is.
 import Fastify from 'fastify'
 import postgres from 'postgres'
 
@@ -48,7 +49,7 @@ const newIncident = {
   additionalProperties: false,
   required: ['description', 'source'],
   properties: {
-    // Something visible, and no NUL, which PostgreSQL cannot store.
+    // Not only blanks, and no NUL, which PostgreSQL cannot store.
     description: { type: 'string', minLength: 1, maxLength: 5000, pattern: '^[^\\u0000]*[^\\s\\u0000][^\\u0000]*$' },
     source
   }
@@ -66,7 +67,7 @@ const listQuery = {
 }
 const params = { type: 'object', properties: { id: { type: 'integer', minimum: 0, maximum: 2147483647 } } }
 
-// An unknown field is refused, not taken out.
+// Refuse unknown fields; by default Fastify removes them.
 const app = Fastify({ ajv: { customOptions: { removeAdditional: false } } })
 
 app.setErrorHandler((error, request, reply) => {
@@ -107,28 +108,28 @@ app.get('/incidents/:id', { schema: { params, response: { 200: incident } } }, a
 app.patch('/incidents/:id/status', { schema: { params, body: statusChange, response: { 200: incident } } }, async (request, reply) => {
   const { id } = request.params
   const { status } = request.body
-  // The row is locked first: what the timeline gives as the former status is the last one.
+  // Lock the row before it is read, so that the old status on the timeline is current.
   const [found] = await sql`
-    WITH before AS (
+    WITH locked AS (
       SELECT * FROM incidents WHERE id = ${id} FOR UPDATE
     ), changed AS (
       UPDATE incidents
          SET status = ${status}, version = incidents.version + 1, updated_at = now()
-        FROM before
-       WHERE incidents.id = before.id AND before.status <> ${status}
+        FROM locked
+       WHERE incidents.id = locked.id AND locked.status <> ${status}
       RETURNING incidents.*
     ), entry AS (
       INSERT INTO timeline (incident_id, kind, from_value, to_value)
-      SELECT changed.id, 'status', before.status, changed.status FROM changed JOIN before USING (id)
+      SELECT changed.id, 'status', locked.status, changed.status FROM changed JOIN locked USING (id)
     )
     SELECT * FROM changed
      UNION ALL
-    SELECT * FROM before WHERE NOT EXISTS (SELECT FROM changed)`
+    SELECT * FROM locked WHERE NOT EXISTS (SELECT FROM changed)`
   return found ?? notFound(reply)
 })
 
-const live = { type: 'object', properties: { status: { type: 'string' } } }
-app.get('/health/live', { schema: { response: { 200: live } } }, async () => ({ status: 'ok' }))
+const liveness = { type: 'object', properties: { status: { type: 'string' } } }
+app.get('/health/live', { schema: { response: { 200: liveness } } }, async () => ({ status: 'ok' }))
 
 await app.listen({ host: '127.0.0.1', port: Number(process.env.PORT) })
 for (const signal of ['SIGINT', 'SIGTERM']) process.once(signal, () => process.exit(0))

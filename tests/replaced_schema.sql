@@ -1,5 +1,5 @@
--- What the replaced system made of an empty database, so that the tests have one to take over.
--- Two traits differ from its API: ids are 32 bits wide, and the words of the enums are in capitals.
+-- The schema of the replaced system, so that the tests have a database to take over. Its ids have 32
+-- bits, and the words of its enums are upper case, although its API spoke lower case.
 CREATE TABLE alembic_version (
     version_num varchar(32) NOT NULL CONSTRAINT alembic_version_pkc PRIMARY KEY
 );
@@ -10,7 +10,7 @@ CREATE TYPE incidentstatus AS ENUM ('OPEN', 'IN_PROGRESS', 'RESOLVED', 'CLOSED')
 
 CREATE TYPE incidentsource AS ENUM ('OPERATOR', 'MONITORING', 'PARTNER');
 
--- No check on the description: a blank one was taken, and one of any length.
+-- There is no check on the description, so it may be blank and of any length.
 CREATE TABLE incidents (
     id          serial PRIMARY KEY,
     description varchar NOT NULL,

@@ -1,0 +1,10 @@
+-- Give the replaced system's table its own name back, with the rows that it had at the take-over.
+DO $$
+BEGIN
+    IF to_regclass('incidents_replaced') IS NOT NULL THEN
+        ALTER TABLE incidents_replaced RENAME TO incidents;
+        ALTER INDEX IF EXISTS incidents_replaced_pkey RENAME TO incidents_pkey;
+        ALTER SEQUENCE IF EXISTS incidents_replaced_id_seq RENAME TO incidents_id_seq;
+    END IF;
+END
+$$;

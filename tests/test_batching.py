@@ -1,0 +1,418 @@
+"""Group commit: calls are sent to the server together, but each succeeds or fails on its own."""
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import psycopg
+import pytest
+from helpers import Rows, Sql, async_wait_until, find_inconsistencies
+
+import incidents
+from incidents import (
+    BATCH_SIZE,
+    MAX_WAITING,
+    SQL,
+    WORKERS_PER_STATEMENT,
+    Batcher,
+    Database,
+    Problem,
+    Statement,
+    is_unavailable,
+)
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def database_url(emptied_database_url: str) -> str:
+    """Let all tests of this file share a database, which is empty before each."""
+    return emptied_database_url
+
+
+@pytest.fixture
+async def database(database_url: str) -> AsyncIterator[Database]:
+    """Open the test's database as the service does."""
+    database = Database()
+    await database.open(database_url)
+    yield database
+    await asyncio.wait_for(database.pool.close(), 10)
+
+
+async def create_incident(database: Database, description: str) -> int:
+    """Report an incident, and give its id."""
+    arguments = (None, None, "test", description, "operator")
+    return int((await database.fetchrow(SQL.incident_create, *arguments))["id"])
+
+
+async def change_status(database: Database, incident_id: int, status: str) -> dict[str, Any]:
+    """Change an incident's status, and give the incident."""
+    arguments = (incident_id, None, None, status, None, "test")
+    row = await database.fetchrow(SQL.incident_change, *arguments)
+    incident: dict[str, Any] = json.loads(row["body"])
+    return incident
+
+
+async def gather_outcomes(calls: list[Any]) -> list[Any]:
+    """Make calls at once, and give the result or the error of each; fail if one does not end."""
+    async with asyncio.timeout(60):
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+
+def find_lock_waiters(sql: Sql) -> Rows:
+    """Give the ids of the server's processes that wait for a lock in the test's database."""
+    where = "WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    return sql(f"SELECT pid FROM pg_stat_activity {where}")
+
+
+def is_idle(database: Database) -> bool:
+    """Tell whether no call waits for any statement, and no worker runs."""
+    return not any(batcher.waiting or batcher.workers for batcher in database.batchers.values())
+
+
+def load_statement(folder: Path, text: str) -> Statement:
+    """Load a statement from a file of its own, as the module does for those in sql/."""
+    file = folder / "example.sql"
+    file.write_text(text, "utf-8")
+    return Statement.load(file)
+
+
+# ── Answers ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_call_is_answered_after_its_commit(database: Database, sql: Sql) -> None:
+    async def create_and_look(name: int) -> None:
+        for _ in range(10):
+            incident_id = await create_incident(database, str(name))
+            committed = sql("SELECT description FROM incidents WHERE id = %s", incident_id)
+            assert committed == [(str(name),)]
+
+    await asyncio.gather(*(create_and_look(name) for name in range(3 * BATCH_SIZE)))
+
+
+async def test_each_caller_gets_the_row_of_its_own_call(database: Database, sql: Sql) -> None:
+    names = [f"{number}" for number in range(3 * BATCH_SIZE)]
+    ids = await gather_outcomes([create_incident(database, name) for name in names])
+
+    rows: dict[int, str] = dict(sql("SELECT id, description FROM incidents"))
+    assert [rows[incident_id] for incident_id in ids] == names
+
+
+async def test_the_changes_of_one_caller_keep_their_order(database: Database, sql: Sql) -> None:
+    order = ["in_progress", "resolved", "closed", "open"] * 5
+
+    async def create_and_change() -> int:
+        incident_id = await create_incident(database, "x")
+        for version, status in enumerate(order, 2):
+            incident = await change_status(database, incident_id, status)
+            assert (incident["status"], incident["version"]) == (status, version)
+        return incident_id
+
+    ids = await gather_outcomes([create_and_change() for _ in range(2 * BATCH_SIZE)])
+
+    changes = "SELECT to_value FROM timeline WHERE incident_id = %s AND kind = 'status' ORDER BY id"
+    assert all([row[0] for row in sql(changes, incident_id)] == order for incident_id in ids)
+    assert find_inconsistencies(sql) == []
+
+
+async def test_a_read_sees_everything_that_was_acknowledged_before_it(database: Database) -> None:
+    acknowledged = 0
+
+    async def create_and_count() -> None:
+        nonlocal acknowledged
+        for _ in range(10):
+            await create_incident(database, "x")
+            acknowledged += 1
+            at_least = acknowledged
+            stats = await database.fetchrow(SQL.stats, None, None, ("open",), ("operator",))
+            assert json.loads(stats["body"])["incidents"] >= at_least
+
+    async with asyncio.timeout(60):
+        await asyncio.gather(*(create_and_count() for _ in range(BATCH_SIZE)))
+
+
+# ── Failures ──────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_refused_call_fails_alone_in_its_batch(database: Database, sql: Sql) -> None:
+    # The database refuses an empty description.
+    texts = ["" if number % 10 == 3 else f"{number}" for number in range(BATCH_SIZE)]
+    outcomes = await gather_outcomes([create_incident(database, text) for text in texts])
+
+    for text, outcome in zip(texts, outcomes, strict=True):
+        assert isinstance(outcome, int if text else asyncpg.CheckViolationError)
+    accepted = sorted(text for text in texts if text)
+    assert sorted(row[0] for row in sql("SELECT description FROM incidents")) == accepted
+    assert find_inconsistencies(sql) == []
+
+
+async def test_nothing_is_run_twice_after_a_lost_connection(
+    database: Database, database_url: str, sql: Sql
+) -> None:
+    await create_incident(database, "before")
+    with psycopg.connect(database_url) as session:
+        session.execute("LOCK TABLE incidents IN EXCLUSIVE MODE")
+        calls = asyncio.gather(
+            *(create_incident(database, f"{number}") for number in range(20)),
+            return_exceptions=True,
+        )
+        [(pid,)] = await async_wait_until(lambda: find_lock_waiters(sql))
+        sql("SELECT pg_terminate_backend(%s)", pid)
+        outcomes = await asyncio.wait_for(calls, 10)
+
+    assert len(outcomes) == 20
+    assert all(
+        isinstance(outcome, BaseException) and is_unavailable(outcome) for outcome in outcomes
+    ), outcomes
+    assert sql("SELECT description FROM incidents") == [("before",)]
+    assert await create_incident(database, "after") > 0
+    await async_wait_until(lambda: is_idle(database))
+
+
+@pytest.mark.parametrize("position", [0, 7])
+async def test_a_deadlock_of_a_batch_with_another_session_fails_no_call(
+    database: Database, database_url: str, sql: Sql, position: int
+) -> None:
+    ids = [await create_incident(database, f"{number}") for number in range(1, 10)]
+    [(name,)] = sql("SELECT current_database()")
+    sql(f"ALTER DATABASE {name} SET deadlock_timeout = '200ms'")
+    await database.pool.expire_connections()
+    lock = "SELECT FROM incidents WHERE id = %s FOR UPDATE"
+    with psycopg.connect(database_url) as session:
+        # The session waits longer than the batch, so PostgreSQL ends the batch.
+        session.execute("SET deadlock_timeout = '30s'")
+        session.execute(lock, (ids[-1],))
+        calls = asyncio.gather(
+            *(change_status(database, incident_id, "closed") for incident_id in ids)
+        )
+        await async_wait_until(lambda: find_lock_waiters(sql))
+        await asyncio.to_thread(session.execute, lock, (ids[position],))
+        session.rollback()
+        changed = await asyncio.wait_for(calls, 10)
+
+    sql(f"ALTER DATABASE {name} RESET deadlock_timeout")  # which the other tests share
+
+    assert [incident["version"] for incident in changed] == [2] * len(ids)
+    assert find_inconsistencies(sql) == []
+
+
+async def test_a_call_ends_in_five_seconds_when_the_server_does_not_answer(
+    database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The test does not wait as long as a client does, but adds the difference.
+    seconds_saved = incidents.QUERY_TIMEOUT - 0.5
+    monkeypatch.setattr(incidents, "QUERY_TIMEOUT", 0.5)
+    started_at = asyncio.get_running_loop().time()
+    with psycopg.connect(database_url) as session:
+        session.execute("LOCK TABLE incidents IN EXCLUSIVE MODE")
+        outcomes = await gather_outcomes(
+            [create_incident(database, f"{number}") for number in range(2 * BATCH_SIZE)]
+        )
+        seconds = asyncio.get_running_loop().time() - started_at
+    monkeypatch.undo()
+
+    assert seconds + seconds_saved < 5
+    assert {type(outcome) for outcome in outcomes} == {TimeoutError}
+    assert await create_incident(database, "after") > 0
+
+
+async def test_calls_that_would_wait_too_long_are_refused_at_once(
+    database: Database, sql: Sql
+) -> None:
+    outcomes = await gather_outcomes(
+        [create_incident(database, f"{number}") for number in range(MAX_WAITING + 100)]
+    )
+
+    refused = [outcome for outcome in outcomes if isinstance(outcome, Problem)]
+    assert [problem.status_code for problem in refused] == [503] * 100
+    assert {(problem.headers or {})["Retry-After"] for problem in refused} == {"1"}
+    assert sql("SELECT count(*) FROM incidents") == [(MAX_WAITING,)]
+
+
+# ── Callers that leave ────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_cancelled_call_does_not_disturb_the_others(database: Database, sql: Sql) -> None:
+    tasks = [
+        asyncio.create_task(create_incident(database, f"{number}"))
+        for number in range(3 * BATCH_SIZE)
+    ]
+    await asyncio.sleep(0)  # lets the calls join the queue
+    for task in tasks[::3]:
+        task.cancel()
+    outcomes = await gather_outcomes(tasks)
+
+    for number, outcome in enumerate(outcomes):
+        assert isinstance(outcome, int if number % 3 else asyncio.CancelledError)
+    stored = {row[0] for row in sql("SELECT description FROM incidents")}
+    # The cancelled calls were not sent, because nobody waited for them when their batch was made.
+    assert stored == {f"{number}" for number in range(3 * BATCH_SIZE) if number % 3}
+
+
+async def test_a_caller_that_leaves_a_shared_read_does_not_disturb_the_others(
+    database: Database,
+) -> None:
+    incident_id = await create_incident(database, "x")
+    reads = [
+        asyncio.create_task(database.fetchrow(SQL.incident_get, incident_id, None))
+        for _ in range(10)
+    ]
+    await asyncio.sleep(0)  # lets the reads join the queue
+    reads[0].cancel()
+    first, *others = await gather_outcomes(reads)
+
+    assert isinstance(first, asyncio.CancelledError)
+    assert {row["etag"] for row in others} == {'"1"'}
+
+
+async def test_ten_thousand_answered_refused_and_cancelled_calls_all_end(
+    database: Database, sql: Sql
+) -> None:
+    chance = random.Random(5)
+    # A cancelled call stays in the queue until a batch is made, so fewer may run at once.
+    slots = asyncio.Semaphore(MAX_WAITING // 2)
+    answered: set[str] = set()
+    cancelled: set[str] = set()
+
+    async def call(number: int) -> None:
+        fate = chance.choice(["answered", "answered", "refused", "cancelled", "disconnected"])
+        text = "" if fate == "refused" else f"{number}"
+        async with slots:
+            task = asyncio.create_task(create_incident(database, text))
+            if fate == "cancelled":
+                asyncio.get_running_loop().call_later(chance.random() / 20, task.cancel)
+            if fate == "disconnected" and number % 500 == 0:
+                await database.pool.expire_connections()
+            try:
+                await task
+                answered.add(text)
+            except asyncpg.CheckViolationError:
+                assert fate == "refused"
+            except asyncio.CancelledError:
+                assert fate == "cancelled"
+                cancelled.add(text)
+
+    async with asyncio.timeout(60):
+        await asyncio.gather(*(call(number) for number in range(10_000)))
+
+    stored = [row[0] for row in sql("SELECT description FROM incidents")]
+    assert len(stored) == len(set(stored))
+    assert answered <= set(stored) <= answered | cancelled
+    await async_wait_until(lambda: is_idle(database))
+
+
+# ── What a statement's file declares ──────────────────────────────────────────────────────────────
+
+
+# Statements that show how often they were run. One has the words of a write in it and one has not,
+# because only the declaration counts.
+COUNTED_RUN = "SELECT nextval('incidents_id_seq') AS run, $1::int AS argument"
+COUNTED_DELETE = f"WITH deleted AS (DELETE FROM incidents WHERE id = $1) {COUNTED_RUN}"
+
+
+@pytest.mark.parametrize("text", [COUNTED_RUN, COUNTED_DELETE])
+async def test_identical_calls_of_a_declared_read_are_run_once_for_all_that_wait(
+    database: Database, tmp_path: Path, text: str
+) -> None:
+    batcher = Batcher(database, load_statement(tmp_path, f"-- kind: read, single\n{text}"))
+    rows = await gather_outcomes([batcher.run((number % 2,)) for number in range(100)])
+
+    assert [row["argument"] for row in rows] == [0, 1] * 50
+    assert {row["run"] for row in rows} == {1, 2}
+
+
+@pytest.mark.parametrize("text", [COUNTED_RUN, COUNTED_DELETE])
+async def test_identical_calls_of_a_declared_write_are_each_run(
+    database: Database, tmp_path: Path, text: str
+) -> None:
+    batcher = Batcher(database, load_statement(tmp_path, f"-- kind: write, single\n{text}"))
+    rows = await gather_outcomes([batcher.run((7,)) for _ in range(100)])
+
+    assert sorted(row["run"] for row in rows) == list(range(1, 101))
+
+
+@pytest.mark.parametrize(
+    ("kind", "runs"),
+    [("read, single", [1, 1, 1]), ("read, batch", [1, 1, 1]), ("write, single", [1, 2, 3])],
+)
+async def test_a_statement_may_have_no_parameters(
+    database: Database, tmp_path: Path, kind: str, runs: list[int]
+) -> None:
+    text = f"-- kind: {kind}\nSELECT nextval('incidents_id_seq') AS run"
+    batcher = Batcher(database, load_statement(tmp_path, text))
+    rows = await gather_outcomes([batcher.run(()) for _ in range(3)])
+
+    assert sorted(row["run"] for row in rows) == runs
+    await async_wait_until(lambda: not batcher.workers)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "returned"),
+    [
+        ("read, single", "SELECT $1::int WHERE false", "0 rows for 1 calls"),
+        ("read, single", "SELECT $1::int FROM generate_series(1, 2)", "2 rows for 1 calls"),
+        ("read, batch", "SELECT unnest($1::int[]) LIMIT 0", "0 rows for 1 calls"),
+        ("write, batch", "SELECT unnest($1::int[] || 1)", "2 rows for 1 calls"),
+    ],
+)
+async def test_a_statement_with_another_number_of_rows_than_calls_names_its_file_and_the_rule(
+    database: Database, tmp_path: Path, kind: str, text: str, returned: str
+) -> None:
+    batcher = Batcher(database, load_statement(tmp_path, f"-- kind: {kind}\n{text}"))
+
+    with pytest.raises(RuntimeError) as error:
+        await batcher.run((1,))
+
+    assert str(error.value) == (
+        f"sql/example.sql returned {returned}; a statement must return exactly one row per call"
+    )
+
+
+async def test_every_call_of_a_batch_with_a_wrong_number_of_rows_fails_and_none_hangs(
+    database: Database, tmp_path: Path
+) -> None:
+    text = "-- kind: read, batch\nSELECT unnest($1::int[]) LIMIT 1"
+    batcher = Batcher(database, load_statement(tmp_path, text))
+    calls = [batcher.run((number,)) for number in range(WORKERS_PER_STATEMENT * BATCH_SIZE)]
+    outcomes = await gather_outcomes(calls)
+
+    assert {type(outcome) for outcome in outcomes} == {RuntimeError}
+    assert f"returned 1 rows for {BATCH_SIZE} calls" in str(outcomes[-1])
+    assert await create_incident(database, "after") > 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "SELECT 1",
+        "-- Gives one.\n-- kind: read, single\nSELECT 1",
+        "-- kind: read\nSELECT 1",
+        "-- kind: delete, single\nSELECT 1",
+        "-- kind: read, batched\nSELECT 1",
+        "-- kind: read, single, fast\nSELECT 1",
+    ],
+)
+def test_a_file_that_does_not_begin_with_its_kind_is_refused_by_its_name(
+    tmp_path: Path, text: str
+) -> None:
+    with pytest.raises(ValueError) as error:
+        load_statement(tmp_path, text)
+
+    assert str(error.value) == (
+        "sql/example.sql must begin with a line like '-- kind: read, single' (or write, or batch)"
+    )
+
+
+@pytest.mark.parametrize("kind", ["read, single", "read, batch", "write, single", "write, batch"])
+def test_a_file_declares_how_its_statement_is_run(tmp_path: Path, kind: str) -> None:
+    text = f"-- kind: {kind}\nSELECT 1"
+    statement = load_statement(tmp_path, text)
+
+    assert statement == Statement(
+        name="example", text=text, is_read="read" in kind, is_batched="batch" in kind
+    )

@@ -1,0 +1,226 @@
+"""Clients that are generated from docs/openapi.json work with the service, and linters accept it.
+
+The packages of npm are installed into a folder of the test's own, and uv runs the Python generator
+apart from the project, so that neither is a dependency.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import ROOT, Serve
+
+pytestmark = pytest.mark.slow
+
+DESCRIPTION = ROOT / "docs/openapi.json"
+NPM_PACKAGES = [
+    "@redocly/cli@2",
+    "@stoplight/spectral-cli@6",
+    "openapi-fetch@0.17",
+    "openapi-typescript@7",
+    "typescript@5",
+]
+TOKEN = "fedcba9876543210"
+ENVIRONMENT = os.environ | {
+    "REDOCLY_TELEMETRY": "off",
+    "REDOCLY_SUPPRESS_UPDATE_NOTICE": "true",
+    "npm_config_update_notifier": "false",
+}
+
+PYTHON_CLIENT = """
+import datetime
+import sys
+
+from client import AuthenticatedClient
+from client.api.incidents import (
+    change_incident,
+    change_status,
+    create_incident,
+    get_incident,
+    list_incidents,
+)
+from client.api.service import check_readiness
+from client.api.statistics import get_stats
+from client.api.timeline import add_note, get_timeline
+from client.models import IncidentChange, NewIncident, NewNote, Source, Status, StatusChange
+
+url, token = sys.argv[1:]
+client = AuthenticatedClient(url, token=token, raise_on_unexpected_status=True)
+
+new = NewIncident(description="Нет света", source=Source.OPERATOR)
+created = create_incident.sync(client=client, body=new, idempotency_key="one")
+assert created.status is Status.OPEN, created
+assert create_incident.sync(client=client, body=new, idempotency_key="one") == created
+other = create_incident.sync(client=client, body=new)
+
+[listed] = list_incidents.sync(client=client, limit=1, since=datetime.date(2024, 1, 15))
+assert listed == other, listed
+page = list_incidents.sync_detailed(client=client, limit=1)
+after = page.headers["Link"].partition("after=")[2].partition(">")[0]
+assert list_incidents.sync(client=client, limit=1, after=after) == [created]
+assert list_incidents.sync(client=client, status=[Status.CLOSED], until=created.created_at) == []
+
+body = StatusChange(status=Status.IN_PROGRESS)
+changed = change_status.sync(created.id, client=client, body=body, if_match='"1"')
+assert (changed.status, changed.version) == (Status.IN_PROGRESS, 2), changed
+body = IncidentChange(source=Source.PARTNER)
+refused = change_incident.sync(created.id, client=client, body=body, if_match='"1"')
+assert refused.status == 412 and refused.detail, refused
+changed = change_incident.sync(created.id, client=client, body=body)
+assert get_incident.sync(created.id, client=client) == changed
+assert get_incident.sync_detailed(created.id, client=client, if_none_match='"3"').parsed is None
+
+note = add_note.sync(created.id, client=client, body=NewNote(note="Чиним"))
+timeline = get_timeline.sync(created.id, client=client)
+assert timeline[-1] == note, timeline
+assert [entry.kind.value for entry in timeline] == ["created", "status", "edited", "note"]
+stats = get_stats.sync(client=client)
+assert (stats.by_status.in_progress, stats.by_source.partner) == (1, 1), stats
+assert stats.seconds_to.in_progress.count == 1 and stats.seconds_to.resolved.mean is None, stats
+assert check_readiness.sync(client=client).status == "ok"
+
+wrong = NewIncident(description=" ", source=Source.OPERATOR)
+problem = create_incident.sync(client=client, body=wrong)
+assert [error.pointer for error in problem.errors] == ["#/description"], problem
+stranger = AuthenticatedClient(url, token="wrong")
+assert get_stats.sync(client=stranger).status == 401
+"""
+
+# The comparisons of types are made by tsc, and those of values when it runs.
+TYPESCRIPT_CLIENT = """
+import createClient from "openapi-fetch";
+import type { components, paths } from "./schema.js";
+
+type Incident = components["schemas"]["Incident"];
+declare const process: { argv: string[] };
+
+function assert(condition: unknown, found: unknown): asserts condition {
+  if (!condition) throw new Error(JSON.stringify(found));
+}
+
+const [baseUrl, token] = process.argv.slice(2);
+const client = createClient<paths>({ baseUrl, headers: { Authorization: `Bearer ${token}` } });
+
+const body = { description: "Нет света", source: "operator" } as const;
+const created = await client.POST("/incidents/", { body });
+assert(created.data?.status === "open", created);
+const incident: Incident = created.data;
+const params = { path: { incident_id: incident.id } };
+
+const query = { status: ["open", "closed"] as ("open" | "closed")[], limit: 1 };
+const listed = await client.GET("/incidents/", { params: { query } });
+assert(Array.isArray(listed.data), listed);
+const first: Incident = listed.data[0];
+assert(first.id === incident.id, first);
+
+const changed = await client.PATCH("/incidents/{incident_id}/status", {
+  params: { ...params, header: { "If-Match": '"1"' } },
+  body: { status: "resolved" },
+});
+assert(changed.data?.version === 2, changed);
+const edited = await client.PATCH("/incidents/{incident_id}", {
+  params,
+  body: { source: "partner" },
+});
+const read = await client.GET("/incidents/{incident_id}", { params });
+assert(read.data?.source === "partner" && read.data.version === edited.data?.version, read);
+
+const note = await client.POST("/incidents/{incident_id}/notes", {
+  params,
+  body: { note: "Чиним" },
+});
+const timeline = await client.GET("/incidents/{incident_id}/timeline", { params });
+assert(timeline.data?.length === 4 && timeline.data[3].note === note.data?.note, timeline);
+const stats = await client.GET("/stats");
+assert(stats.data?.by_status.resolved === 1 && stats.data.by_source.partner === 1, stats);
+
+const wrong = await client.POST("/incidents/", { body: { ...body, description: " " } });
+assert(wrong.error?.errors?.[0].pointer === "#/description", wrong);
+"""
+
+
+def run(*command: str | Path, folder: Path) -> str:
+    """Run a command in a folder, and give what it prints; fail the test with that if it fails."""
+    ended = subprocess.run(
+        command, cwd=folder, env=ENVIRONMENT, capture_output=True, encoding="utf-8"
+    )
+    assert ended.returncode == 0, f"{command}\n{ended.stdout}\n{ended.stderr}"
+    return ended.stdout
+
+
+@pytest.fixture
+def service_url(serve: Serve, database_url: str) -> str:
+    """Start the service with a token, and give its URL."""
+    return serve(DATABASE_URL=database_url, API_TOKENS=f"client:{TOKEN}").url
+
+
+@pytest.fixture(scope="module")
+def npm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Install the npm packages, and give the folder in which their commands run."""
+    npm = shutil.which("npm") or pytest.skip("npm is not installed: apt-get install npm")
+    folder = tmp_path_factory.mktemp("npm")
+    (folder / "package.json").write_text('{"type": "module"}', "utf-8")
+    run(npm, "install", "--no-audit", "--no-fund", *NPM_PACKAGES, folder=folder)
+    return folder
+
+
+def lint(npm_folder: Path, *command: str | Path) -> Any:
+    """Run a linter, and give its report. Its exit code is 1 because it reports something."""
+    ended = subprocess.run(
+        [npm_folder / "node_modules/.bin" / command[0], *command[1:]],
+        cwd=npm_folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert ended.stdout, ended.stderr
+    return json.loads(ended.stdout)
+
+
+# Both have one thing to say: /incidents/ ends with a slash. Here each path works with and without.
+
+
+def test_redocly_finds_nothing_but_the_trailing_slash(npm_folder: Path) -> None:
+    options = ("--extends", "recommended-strict", "--format", "json")
+    report = lint(npm_folder, "redocly", "lint", *options, DESCRIPTION)
+
+    found = [problem["ruleId"] for problem in report["problems"]]
+    assert found == ["no-path-trailing-slash"], report["problems"]
+
+
+def test_spectral_finds_nothing_but_the_trailing_slash(npm_folder: Path) -> None:
+    (npm_folder / "ruleset.yaml").write_text('extends: ["spectral:oas"]\n', "utf-8")
+    options = ("--ruleset", "ruleset.yaml", "--format", "json", "--quiet")
+    report = lint(npm_folder, "spectral", "lint", *options, DESCRIPTION)
+
+    found = [problem["code"] for problem in report]
+    assert found == ["path-keys-no-trailing-slash"], report
+
+
+def test_a_generated_python_client_creates_lists_changes_and_reads(
+    service_url: str, tmp_path: Path
+) -> None:
+    uv = shutil.which("uv") or pytest.skip("uv is not installed: pip install uv")
+    with_generator = ("run", "--no-project", "--with", "openapi-python-client~=0.29.1")
+    generate = ("openapi-python-client", "generate", "--meta", "none", "--output-path", "client")
+    (tmp_path / "use.py").write_text(PYTHON_CLIENT, "utf-8")
+
+    generated = run(uv, *with_generator, *generate, "--path", DESCRIPTION, folder=tmp_path)
+    assert "warning" not in generated.lower()
+    run(uv, *with_generator, "python", "use.py", service_url, TOKEN, folder=tmp_path)
+
+
+def test_a_generated_typescript_client_creates_lists_changes_and_reads(
+    service_url: str, npm_folder: Path
+) -> None:
+    commands = npm_folder / "node_modules/.bin"
+    (npm_folder / "use.ts").write_text(TYPESCRIPT_CLIENT, "utf-8")
+    options = ("--strict", "--target", "es2022", "--module", "nodenext", "--skipLibCheck")
+
+    run(commands / "openapi-typescript", DESCRIPTION, "-o", "schema.ts", folder=npm_folder)
+    run(commands / "tsc", *options, "use.ts", folder=npm_folder)
+    run("node", "use.js", service_url, TOKEN, folder=npm_folder)

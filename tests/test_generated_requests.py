@@ -1,0 +1,588 @@
+"""Generated requests to every operation: valid ones, nearly valid ones and arbitrary ones.
+
+No request may make the service fail. Each response must be one that docs/openapi.json describes, a
+success must do what the request asked for, and a refused request must change nothing. The requests
+are the same in each run, so that a failure can be repeated. The default run sends a few of them,
+and the slow one 20,000.
+"""
+
+import asyncio
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, quote, quote_from_bytes
+
+import openapi
+import psycopg
+import pytest
+from helpers import ROOT, SECRET_MARKER, TRUNCATE_ALL, Rows, find_inconsistencies
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+
+import incidents
+from incidents import SOURCES, STATUSES, Position, decode_cursor, encode_cursor
+
+Operation = tuple[str, str]  # a method and a path, as they are described
+
+PATHS: dict[str, dict[str, Any]] = json.loads((ROOT / "docs/openapi.json").read_text("utf-8"))[
+    "paths"
+]
+OPERATIONS = [(method.upper(), path) for path, methods in PATHS.items() for method in methods]
+UNKNOWN_PATH = ("GET", "/nowhere")
+
+FEW, ALL = 50, -(-20_000 // len(OPERATIONS))  # requests to each operation
+INCIDENTS = 24  # there are two of each status and source
+
+RESPONSE_TYPES = {
+    route.name: TypeAdapter(openapi.response_type(route.name)) for route in incidents.ROUTES
+}
+PROBLEM = TypeAdapter(openapi.ProblemDetails)
+
+
+# ── Texts, values and bodies ──────────────────────────────────────────────────────────────────────
+
+
+def encode(text: str) -> bytes:
+    """Encode a text in UTF-8, even if it has lone surrogates, which no valid text has."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def percent_encode(text: str) -> bytes:
+    """Encode a text as it is written in a query."""
+    return quote_from_bytes(encode(text)).encode()
+
+
+ONE_IN_TWENTY = st.sampled_from([False] * 19 + [True])
+ONE_IN_TEN = st.sampled_from([False] * 9 + [True])
+TRUE_OR_FALSE = st.booleans()
+INDEX = {size: st.integers(0, size - 1) for size in range(1, 10)}
+
+SPECIAL_TEXTS = [
+    "",
+    " ",
+    "0",
+    "1",
+    "null",
+    "\0",
+    f"{SECRET_MARKER}\0",
+    "\ufeff",
+    "\u200b\u2800",
+    "\n",
+    "\u0301",
+    "\ud800",
+    "\udfff\ud800",
+    "🔥🧯",
+    "👩🏽‍🚒",
+    "‮אזעקה‬",
+    "حريق في الخادم",
+    "Проблема с сервером",
+    "故障",
+    "a\r\nSet-Cookie: a=b",
+    "'; DROP TABLE incidents; --",
+    "%00%ff",
+    "{}",
+    "9" * 400,
+    "x" * 200,
+    "x" * 201,
+    "x" * 5000,
+    "x" * 5001,
+    "🔥" * 5000,
+]
+ANY_CHARACTER = st.characters(exclude_categories=())  # lone surrogates too
+ANY_TEXT = st.one_of(st.sampled_from(SPECIAL_TEXTS), st.text(ANY_CHARACTER, max_size=12))
+VALID_TEXT = st.one_of(
+    st.sampled_from([SECRET_MARKER, "Проблема с сервером", "🔥 حريق", "x" * 5000]),
+    st.text(max_size=12).map(lambda text: SECRET_MARKER + text.replace("\0", "")),
+)
+ANY_SCALAR = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), ANY_TEXT)
+ANY_VALUE = st.one_of(
+    ANY_SCALAR,
+    st.lists(ANY_SCALAR, max_size=3),
+    st.dictionaries(ANY_TEXT, ANY_SCALAR, max_size=3),
+    st.dictionaries(ANY_TEXT, st.lists(ANY_SCALAR, max_size=2), max_size=2),
+)
+FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "description": VALID_TEXT,
+    "note": VALID_TEXT,
+    "source": st.sampled_from(SOURCES),
+    "status": st.sampled_from(STATUSES),
+}
+VALID_BODIES: dict[Operation, st.SearchStrategy[dict[str, Any]]] = {
+    ("POST", "/incidents/"): st.fixed_dictionaries(
+        {name: FIELDS[name] for name in ("description", "source")}
+    ),
+    ("PATCH", "/incidents/{incident_id}"): st.fixed_dictionaries(
+        {}, optional={name: FIELDS[name] for name in ("description", "source", "status")}
+    ),
+    ("PATCH", "/incidents/{incident_id}/status"): st.fixed_dictionaries(
+        {"status": FIELDS["status"]}
+    ),
+    ("POST", "/incidents/{incident_id}/notes"): st.fixed_dictionaries({"note": FIELDS["note"]}),
+}
+UNUSUAL_BODIES = st.one_of(
+    st.sampled_from(
+        [
+            b"",
+            b"{",
+            b"[" * 1000,
+            b'{"description": "a", "description": "b", "source": "partner"}',
+            b'{"status": "open", "status": 1}',
+            b"\xef\xbb\xbf{}",
+            b'{"note": "\xff"}',
+            b'{"note": "\xed\xa0\x80"}',
+            b'{"note": "\\ud800"}',
+            b'{"note": NaN}',
+            b"\x00",
+            b"description=a&source=partner",
+            b" " * (incidents.MAX_BODY + 1),
+        ]
+    ),
+    st.binary(max_size=20),
+)
+
+BODY_KINDS = st.sampled_from(
+    ["valid", "valid", "valid", "wrong value", "field more", "field less", "any JSON", "unusual"]
+)
+ANY_NAME = st.one_of(st.sampled_from(sorted(FIELDS)), ANY_TEXT)
+OTHER_BODY = st.just({"description": SECRET_MARKER, "source": "partner"})
+
+
+@st.composite
+def bodies(draw: st.DrawFn, operation: Operation) -> bytes:
+    """Make a body that the operation takes, one that it nearly takes, or any other."""
+    kind = draw(BODY_KINDS)
+    if kind == "unusual":
+        return draw(UNUSUAL_BODIES)
+    if kind == "any JSON":
+        return encode(json.dumps(draw(ANY_VALUE), ensure_ascii=draw(TRUE_OR_FALSE)))
+    body: dict[str, Any] = dict(draw(VALID_BODIES.get(operation, OTHER_BODY)))
+    if kind == "wrong value" and body:
+        body[sorted(body)[draw(INDEX[len(body)])]] = draw(ANY_VALUE)
+    elif kind == "field less" and body:
+        del body[sorted(body)[draw(INDEX[len(body)])]]
+    elif kind == "field more":
+        body[draw(ANY_NAME)] = draw(ANY_VALUE)
+    return encode(json.dumps(body, ensure_ascii=draw(TRUE_OR_FALSE)))
+
+
+# ── Headers, queries and whole requests ───────────────────────────────────────────────────────────
+
+HEADERS = {
+    "if-match": ['"1"', "*", 'W/"1"', '"1", "2"', '"99"', "1", '"', ","],
+    "if-none-match": ['"1"', "*", 'W/"1"', '"1", "2"', '"99"', "1", '"', ","],
+    "idempotency-key": ["a", '"a"', "b", "c" * 255, "c" * 256, "é", '""', "a "],
+    "accept": ["*/*", "text/csv", "application/x-ndjson;q=0.5, */*;q=0.1", "a", ";;", "text/*,"],
+    "x-request-id": ["a", "x" * 100, "x" * 101, "a b", "a\r\nb: c"],
+    "content-type": ["application/json; charset=utf-8", "text/plain", "application/json;", "json"],
+}
+ANY_HEADER = [
+    st.tuples(st.just(name.encode()), st.one_of(st.sampled_from(values), ANY_TEXT).map(encode))
+    for name, values in HEADERS.items()
+]
+ANY_HEADERS = st.lists(st.one_of(ANY_HEADER), max_size=3)
+
+
+@st.composite
+def header_lists(draw: st.DrawFn) -> list[tuple[bytes, bytes]]:
+    """Make some headers, also the same one twice; mostly with the content type that is needed."""
+    needed = [] if draw(ONE_IN_TEN) else [(b"content-type", b"application/json")]
+    return needed + draw(ANY_HEADERS)
+
+
+CURSOR = encode_cursor(Position(datetime(2999, 12, 31, tzinfo=UTC), 7))
+PARAMETERS = {
+    "status": [*STATUSES, "open,closed", "open,", "OPEN"],
+    "source": [*SOURCES, "partner,operator", "system"],
+    "q": [SECRET_MARKER, SECRET_MARKER[:4].lower(), "сервер", "%", "_", "ab"],
+    "limit": ["1", "2", "1000", "0", "1001", "-1", "1e2", "٣", "1.0", "9" * 30],
+    "after": [
+        CURSOR,
+        encode_cursor(Position(datetime(2024, 1, 15, tzinfo=UTC), 1)),
+        encode_cursor(Position(datetime.max.replace(tzinfo=UTC), 10**18 - 1)),
+        CURSOR[:-1],
+        "1",
+    ],
+    "format": ["json", "csv", "ndjson", "xml"],
+    "since": ["2024-01-15", "2024-01-15T10:30:00Z", "2999-12-31T23:59:59.9+23:59", "2024-02-30"],
+    "until": ["2024-01-15", "9999-12-31T23:59:59-23:59", "0001-01-01T00:00:00+01:00", "now"],
+}
+
+
+def parameter_lists(route: incidents.ApiRoute) -> st.SearchStrategy[list[tuple[str, str]]]:
+    """Make up to three parameters that the route has. One value in five may be any text."""
+    names = route.query.model_fields
+    pairs = [
+        st.tuples(st.just(name), value)
+        for name in names
+        for value in [st.sampled_from(PARAMETERS[name])] * 4 + [ANY_TEXT]
+    ]
+    return st.lists(st.one_of(pairs), max_size=3 if pairs else 0)
+
+
+VALID_PARAMETERS = {
+    (route.method, route.documented_path): parameter_lists(route) for route in incidents.ROUTES
+}
+UNUSUAL_QUERY = st.one_of(
+    st.binary(max_size=12), ANY_TEXT.map(percent_encode), st.just(b"&".join([b"q=a"] * 101))
+)
+UNKNOWN_PARAMETER = st.tuples(
+    st.one_of(st.sampled_from(["stauts", *PARAMETERS]), ANY_TEXT), ANY_TEXT
+)
+
+
+@st.composite
+def queries(draw: st.DrawFn, operation: Operation) -> bytes:
+    """Make a query, mostly of parameters that the operation has, also the same one twice."""
+    if draw(ONE_IN_TWENTY):
+        return draw(UNUSUAL_QUERY)
+    pairs = draw(VALID_PARAMETERS[operation]) if operation in VALID_PARAMETERS else []
+    if draw(ONE_IN_TWENTY):
+        pairs = [*pairs, draw(UNKNOWN_PARAMETER)]
+    return b"&".join(percent_encode(name) + b"=" + percent_encode(value) for name, value in pairs)
+
+
+class GeneratedRequest(NamedTuple):
+    """A request, as a server hands it to the application."""
+
+    method: str
+    path: str
+    query: bytes
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
+KNOWN_ID = st.integers(1, INCIDENTS).map(str)
+UNUSUAL_ID = st.one_of(
+    st.sampled_from(["0", "-1", "999999999999999999", "1000000000000000000", "1.0", "1\n", "٣"]),
+    st.integers().map(str),
+    ANY_TEXT,
+)
+METHODS = st.sampled_from(
+    ["GET", "HEAD", "POST", "PATCH", "PUT", "DELETE", "OPTIONS", "TRACE", "get", "ANY"]
+)
+
+
+@st.composite
+def requests_to(draw: st.DrawFn, operation: Operation) -> GeneratedRequest:
+    """Make a request to an operation. One in twenty has another method, and some another path."""
+    method, path = operation
+    if draw(ONE_IN_TWENTY):
+        method = draw(METHODS)
+    elif method == "GET" and draw(ONE_IN_TEN):
+        method = "HEAD"
+    if "{" in path:
+        path = path.replace("{incident_id}", draw(UNUSUAL_ID if draw(ONE_IN_TEN) else KNOWN_ID))
+    if draw(ONE_IN_TEN):
+        path = path.rstrip("/") or path if path.endswith("/") else path + "/"
+    elif draw(ONE_IN_TWENTY):
+        path += draw(ANY_TEXT)
+    # uvicorn decodes a path like this; bytes that are not UTF-8 become replacement characters.
+    path = encode(path).decode("utf-8", "replace")
+    has_body = method not in ("GET", "HEAD") or draw(ONE_IN_TWENTY)
+    body = draw(bodies(operation)) if has_body else b""
+    return GeneratedRequest(method, path, draw(queries(operation)), draw(header_lists()), body)
+
+
+UNKNOWN_PATHS = st.one_of(
+    st.lists(ANY_TEXT, min_size=1, max_size=3).map(lambda parts: "/" + "/".join(parts)),
+    ANY_TEXT.map(lambda name: f"/docs/{name}"),
+    st.sampled_from([path.replace("{incident_id}", "1").upper() for path in PATHS]),
+)
+
+
+@st.composite
+def requests_to_unknown_paths(draw: st.DrawFn) -> GeneratedRequest:
+    """Make a request with any method to a path that most likely no operation has."""
+    request = draw(requests_to(("POST", draw(UNKNOWN_PATHS))))
+    return request._replace(method=draw(METHODS))
+
+
+# ── The service ───────────────────────────────────────────────────────────────────────────────────
+
+
+class Response(NamedTuple):
+    """What the application has sent."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+async def call_application(request: GeneratedRequest) -> Response:
+    """Call the application as a server does, and collect what it sends."""
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": request.method,
+        "scheme": "http",
+        "path": request.path,
+        "raw_path": quote(request.path).encode(),
+        "root_path": "",
+        "query_string": request.query,
+        "headers": request.headers,
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 8000),
+    }
+    messages: list[Any] = []
+    remaining = iter([request.body])
+
+    async def receive() -> dict[str, Any]:
+        for body in remaining:
+            return {"type": "http.request", "body": body, "more_body": False}
+        await asyncio.Event().wait()  # the client does not disconnect
+        return {}
+
+    async def send(message: Any) -> None:
+        messages.append(message)
+
+    await incidents.app(scope, receive, send)
+    start, *parts = messages
+    counts = Counter(name for name, _ in start["headers"])
+    assert set(counts.values()) == {1}, counts
+    return Response(
+        start["status"],
+        {name.decode(): value.decode("latin-1") for name, value in start["headers"]},
+        b"".join(part.get("body", b"") for part in parts),
+    )
+
+
+# Counts the rows that are written. Updates of idempotency_keys do not count: the service updates
+# the row of a key that comes again even if it then refuses the request, because PostgreSQL returns
+# a conflicting row only when it is updated.
+COUNT_WRITES = """
+CREATE SEQUENCE writes;
+CREATE FUNCTION count_write() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM nextval('writes');
+    RETURN NULL;
+END
+$$;
+CREATE TRIGGER count_writes AFTER INSERT OR UPDATE OR DELETE ON incidents
+    FOR EACH ROW EXECUTE FUNCTION count_write();
+CREATE TRIGGER count_writes AFTER INSERT OR UPDATE OR DELETE ON timeline
+    FOR EACH ROW EXECUTE FUNCTION count_write();
+CREATE TRIGGER count_writes AFTER INSERT OR UPDATE OR DELETE ON incident_texts
+    FOR EACH ROW EXECUTE FUNCTION count_write();
+CREATE TRIGGER count_writes AFTER INSERT OR DELETE ON idempotency_keys
+    FOR EACH ROW EXECUTE FUNCTION count_write();
+"""
+
+
+class Service:
+    """The application in this process, called from tests that are not asynchronous."""
+
+    def __init__(self, session: psycopg.Connection[Any], runner: asyncio.Runner) -> None:
+        self.session, self.runner = session, runner
+
+    def send(self, request: GeneratedRequest) -> Response:
+        """Send a request to the application."""
+        return self.runner.run(call_application(request))
+
+    def run_sql(self, statement: Any) -> Rows:
+        """Run a statement in the database of the application."""
+        cursor = self.session.execute(statement)
+        return cursor.fetchall() if cursor.description else []
+
+    def count_writes(self) -> int:
+        """Count the rows that have been written so far."""
+        [(count,)] = self.run_sql("SELECT last_value FROM writes")
+        return int(count)
+
+
+@pytest.fixture(scope="module")
+def running_service(module_database_url: str) -> Iterator[Service]:
+    """Start the application on a database that all tests of this file share."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        psycopg.connect(module_database_url, autocommit=True) as session,
+        asyncio.Runner() as runner,
+    ):
+        session.execute(COUNT_WRITES)
+        patch.setattr(incidents.get_settings(), "database_url", module_database_url)
+        lifespan = incidents.lifespan(incidents.app)
+        runner.run(lifespan.__aenter__())
+        yield Service(session, runner)
+        runner.run(lifespan.__aexit__(None, None, None))
+
+
+@pytest.fixture
+def service(running_service: Service) -> Service:
+    """Give the application with two incidents of each status and source, and no others."""
+    running_service.run_sql(TRUNCATE_ALL)
+    json_type = [(b"content-type", b"application/json")]
+    for number in range(INCIDENTS):
+        new = {
+            "description": f"{SECRET_MARKER} {number}",
+            "source": SOURCES[number % len(SOURCES)],
+        }
+        change = {"status": STATUSES[number // 3 % len(STATUSES)]}
+        path = f"/incidents/{number + 1}/status"
+        created = running_service.send(
+            GeneratedRequest("POST", "/incidents/", b"", json_type, json.dumps(new).encode())
+        )
+        changed = running_service.send(
+            GeneratedRequest("PATCH", path, b"", json_type, json.dumps(change).encode())
+        )
+        assert (created.status, changed.status) == (201, 200)
+    return running_service
+
+
+# ── Checks of a response ──────────────────────────────────────────────────────────────────────────
+
+
+def find_operation(request: GeneratedRequest) -> dict[str, Any] | None:
+    """Find the description of the operation that a request calls.
+
+    It is empty when the path is described without this method, and None when the path is not.
+    """
+    for path, methods in PATHS.items():
+        escaped_path = re.escape(path.rstrip("/") or path)
+        pattern = escaped_path.replace(re.escape("{incident_id}"), "([^/]+)") + "/?"
+        if re.fullmatch(pattern, request.path, re.DOTALL):
+            method = "GET" if request.method == "HEAD" else request.method
+            return dict(methods.get(method.lower(), {})) if method.isupper() else {}
+    return None
+
+
+def check_response(request: GeneratedRequest, response: Response, has_written: bool) -> None:
+    """Check that a response is described and true, and that only what was asked for is written."""
+    operation = find_operation(request)
+    assert response.status < 500, response
+    if operation is None:
+        assert response.status == 404 or request.path.startswith("/docs/")
+    elif not operation:
+        assert response.status == 405
+    else:
+        assert str(response.status) in operation["responses"], response
+    if response.status >= 300:
+        assert not has_written
+    if response.status >= 400:
+        check_problem(request, response)
+    elif response.status == 304:
+        assert response.body == b""
+        assert b"if-none-match" in dict(request.headers) or request.path.startswith("/docs/")
+    elif operation:
+        check_success(request, response, has_written, operation)
+
+
+def check_problem(request: GeneratedRequest, response: Response) -> None:
+    """Check that a problem has the form of RFC 9457, and its status the right reason."""
+    assert response.headers["content-type"] == "application/problem+json; charset=utf-8"
+    problem = PROBLEM.validate_json(response.body, strict=True)
+    assert (problem.status, problem.type) == (response.status, "about:blank")
+    assert problem.title.strip() and problem.detail.strip()
+    if response.status == 412:
+        assert b"if-match" in dict(request.headers)
+
+
+def check_success(
+    request: GeneratedRequest, response: Response, has_written: bool, operation: dict[str, Any]
+) -> None:
+    """Check that a successful response has the described form, and shows what was asked for."""
+    name, is_write = operation["operationId"], request.method in ("POST", "PATCH")
+    media_type = response.headers["content-type"].partition(";")[0]
+    assert media_type in operation["responses"][str(response.status)]["content"]
+    assert is_write or not has_written
+    if request.method == "HEAD":
+        return
+    body = read_body(response, media_type)
+    RESPONSE_TYPES[name].validate_python(body)
+    sent_body = json.loads(request.body.decode("utf-8-sig")) if is_write else {}
+    if request.method == "POST":
+        assert has_written != ("idempotent-replayed" in response.headers)
+    if re.fullmatch("/incidents/[0-9]+(/.*)?", request.path):
+        [incident_id] = re.findall("/([0-9]+)", request.path)
+        shown = body if name == "get_timeline" else [body]
+        assert {item.get("incident_id", item["id"]) for item in shown} == {int(incident_id)}
+    if name in ("create_incident", "get_incident", "change_incident", "change_status"):
+        assert response.headers["etag"] == f'"{body["version"]}"'
+    if name == "create_incident":
+        assert response.headers["location"] == f"/incidents/{body['id']}"
+    if is_write:
+        assert {field: body[field] for field in sent_body} == sent_body
+    if name == "list_incidents":
+        check_list(request, body)
+    if name == "get_timeline":
+        assert body[0]["kind"] == "created"
+        assert [entry["id"] for entry in body] == sorted(entry["id"] for entry in body)
+    if name == "get_stats":
+        assert sum(body["by_status"].values()) == sum(body["by_source"].values())
+        assert sum(body["by_status"].values()) == body["incidents"]
+
+
+def read_body(response: Response, media_type: str) -> Any:
+    """Parse a body according to its media type."""
+    text = response.body.decode("utf-8")
+    if media_type == "application/json":
+        return json.loads(text)
+    if media_type == "application/x-ndjson":
+        return [json.loads(line) for line in text.split("\n")[:-1]]
+    if media_type == "text/csv":
+        return list(csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline="")))
+    return text
+
+
+def check_list(request: GeneratedRequest, listed: list[dict[str, Any]]) -> None:
+    """Check that a list has only what the filters let through, newest first."""
+    pairs = parse_qsl(request.query.decode("latin-1"), keep_blank_values=True)
+    filters: dict[str, set[str]] = {}
+    for name, value in pairs:
+        parts = value.split(",") if name in ("status", "source") else [value]
+        filters.setdefault(name, set()).update(parts)
+    for incident in listed:
+        assert incident["status"] in filters.get("status", STATUSES)
+        assert incident["source"] in filters.get("source", SOURCES)
+        for part in filters.get("q", ()):
+            assert part.casefold() in incident["description"].casefold()
+    positions = [
+        Position(datetime.fromisoformat(incident["created_at"]), int(incident["id"]))
+        for incident in listed
+    ]
+    assert positions == sorted(positions, reverse=True)
+    assert len(listed) <= float(*filters.get("limit", {"inf"}))
+    for cursor in filters.get("after", ()):
+        assert all(position < decode_cursor(cursor) for position in positions)
+
+
+# ── The test ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "operation", [*OPERATIONS, UNKNOWN_PATH], ids=[" ".join(o) for o in [*OPERATIONS, UNKNOWN_PATH]]
+)
+@pytest.mark.parametrize("count", [FEW, pytest.param(ALL, marks=pytest.mark.slow)])
+def test_every_response_is_as_described_and_a_refused_request_changes_nothing(
+    service: Service, operation: Operation, count: int
+) -> None:
+    statuses: Counter[int] = Counter()
+    writes = service.count_writes()
+
+    @settings(
+        max_examples=count,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(requests_to_unknown_paths() if operation == UNKNOWN_PATH else requests_to(operation))
+    def send_and_check(request: GeneratedRequest) -> None:
+        nonlocal writes
+        writes_before, response = writes, service.send(request)
+        writes = service.count_writes()
+        statuses[response.status] += 1
+        check_response(request, response, has_written=writes != writes_before)
+
+    send_and_check()
+
+    print(dict(statuses))
+    assert statuses.total() >= count
+    assert ALL * len(OPERATIONS) >= 20_000
+    assert operation == UNKNOWN_PATH or any(status < 300 for status in statuses)
+    assert find_inconsistencies(service.run_sql) == []

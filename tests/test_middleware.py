@@ -1,0 +1,169 @@
+"""What every response has, whatever the route: a request id, security headers, an access line."""
+
+import json
+import re
+from typing import Any
+
+import httpx
+import pytest
+from helpers import (
+    NEW_INCIDENT,
+    PRIVATE_ROUTES,
+    PUBLIC_ROUTES,
+    READER,
+    SECRET_MARKER,
+    TOKENS,
+    WRITER,
+    Serve,
+    Sql,
+    call_route,
+    insert_incident,
+)
+
+import incidents
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def database_url(emptied_database_url: str) -> str:
+    """Let the tests of this file share one database, which is emptied before each of them."""
+    return emptied_database_url
+
+
+@pytest.fixture(autouse=True)
+def one_incident(sql: Sql) -> None:
+    """Insert incident 1, so that every route has something to show."""
+    insert_incident(sql)
+
+
+# ── Request ids ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("request_id", ["a", "5f1e9c1c-7b34-4c52", "A.b_c-9", "x" * 100])
+async def test_a_request_id_that_the_client_sends_is_kept(
+    client: httpx.AsyncClient, request_id: str
+) -> None:
+    response = await client.get("/incidents/", headers={"X-Request-ID": request_id})
+
+    assert response.headers.get_list("x-request-id") == [request_id]
+
+
+@pytest.mark.parametrize(
+    "request_id",
+    [
+        "",
+        "x" * 101,
+        "a b",
+        "a\r\nSet-Cookie: a=b",
+        "a\nb",
+        "a\n",
+        "a\x00",
+        "a,b",
+        '"a"',
+        "{}",
+        "<script>",
+        "é",
+    ],
+    ids=lambda request_id: ascii(request_id)[:30],
+)
+async def test_a_request_id_that_could_do_harm_is_replaced(
+    client: httpx.AsyncClient, request_id: str
+) -> None:
+    headers = [(b"X-Request-ID", request_id.encode())]
+    responses = [await client.get("/incidents/", headers=headers) for _ in range(2)]
+
+    ids = [response.headers["x-request-id"] for response in responses]
+    assert all(re.fullmatch(r"[0-9a-f]{8}-[0-9]+", new_id) for new_id in ids)
+    assert ids[0] != ids[1]
+    assert "set-cookie" not in responses[0].headers
+
+
+async def test_a_problem_of_the_service_has_the_request_id_in_its_body(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(incidents, "MAX_WAITING", 0)
+    with_own_id = await client.get("/incidents/", headers={"X-Request-ID": "mine"})
+    without_id = await client.get("/incidents/")
+
+    assert with_own_id.status_code == without_id.status_code == 503
+    assert with_own_id.json()["request_id"] == with_own_id.headers["x-request-id"] == "mine"
+    assert without_id.json()["request_id"] == without_id.headers["x-request-id"]
+
+
+# ── Security headers ──────────────────────────────────────────────────────────────────────────────
+
+ALL_PATHS = {route.documented_path.replace("{incident_id}", "1") for route in incidents.ROUTES}
+
+
+@pytest.mark.parametrize("path", sorted({*ALL_PATHS, "/nope", "/docs/swagger.js", "/docs/nope"}))
+async def test_every_response_has_each_security_header_once(
+    client: httpx.AsyncClient, path: str
+) -> None:
+    responses = [await client.request(method, path) for method in ("GET", "HEAD", "DELETE")]
+
+    for response in responses:
+        assert len(response.headers.get_list("x-request-id")) == 1
+        assert response.headers.get_list("x-content-type-options") == ["nosniff"]
+        [csp] = [v for k, v in response.headers.multi_items() if k == "content-security-policy"]
+        assert "default-src 'self'" in csp
+
+
+async def test_only_responses_of_private_routes_forbid_caching(client: httpx.AsyncClient) -> None:
+    private = [await call_route(client, route) for route in PRIVATE_ROUTES]
+    refused = [await client.get("/incidents/?stauts=open"), await client.get("/incidents/99")]
+    public = [await call_route(client, route) for route in PUBLIC_ROUTES]
+
+    assert {r.headers.get("cache-control") for r in private + refused} == {"no-store"}
+    assert {r.headers.get("cache-control") for r in public} == {None}
+
+
+# ── Access log ────────────────────────────────────────────────────────────────────────────────────
+
+
+def parse_access_log(printed: str) -> list[dict[str, Any]]:
+    """Find the lines of the access log among all that a server has printed."""
+    return [json.loads(line) for line in re.findall(r"{.*}", printed)]
+
+
+def test_the_access_log_has_one_line_per_request_and_no_secret(
+    serve: Serve, database_url: str
+) -> None:
+    server = serve(DATABASE_URL=database_url, ACCESS_LOG="true", API_TOKENS=TOKENS)
+    with httpx.Client(base_url=server.url, headers={"X-Request-ID": "mine"}) as client:
+        created = client.post("/incidents/", json=NEW_INCIDENT, headers=WRITER)
+        client.get(f"/incidents/?q={SECRET_MARKER}", headers=READER)
+        client.get("/incidents/1", headers={"Authorization": "Bearer s3cr3t-of-nobody"})
+        client.get('/nope"%0A{}')
+        client.get("/docs/swagger.js")
+    server.stop()
+    printed = server.printed()
+
+    lines = [line for line in parse_access_log(printed) if line["request_id"] == "mine"]
+    keys = ["actor", "method", "path", "status"]
+    assert [[line[key] for key in keys] for line in lines] == [
+        ["writer", "POST", "/incidents/", 201],
+        ["reader", "GET", "/incidents/", 200],
+        [None, "GET", "/incidents/1", 401],
+        [None, "GET", '/nope"\n{}', 404],
+        [None, "GET", "/docs/swagger.js", 200],
+    ]
+    for line in lines:
+        assert line.keys() == {"request_id", "ms", *keys}
+        assert 0 <= line["ms"] < 10_000
+    assert created.headers.get_list("server") == []
+    for secret in (SECRET_MARKER, "Bearer", "s3cr3t"):
+        assert secret not in printed
+
+
+def test_without_the_access_log_a_request_prints_nothing_and_no_header_names_the_server(
+    serve: Serve, database_url: str
+) -> None:
+    server = serve(DATABASE_URL=database_url)
+    before = server.printed()
+    responses = [httpx.get(server.url + path) for path in ("/incidents/", "/nope", "/docs")]
+
+    assert server.printed() == before
+    for response in responses:
+        assert "server" not in response.headers
+        assert "x-powered-by" not in response.headers
