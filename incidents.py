@@ -591,6 +591,8 @@ async def prepare_session(connection: Any) -> None:
     # While a table is small, the planner prefers to scan all of it, and a generic plan would keep
     # doing so when the table has grown. Every statement has an index for what it reads.
     await connection.execute("SET enable_seqscan = off")
+    # rfc3339() in the schema relies on this form of timestamps.
+    await connection.execute("SET datestyle = 'ISO'")
 
 
 async def keep_session(connection: Any) -> None:

@@ -15,24 +15,25 @@
 -- without a walk through the rest. One generic plan serves both, because only the parameters decide
 -- which half has rows. One row more than asked for is read: it shows whether more incidents follow.
   WITH page AS (
-       (SELECT created_at, id, incident
+       (SELECT created_at, id, incident_line(incident, $7) AS line
           FROM incidents_between($3, $4, $5) AS incident
          WHERE $1::text[] IS NULL
          ORDER BY created_at DESC, id DESC
          LIMIT $6::integer + 1)
         UNION ALL
-       SELECT newest.created_at, newest.id, newest.incident
-         FROM unnest($1::text[]) AS wanted_status (status) CROSS JOIN unnest($2::text[]) AS wanted_source (source)
-              CROSS JOIN LATERAL (
-              SELECT created_at, id, incident
-                FROM incidents_between($3, $4, $5) AS incident
-               WHERE status = wanted_status.status AND source = wanted_source.source
-               ORDER BY created_at DESC, id DESC
-               LIMIT $6 + 1) AS newest
-        ORDER BY created_at DESC, id DESC
-        LIMIT $6 + 1),
+       (SELECT newest.created_at, newest.id, incident_line(newest.incident, $7)
+          FROM unnest($1::text[]) AS wanted_status (status)
+               CROSS JOIN unnest($2::text[]) AS wanted_source (source)
+               CROSS JOIN LATERAL (
+               SELECT created_at, id, incident
+                 FROM incidents_between($3, $4, $5) AS incident
+                WHERE status = wanted_status.status AND source = wanted_source.source
+                ORDER BY created_at DESC, id DESC
+                LIMIT $6 + 1) AS newest
+         ORDER BY newest.created_at DESC, newest.id DESC
+         LIMIT $6 + 1)),
        arrays AS (
-       SELECT array_agg(id) AS ids, array_agg(created_at) AS times, array_agg(incident_line(incident, $7)) AS lines
+       SELECT array_agg(id) AS ids, array_agg(created_at) AS times, array_agg(line) AS lines
          FROM page)
 SELECT convert_to(coalesce(array_to_string(lines[:$6], $8), ''), 'UTF8') AS body,
        coalesce(cardinality(ids) > $6, false) AS has_more, times[$6] AS last_created_at, ids[$6] AS last_id

@@ -11,40 +11,40 @@
 --   $7 format             text
 --   $8 separator          text
 --   $9 pattern            text         for ILIKE
--- A text is frequent if 10 of the newest 1,000 have it, or if there are fewer. It is found by walking along
--- the list, as in incident_page.sql; a rare one by its trigrams, of which a filter may drop some.
+-- A sample of the newest 1,000 chooses one of three ways: if 10 of them are hits that pass the filter, a walk
+-- along the whole list; if 10 are hits, a walk along each chosen status and source, as in incident_page.sql;
+-- otherwise the few hits of the trigram index. OFFSET 0 keeps their incidents from being read all at once.
   WITH sample AS MATERIALIZED (
-       SELECT count(*) < 1000 OR count(*) FILTER (WHERE description ILIKE $9) >= 10 AS is_frequent
-         FROM (SELECT description FROM incidents_between($3, $4, $5)
-                ORDER BY created_at DESC, id DESC LIMIT 1000) AS newest),
+       SELECT count(*) < 1000 OR count(*) FILTER (WHERE is_hit AND is_chosen) >= 10 AS is_common,
+              count(*) < 1000 OR count(*) FILTER (WHERE is_hit) >= 10 AS is_frequent
+         FROM (SELECT description ILIKE $9 AS is_hit,
+                      $1::text[] IS NULL OR status = ANY ($1) AND source = ANY ($2::text[]) AS is_chosen
+                 FROM incidents_between($3, $4, $5) ORDER BY created_at DESC, id DESC LIMIT 1000) AS newest),
        page AS (
        (SELECT created_at, id, incident
           FROM incidents_between($3, $4, $5) AS incident
-         WHERE $1::text[] IS NULL AND (SELECT is_frequent FROM sample) AND description ILIKE $9
+         WHERE (SELECT is_common FROM sample) AND description ILIKE $9
+           AND ($1 IS NULL OR status = ANY ($1) AND source = ANY ($2))
          ORDER BY created_at DESC, id DESC LIMIT $6::integer + 1)
         UNION ALL
        SELECT newest.created_at, newest.id, newest.incident
-         FROM unnest($1::text[]) AS wanted_status (status) CROSS JOIN unnest($2::text[]) AS wanted_source (source)
-              CROSS JOIN LATERAL (
+         FROM unnest($1) AS wanted_status (status) CROSS JOIN unnest($2) AS wanted_source (source) CROSS JOIN LATERAL (
               SELECT created_at, id, incident
                 FROM incidents_between($3, $4, $5) AS incident
-               WHERE (SELECT is_frequent FROM sample) AND description ILIKE $9
+               WHERE (SELECT is_frequent AND NOT is_common FROM sample) AND description ILIKE $9
                  AND status = wanted_status.status AND source = wanted_source.source
                ORDER BY created_at DESC, id DESC LIMIT $6 + 1) AS newest
         UNION ALL
-       SELECT created_at, id, incident
-         FROM incidents AS incident
-        WHERE id = ANY (ARRAY (
-              SELECT id FROM incident_texts
-               WHERE NOT (SELECT is_frequent FROM sample) AND description ILIKE $9
-                 AND created_at >= coalesce($3, '-infinity') AND (created_at, id) < (coalesce($4, 'infinity'), coalesce($5, 0))
-               ORDER BY created_at DESC, id DESC LIMIT CASE WHEN $1 IS NULL THEN $6 + 1 END))
-          AND ($1 IS NULL OR status = ANY ($1) AND source = ANY ($2))
-        ORDER BY created_at DESC, id DESC
-        LIMIT $6 + 1),
+       (SELECT hit.created_at, hit.id, incident
+          FROM (SELECT created_at, id FROM incident_texts
+                 WHERE NOT (SELECT is_frequent FROM sample) AND description ILIKE $9 AND created_at >= coalesce($3, '-infinity')
+                   AND (created_at, id) < (coalesce($4, 'infinity'), coalesce($5, 0)) ORDER BY created_at DESC, id DESC) AS hit
+               CROSS JOIN LATERAL (SELECT incident FROM incidents AS incident WHERE incident.id = hit.id OFFSET 0) AS found
+         WHERE $1 IS NULL OR (found.incident).status = ANY ($1) AND (found.incident).source = ANY ($2)
+         ORDER BY hit.created_at DESC, hit.id DESC LIMIT $6 + 1)
+        ORDER BY created_at DESC, id DESC LIMIT $6 + 1),
        arrays AS (
-       SELECT array_agg(id) AS ids, array_agg(created_at) AS times, array_agg(incident_line(incident, $7)) AS lines
-         FROM page)
+       SELECT array_agg(id) AS ids, array_agg(created_at) AS times, array_agg(incident_line(incident, $7)) AS lines FROM page)
 SELECT convert_to(coalesce(array_to_string(lines[:$6], $8), ''), 'UTF8') AS body,
        coalesce(cardinality(ids) > $6, false) AS has_more, times[$6] AS last_created_at, ids[$6] AS last_id
   FROM arrays;

@@ -179,8 +179,8 @@ INCIDENT_FIELDS = [
     "id", "description", "status", "source", "created_at", "updated_at", "version"
 ]  # fmt: skip
 
-# How every timestamp in a response looks: in UTC, with six digits after the point.
-TIMESTAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"
+# How every timestamp in a response looks: in UTC, with up to six digits after the point.
+TIMESTAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z"
 
 
 def insert_incidents(sql: Sql, count: int) -> None:

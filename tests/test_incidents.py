@@ -98,8 +98,8 @@ async def test_a_new_incident_has_one_entry_on_its_timeline(
     assert same_time == [(True,)]
 
 
-@pytest.mark.parametrize("fraction", [".000000", ".000001", ".100000", ".120000", ".999999"])
-async def test_a_timestamp_always_has_six_digits_after_the_point(
+@pytest.mark.parametrize("fraction", ["", ".000001", ".1", ".12", ".999999"])
+async def test_a_timestamp_has_as_many_digits_after_the_point_as_it_needs(
     client: httpx.AsyncClient, sql: Sql, fraction: str
 ) -> None:
     time = f"2024-01-15T10:30:00{fraction}Z"

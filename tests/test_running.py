@@ -209,7 +209,9 @@ def test_a_start_that_waits_for_the_database_says_so_and_a_signal_ends_it_at_onc
 
     address = f"127.0.0.1:{urlsplit(dead_url).port}"
     tries = [line for line in server.printed().splitlines() if "Try" in line]
-    assert re.fullmatch(rf"WARNING: +Try 1 of 30: cannot connect to {address}: .*\w{{5}}.*", tries[0])
+    assert re.fullmatch(
+        rf"WARNING: +Try 1 of 30: cannot connect to {address}: .*\w{{5}}.*", tries[0]
+    )
     assert "Secret123" not in server.printed()
     assert "Traceback" not in server.printed()
 
