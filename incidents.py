@@ -96,7 +96,7 @@ def parse_tokens(text: str) -> list[Token]:
     """Parse API_TOKENS, for example `alice:0123456789abcdef,ci:fedcba9876543210:read`."""
     parts = [part.strip() for part in text.split(",") if part]
     matches = [re.fullmatch(r"([\w.@-]+):([!-9;-~]{16,})(:read)?", part) for part in parts]
-    if not all(matches):
+    if not all(matches) or (text and not matches):
         raise ValueError(
             "write name:secret or name:secret:read; a secret has at least 16 visible "
             "ASCII characters, and neither : nor ,"
@@ -203,7 +203,7 @@ CURSOR_PATTERN = r"(-?[0-9]{1,18})-([0-9]{1,18})-([0-9a-f]{8})"
 
 
 def encode_cursor(position: Position) -> str:
-    """Make a cursor: microseconds since 1970, id and checksum, `1705314600123456-41-3416a75f`."""
+    """Make a cursor: microseconds since 1970, id and checksum, `1705314600123456-41-1138a614`."""
     place = f"{(position.created_at - EPOCH) // timedelta(microseconds=1)}-{position.id}"
     return f"{place}-{zlib.crc32(place.encode()):08x}"
 
@@ -262,10 +262,6 @@ class NoQuery(RequestModel):
     """The query of a route that has no query parameters."""
 
 
-class AnyQuery(RequestModel, extra="ignore"):
-    """The query of a route that ignores its query parameters."""
-
-
 class Period(RequestModel):
     """When the incidents were created: `since` or later, and before `until`."""
 
@@ -308,9 +304,14 @@ UNAVAILABLE_SQLSTATES = (
     "3D000",  # the database does not exist
     "42501",  # the role lacks a right, for example on a table that another role restored
 )
-# Only writes fail with these, so a successful read does not prove that the database has recovered.
-WRITE_ONLY_ERRORS = (asyncpg.DiskFullError, asyncpg.ReadOnlySQLTransactionError)
-# With these there is no point in running the calls of a batch one by one.
+# Often only writes fail with these, so a successful read does not prove that all is well again.
+WRITE_ONLY_ERRORS = (
+    asyncpg.DiskFullError,
+    asyncpg.InsufficientPrivilegeError,
+    asyncpg.ReadOnlySQLTransactionError,
+)
+# After these, the calls of a batch are not run one by one: a lost connection may have committed
+# them all, and a full or read-only database would refuse each.
 STOPPING_ERRORS = (asyncpg.PostgresConnectionError, *WRITE_ONLY_ERRORS)
 
 
@@ -318,8 +319,12 @@ def is_unavailable(error: BaseException) -> bool:
     """Whether an error means that the database is away, restarting, full or too slow."""
     if isinstance(error, asyncpg.PostgresError):
         return str(error.sqlstate).startswith(UNAVAILABLE_SQLSTATES)
-    # OSError includes TimeoutError. asyncpg raises its own two for connections that just ended.
-    return isinstance(error, OSError | asyncpg.InterfaceError | asyncpg.InternalClientError)
+    if isinstance(
+        error, OSError
+    ):  # also TimeoutError; with a file name, it is about a file of ours
+        return error.filename is None
+    # asyncpg raises these two for connections that have just ended.
+    return isinstance(error, asyncpg.InterfaceError | asyncpg.InternalClientError)
 
 
 def one_line(error: BaseException) -> str:
@@ -364,7 +369,7 @@ SQL = SimpleNamespace(**{file.stem: Statement.load(file) for file in HERE.glob("
 # ── Group commit ──────────────────────────────────────────────────────────────────────────────────
 
 BATCH_SIZE = 32  # calls that go to the server together
-WORKERS_PER_STATEMENT = 3  # batches on their way at once, while the answers of others are written
+WORKERS_PER_STATEMENT = 3  # batches of one statement that are on their way at once
 MAX_WAITING = 1000  # calls of one statement; about a tenth of a second of work
 QUERY_TIMEOUT = 4.5  # seconds until a call gets a 503; a write that was sent may still be stored
 COMMAND_TIMEOUT = 10  # seconds until a statement is cancelled on the server
@@ -399,7 +404,8 @@ class Batcher:
 
     Most of a write's cost is the trip to PostgreSQL and the wait for its disk. While one batch is
     on its way, new calls queue up here; then they are sent together, as arrays. A call that finds
-    the queue empty is sent at once, so a client that is alone never waits.
+    the queue empty is sent at once, unless `WORKERS_PER_STATEMENT` batches are on their way; so a
+    client that is alone never waits.
 
     - A call is answered only after its batch is committed.
     - If PostgreSQL refuses a batch, nothing of it was stored, so its calls are run one by one: one
@@ -428,6 +434,7 @@ class Batcher:
         future = loop.create_future()
         is_read = self.statement.is_read
         call = PendingCall(arguments, None if is_read or not arguments else arguments[0])
+        # Identical reads share one entry, so their arguments must be hashable: tuples, not lists.
         key = arguments if is_read else future
         self.waiting.setdefault(key, call).futures.append(future)
         if len(self.waiting) == 1 and len(self.workers) < WORKERS_PER_STATEMENT:
@@ -495,10 +502,16 @@ class Batcher:
 
     async def fetch_rows(self, connection: Any, calls: list[tuple[Any, ...]]) -> Any:
         """Run the statement for these arguments, and check that each call has its row."""
-        if self.statement.is_batched:
-            rows = await connection.fetch(self.statement.text, *zip(*calls, strict=True))
-        else:
-            rows = await connection.fetchmany(self.statement.text, calls)
+        try:
+            if self.statement.is_batched:
+                rows = await connection.fetch(self.statement.text, *zip(*calls, strict=True))
+            else:
+                rows = await connection.fetchmany(self.statement.text, calls)
+        except asyncpg.InterfaceError as error:
+            if connection.is_closed():
+                raise
+            reason = f"sql/{self.statement.name}.sql cannot be run: {one_line(error)}"
+            raise RuntimeError(reason) from None
         if len(rows) != len(calls):
             raise RuntimeError(
                 f"sql/{self.statement.name}.sql returned {len(rows)} rows for {len(calls)} calls; "
@@ -569,7 +582,7 @@ class Database:
         self.last_error = error
 
     def log_success(self, started_at: float, is_read: bool) -> None:
-        """Log that the database serves again, if this began after the last failure."""
+        """Log that the database serves again, if the batch began after the last failure."""
         if not self.last_error or started_at < self.last_error_at:
             return
         if not (is_read and isinstance(self.last_error, WRITE_ONLY_ERRORS)):
@@ -585,8 +598,8 @@ async def prepare_session(connection: Any) -> None:
     # Return json columns as raw bytes: they are the response body.
     binary: Any = {"schema": "pg_catalog", "format": "binary"}
     await connection.set_type_codec("json", encoder=bytes, decoder=bytes, **binary)
-    # A generic plan is made once per connection and serves all parameters. The statements are
-    # written so that it is as fast on a million rows as on ten; JIT would cost more than it saves.
+    # A generic plan is made once per connection and serves all parameters, so that nothing is
+    # planned again for each call. The statements are written for it. JIT costs more than it saves.
     await connection.execute("SET plan_cache_mode = force_generic_plan; SET jit = off")
     # While a table is small, the planner prefers to scan all of it, and a generic plan would keep
     # doing so when the table has grown. Every statement has an index for what it reads.
@@ -651,6 +664,7 @@ def migrate(url: str) -> None:
         # yoyo hides the reason when it may not create its tables. This shows it.
         with session.transaction(force_rollback=True):
             session.execute("CREATE TABLE may_a_table_be_made ()")
+        # As parameters only: yoyo's own URL parser does not know several hosts or sockets.
         address = f"postgresql+psycopg://?{urlencode(conninfo_to_dict(url))}"
         with yoyo.get_backend(address) as backend:
             # yoyo's own lock is a row, which a killed process leaves behind. Only the holder of the
@@ -899,7 +913,7 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            if path.endswith("\n"):  # the routes' regexes end in `$`, which also fits before it
+            if scope["path"].endswith("\n"):  # `$` in the routes' regexes also matches before it
                 raise HTTPException(404)
             await self.app(scope, receive, send_with_headers)
         except Exception as error:
@@ -965,11 +979,14 @@ def method_not_allowed(scope: Scope) -> Problem:
 
 # ── Handlers: incidents ───────────────────────────────────────────────────────────────────────────
 
-STREAM_PAGE = 250  # incidents; a slow reader of the whole list keeps one page in memory
+STREAM_PAGE = 250  # incidents; each slow reader of the whole list keeps two pages in memory
 
 
 class ListFormat(NamedTuple):
-    """How a list is written: SQL writes a line per incident, and this stands around the lines."""
+    """How a list is written: opening, the lines that SQL writes with separator between, closing.
+
+    A line of NDJSON or CSV already ends with its line break.
+    """
 
     name: Format
     media_type: str
@@ -996,6 +1013,7 @@ async def run_idempotent(request: Request, statement: Statement, *arguments: Any
     The row's `is_replay` tells that the key was used before; then only its `id` is there.
     """
     header = request.headers.get("idempotency-key")
+    # The draft standard writes the key in quotes. It is the same key with or without them.
     key = None if header is None else re.sub(r'^"(.*)"$', r"\1", header.strip(" \t"))
     if key is not None and not re.fullmatch("[ -~]{1,255}", key):
         raise Problem(422, "An Idempotency-Key has 1 to 255 ASCII characters; send another.")
@@ -1053,7 +1071,8 @@ async def fetch_page(query: ListQuery, form: ListFormat, after: Position | None)
     statuses, sources = None, None
     if query.status or query.source:
         statuses, sources = tuple(query.status or STATUSES), tuple(query.source or SOURCES)
-    # The page begins after `after`, and before the first id of the moment `until`.
+    # The page holds what is older than both places: `after`, the last incident of the page before,
+    # and `until`, where 0 is below every id.
     until = Position(query.until, 0) if query.until else None
     earlier = min([place for place in (until, after) if place], default=None)
     created_at, incident_id = earlier or (None, None)
@@ -1069,8 +1088,9 @@ async def fetch_page(query: ListQuery, form: ListFormat, after: Position | None)
 async def stream_pages(query: ListQuery, form: ListFormat, page: Any) -> AsyncIterator[bytes]:
     """Yield the whole list from its first page on.
 
-    The next page is read while one is sent, so a slow reader holds no connection. When a read
-    fails, the response is cut off, and is never a short list that looks complete.
+    Each page is a query of its own, so a slow reader holds no connection; the next one is read
+    while one is sent. When a read fails, the response breaks off, so that a part of the list never
+    looks complete.
     """
     yield form.opening
     while page["has_more"]:
@@ -1108,20 +1128,18 @@ async def change_incident(request: Request) -> Response:
     change = await parse_body(request, IncidentChange)
     if not change.model_fields_set:
         raise Problem(422, "There is nothing to change; send a description, source or status.")
-    row = await apply_change(request, incident_id, change)
-    return json_response(row)
+    return await apply_change(request, incident_id, change)
 
 
 async def change_status(request: Request) -> Response:
     """Change an incident's status."""
     incident_id = parse_incident_id(request)
     change = await parse_body(request, StatusChange)
-    row = await apply_change(request, incident_id, IncidentChange(status=change.status))
-    return json_response(row)
+    return await apply_change(request, incident_id, IncidentChange(status=change.status))
 
 
-async def apply_change(request: Request, incident_id: int, change: IncidentChange) -> Any:
-    """Change an incident and give its row; 412 when If-Match does not have its entity tag."""
+async def apply_change(request: Request, incident_id: int, change: IncidentChange) -> Response:
+    """Change an incident and show it; 412 when If-Match does not have its entity tag."""
     fields = (change.description, change.source, change.status)
     etags, actor = joined_header(request, "if-match"), request.scope["actor"]
     row = await database.fetchrow(SQL.incident_change, incident_id, *fields, etags, actor)
@@ -1130,7 +1148,7 @@ async def apply_change(request: Request, incident_id: int, change: IncidentChang
             "If-Match does not have the incident's current ETag; read it again, then change it."
         )
         raise Problem(412, detail, {"ETag": row["etag"]})
-    return row
+    return json_response(row)
 
 
 # ── Handlers: timeline and statistics ─────────────────────────────────────────────────────────────
@@ -1186,16 +1204,15 @@ async def check_liveness(request: Request) -> Response:
 async def check_readiness(request: Request) -> Response:
     """Say whether the service can do its work."""
     readiness = await fetch_readiness()
+    if not readiness["missing"] and not readiness["is_read_only"]:
+        return JSONResponse({"status": "ok"}, media_type=JSON_TYPE)
+    # A session keeps a read-only default, and stays on the old server after a failover.
+    await database.pool.expire_connections()
+    detail = "The database takes no writes: it is a standby, or set to read-only."
     if readiness["missing"]:
         missing = ", ".join(readiness["missing"])
         detail = f"The database lacks the migrations {missing}; restart the service."
-        raise Problem(503, detail, {"Retry-After": "10"})
-    if readiness["is_read_only"]:
-        # A session keeps a read-only default, and stays on the old server after a failover.
-        await database.pool.expire_connections()
-        detail = "The database takes no writes: it is a standby, or set to read-only."
-        raise Problem(503, detail, {"Retry-After": "10"})
-    return JSONResponse({"status": "ok"}, media_type=JSON_TYPE)
+    raise Problem(503, detail, {"Retry-After": "10"})
 
 
 async def get_openapi(request: Request) -> Response:
@@ -1238,9 +1255,10 @@ ROUTES = [
     ApiRoute("GET", "/docs", show_swagger_ui, is_public=True),
     ApiRoute("GET", "/redoc", show_redoc, is_public=True),
 ]
-# The parts of the pages are not part of the API, so the OpenAPI description leaves them out.
+# The parts of the pages are not part of the API, so the OpenAPI description leaves them out. Their
+# query parameters are ignored.
 DOCS_FILES_ROUTE = ApiRoute(
-    "GET", "/docs/{file:path}", get_docs_file, query=AnyQuery, is_public=True
+    "GET", "/docs/{file:path}", get_docs_file, query=RequestModel, is_public=True
 )
 
 
@@ -1267,9 +1285,13 @@ async def lifespan(_: Any) -> AsyncIterator[None]:
             level = logging.INFO if is_local else logging.WARNING
             log.log(level, "API_TOKENS is not set: whoever reaches this may read and write")
         if settings.cors_origins:
-            origins = settings.cors_origins.split(",")
+            # Here, because the settings are read at the start, when `app` has been made already.
             app.middleware_stack = CORSMiddleware(
-                app.middleware_stack, origins, "*", "*", expose_headers="*"
+                app.middleware_stack,
+                allow_origins=settings.cors_origins.split(","),
+                allow_methods="*",
+                allow_headers="*",
+                expose_headers="*",
             )
         gc.freeze()  # what exists now stays for good, so no garbage collection needs to look at it
         try:
@@ -1281,10 +1303,10 @@ async def lifespan(_: Any) -> AsyncIterator[None]:
 
 @contextlib.contextmanager
 def signals_end_the_process() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end a start at once, which may wait a minute for the database.
+    """Let Ctrl-C and SIGTERM end a start at once: it may wait minutes for the database.
 
-    uvicorn only notes them until the start is over. With the embedded server it must stay so,
-    because that has to be stopped in good order.
+    By itself, uvicorn acts on a signal only when the start is over. With the embedded server that
+    is right, because the server must be shut down properly.
     """
     numbers = (signal.SIGINT, signal.SIGTERM)
     handlers = [signal.signal(number, signal.SIG_DFL) for number in numbers]
@@ -1324,7 +1346,7 @@ def main() -> None:
         proxy_headers=False,  # the client's address is not used
         timeout_graceful_shutdown=3,
     )
-    url = f"http://{host}:{port}"
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print(f"The API is at {url}, its documentation at {url}/docs", flush=True)
     server = uvicorn.Server(config)
     # uvicorn raises SystemExit when a start fails, and KeyboardInterrupt after Ctrl-C.

@@ -41,8 +41,8 @@ class Incident(BaseModel):
     description: str = Field(examples=["Проблема с сервером"])
     status: Status = Field(examples=["open"])
     source: Source = Field(examples=["monitoring"])
-    created_at: datetime = Field(examples=["2026-01-15T10:30:00.000000Z"])
-    updated_at: datetime = Field(examples=["2026-01-15T10:30:00.000000Z"])
+    created_at: datetime = Field(examples=["2026-01-15T10:30:00.123456Z"])
+    updated_at: datetime = Field(examples=["2026-01-15T10:30:00.123456Z"])
     version: int = Field(examples=[1])
 
 
@@ -57,7 +57,7 @@ class TimelineEntry(BaseModel):
     after: str = Field(alias="to", default_factory=str, examples=["in_progress"])
     note: str = OMITTED
     actor: str = Field(examples=["anonymous"], description="The name of the token that was sent.")
-    created_at: datetime = Field(examples=["2026-01-15T10:31:30.000000Z"])
+    created_at: datetime = Field(examples=["2026-01-15T10:31:30.123456Z"])
 
 
 class Durations(BaseModel):
@@ -185,7 +185,7 @@ HEADERS = {
     "Idempotent-Replayed": ("This key was sent before.", text("true", enum=["true"])),
     "Link": (
         "Sent with `limit`: the first page and the next one. The last page has no `next`.",
-        text('</incidents/?limit=50&after=WyIyMDI2LTAx.c2lnbmVk>; rel="next"'),
+        text('</incidents/?limit=50&after=1705314600123456-41-1138a614>; rel="next"'),
     ),
     "Location": ("The path of the new incident.", text("/incidents/1")),
     "Retry-After": ("Seconds to wait before you try again.", {"type": "integer", "examples": [2]}),
@@ -260,7 +260,7 @@ LIST["content"] |= {
     "text/csv": {
         "schema": {"type": "string", "description": "UTF-8 with a byte order mark, for Excel."},
         "example": "id,description,status,source,created_at,updated_at,version\r\n"
-        '1,"Проблема с сервером",open,monitoring,2026-01-15T10:30:00.000000Z,…,1\r\n',
+        '1,"Проблема с сервером",open,monitoring,2026-01-15T10:30:00.123456Z,…,1\r\n',
     },
 }
 PAGE = response("The page.", str, media_type="text/html")
@@ -271,7 +271,7 @@ TIMELINE = [
         "incident_id": 1,
         "kind": "created",
         "actor": "alice",
-        "created_at": "2026-01-15T10:30:00.000000Z",
+        "created_at": "2026-01-15T10:30:00.123456Z",
     },
     {
         "id": 2,
@@ -279,7 +279,7 @@ TIMELINE = [
         "kind": "note",
         "note": "Перезапустили сервер",
         "actor": "bob",
-        "created_at": "2026-01-15T10:31:30.000000Z",
+        "created_at": "2026-01-15T10:31:30.123456Z",
     },
 ]
 
@@ -384,7 +384,10 @@ class Schemas(GenerateJsonSchema):
 def build_description() -> Json:
     """Build the description. Raises LookupError when OPERATIONS does not fit the routes."""
     if unknown := OPERATIONS.keys() - {route.name for route in incidents.ROUTES}:
-        raise LookupError(f"incidents.py has no {unknown}: delete that in docs/openapi.py.")
+        raise LookupError(
+            f"ROUTES in incidents.py has no {unknown}: add the route there, or delete these words "
+            "in docs/openapi.py."
+        )
     paths: dict[str, Json] = {}
     for route in incidents.ROUTES:
         paths.setdefault(route.documented_path, {})[route.method.lower()] = describe(route)

@@ -95,6 +95,7 @@ CREATE TABLE IF NOT EXISTS idempotency_keys (
 -- per request; a null key is passed over. Returns a row per key, with the position of its request:
 -- the id that the request makes or has made (a number that is drawn for a repeated key is thrown
 -- away, so ids have gaps), whether the key was used before, and whether it was used with this same request.
+-- replays is 0 only in a row that was just inserted, or whose key came with another request.
 -- DO UPDATE, not DO NOTHING: PostgreSQL returns a conflicting row only when it is updated, and the
 -- update also waits until the other transaction with this key has ended.
 CREATE OR REPLACE FUNCTION claim_idempotency_keys(actors text[], keys text[], digests bytea[], id_sequence regclass)
@@ -136,7 +137,8 @@ CREATE OR REPLACE TRIGGER timeline_append_only
     BEFORE UPDATE OR DELETE OR TRUNCATE ON timeline
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_timeline_change();
 
--- Copy the descriptions of new incidents. One call serves all incidents that a statement inserts.
+-- Copy the descriptions of new incidents. One call serves all incidents that a statement inserts. A text
+-- can be there already, left over from an incident that somebody deleted by hand.
 CREATE OR REPLACE FUNCTION copy_new_descriptions() RETURNS trigger
     LANGUAGE plpgsql AS $$
 BEGIN

@@ -13,7 +13,8 @@
 -- Without a filter, the first half of the union walks along one index. With a filter, the second half
 -- reads each status and source from its own part of another index, so that a rare one is found
 -- without a walk through the rest. One generic plan serves both, because only the parameters decide
--- which half has rows. One row more than asked for is read: it shows whether more incidents follow.
+-- which half has rows; they are in order, so array_agg() needs no ORDER BY. One row more than asked for
+-- is read: it shows whether more incidents follow.
   WITH page AS (
        (SELECT created_at, id, incident_line(incident, $7) AS line
           FROM incidents_between($3, $4, $5) AS incident

@@ -173,7 +173,9 @@ def test_an_operation_has_a_summary_and_an_id_of_its_own(route: incidents.ApiRou
     ids = list(find_values("operationId", DESCRIPTION["paths"]))
     operation = find_operation(route)
 
-    assert re.fullmatch(r"[A-Z][^\n]*\.", operation["summary"])
+    assert re.fullmatch(r"[A-Z][^\n]*\.", operation["summary"]), (
+        "the handler in incidents.py needs a docstring of one sentence; then run docs/openapi.py"
+    )
     assert ids.count(operation["operationId"]) == 1
 
 

@@ -157,7 +157,7 @@ def test_every_file_is_used_and_every_statement_that_is_used_has_a_file() -> Non
         and node.value.id == "SQL"
     }
 
-    assert used == set(FILES)
+    assert used == set(FILES), "each SQL.name in incidents.py needs sql/name.sql, and the reverse"
     assert vars(incidents.SQL).keys() == FILES.keys()
 
 
