@@ -22,6 +22,7 @@ import psycopg
 import pytest
 from helpers import (
     LOGS,
+    NEW_INCIDENT,
     SECRET_MARKER,
     TRUNCATE_ALL,
     NewDatabase,
@@ -212,3 +213,18 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         if server.process.poll() is None:
             server.process.kill()
             server.process.wait(10)
+
+
+@pytest.fixture
+def one_incident(sql: Sql) -> None:
+    """Insert incident 1, of which the examples speak and which a refused request could change."""
+    sql("INSERT INTO incidents (description, source) VALUES ('Нет света', 'operator')")
+    sql("INSERT INTO timeline (incident_id, kind, actor) VALUES (1, 'created', 'anonymous')")
+
+
+@pytest.fixture
+async def incident(client: httpx.AsyncClient) -> dict[str, Any]:
+    """Report incident 1, and give it as the response had it."""
+    response = await client.post("/incidents/", json=NEW_INCIDENT)
+    body: dict[str, Any] = response.json()
+    return body

@@ -17,7 +17,7 @@ from helpers import (
 
 from incidents import STATUSES
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("incident")]
 
 # Both routes that change an incident, each with a body that changes a new one.
 CHANGES = [("/incidents/1", {"source": "partner"}), ("/incidents/1/status", {"status": "closed"})]
@@ -28,14 +28,6 @@ both_routes = pytest.mark.parametrize(("path", "change"), CHANGES, ids=["inciden
 def database_url(emptied_database_url: str) -> str:
     """All tests of this file share one database."""
     return emptied_database_url
-
-
-@pytest.fixture(autouse=True)
-async def incident(client: httpx.AsyncClient) -> dict[str, Any]:
-    """Report incident 1, and give it as the response had it."""
-    response = await client.post("/incidents/", json=NEW_INCIDENT)
-    body: dict[str, Any] = response.json()
-    return body
 
 
 # ── Show ──────────────────────────────────────────────────────────────────────────────────────────

@@ -13,14 +13,14 @@ import httpx
 import openapi
 import openapi_spec_validator
 import pytest
-from helpers import Sql, route_label
+from helpers import route_label
 from openapi_schema_validator import OAS31Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from pydantic import BaseModel
 
 import incidents
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_incident")]
 
 DESCRIPTION: dict[str, Any] = json.loads((incidents.HERE / "docs/openapi.json").read_text("utf-8"))
 COMPONENTS = DESCRIPTION["components"]
@@ -43,13 +43,6 @@ MODELS = {
 def database_url(emptied_database_url: str) -> str:
     """All tests of this file share one database."""
     return emptied_database_url
-
-
-@pytest.fixture(autouse=True)
-def one_incident(sql: Sql) -> None:
-    """Create incident 1, of which the examples speak."""
-    sql("INSERT INTO incidents (description, source) VALUES ('Нет света', 'operator')")
-    sql("INSERT INTO timeline (incident_id, kind, actor) VALUES (1, 'created', 'anonymous')")
 
 
 def find_values(key: str, part: Any) -> Iterator[Any]:

@@ -11,12 +11,12 @@ from urllib.parse import quote, unquote, urlsplit
 import httpx
 import psycopg
 import pytest
-from helpers import BODIES, NEW_INCIDENT, Rows, Serve, Sql, assert_problem, route_label
+from helpers import BODIES, NEW_INCIDENT, Rows, Serve, assert_problem, route_label
 
 import incidents
 from incidents import STATUSES
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_incident")]
 
 JSON_HEADERS = {"content-type": "application/json"}
 
@@ -32,13 +32,6 @@ WRITES = [
 def database_url(emptied_database_url: str) -> str:
     """All tests of this file share one database."""
     return emptied_database_url
-
-
-@pytest.fixture(autouse=True)
-def one_incident(sql: Sql) -> None:
-    """Insert incident 1, which a refused request could have changed."""
-    sql("INSERT INTO incidents (description, source) VALUES ('Нет света', 'operator')")
-    sql("INSERT INTO timeline (incident_id, kind, actor) VALUES (1, 'created', 'anonymous')")
 
 
 # ── Bodies ────────────────────────────────────────────────────────────────────────────────────────

@@ -7,12 +7,12 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from helpers import BODIES, NEW_INCIDENT, Rows, Serve, Sql, assert_problem, route_label
+from helpers import BODIES, NEW_INCIDENT, Rows, Serve, assert_problem, route_label
 
 import incidents
 from incidents import ROUTES, ApiRoute
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_incident")]
 
 every_route = pytest.mark.parametrize("route", ROUTES, ids=route_label)
 
@@ -26,13 +26,6 @@ for route in ROUTES:
 def database_url(emptied_database_url: str) -> str:
     """All tests of this file share one database."""
     return emptied_database_url
-
-
-@pytest.fixture(autouse=True)
-def one_incident(sql: Sql) -> None:
-    """Insert incident 1, which a refused request could have changed."""
-    sql("INSERT INTO incidents (description, source) VALUES ('Нет света', 'operator')")
-    sql("INSERT INTO timeline (incident_id, kind, actor) VALUES (1, 'created', 'anonymous')")
 
 
 def make_urls(path: str) -> list[str]:
@@ -212,7 +205,7 @@ async def test_a_websocket_is_closed_before_it_is_accepted(path: str) -> None:
     scope = {"type": "websocket", "path": path, "root_path": "", "headers": [], "query_string": b""}
     await incidents.app(scope, receive, send)
 
-    assert [message["type"] for message in sent] == ["websocket.close"]
+    assert sent == [{"type": "websocket.close", "code": 1000, "reason": ""}]
 
 
 # ── Other methods ─────────────────────────────────────────────────────────────────────────────────

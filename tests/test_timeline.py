@@ -9,21 +9,13 @@ import psycopg
 import pytest
 from helpers import NEW_INCIDENT, Sql, assert_problem, find_inconsistencies
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("incident")]
 
 
 @pytest.fixture
 def database_url(emptied_database_url: str) -> str:
     """All tests of this file share one database."""
     return emptied_database_url
-
-
-@pytest.fixture(autouse=True)
-async def incident(client: httpx.AsyncClient) -> dict[str, Any]:
-    """Report incident 1, and give it as the response had it."""
-    response = await client.post("/incidents/", json=NEW_INCIDENT)
-    body: dict[str, Any] = response.json()
-    return body
 
 
 async def get_timeline(client: httpx.AsyncClient, incident_id: int = 1) -> list[dict[str, Any]]:
