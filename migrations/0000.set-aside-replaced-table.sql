@@ -6,6 +6,7 @@
 DO $$
 DECLARE
     columns text;
+    name text;
     unknown record;
 BEGIN
     IF to_regproc('cursor_after') IS NOT NULL THEN
@@ -45,5 +46,12 @@ BEGIN
                         'it was left as it is: rename it, or use another database',
                         coalesce(columns, 'no table, or one without columns');
     END IF;
+
+    FOREACH name IN ARRAY ARRAY['timeline', 'incident_texts', 'idempotency_keys'] LOOP
+        IF to_regclass(name) IS NOT NULL THEN
+            RAISE EXCEPTION 'the database has a table "%" that is not of this service; '
+                            'it was left as it is: rename it, or use another database', name;
+        END IF;
+    END LOOP;
 END
 $$;

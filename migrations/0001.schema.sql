@@ -33,7 +33,10 @@ CREATE TABLE IF NOT EXISTS incidents (
     source      incident_source NOT NULL,
     version     integer NOT NULL DEFAULT 1,
     created_at  timestamptz NOT NULL DEFAULT now(),
-    updated_at  timestamptz NOT NULL DEFAULT now()
+    updated_at  timestamptz NOT NULL DEFAULT now(),
+    -- The time of the newest note. With updated_at, it is the time of the newest entry on the timeline,
+    -- and the next entry is never earlier, even when the clock was set back.
+    noted_at    timestamptz
 );
 
 -- incident_page.sql: the list of all incidents, newest first.
@@ -65,6 +68,7 @@ CREATE INDEX IF NOT EXISTS timeline_incident_id_idx ON timeline (incident_id, id
 -- The descriptions once more, to search in. They have a table of their own because an update writes
 -- to every index of its table: with the trigrams on incidents, changing a status took twice as long.
 -- created_at is here so that the newest hits are known before their incidents are read.
+-- The text is in the form of search_form().
 CREATE TABLE IF NOT EXISTS incident_texts (
     id          bigint PRIMARY KEY,
     created_at  timestamptz NOT NULL,
@@ -91,6 +95,9 @@ CREATE TABLE IF NOT EXISTS idempotency_keys (
     PRIMARY KEY (actor, key)
 );
 
+-- claim_idempotency_keys(): the keys that are old enough to be deleted.
+CREATE INDEX IF NOT EXISTS idempotency_keys_created_at_idx ON idempotency_keys (created_at);
+
 -- Claim idempotency keys, for incident_create.sql and note_create.sql. Each argument has one element
 -- per request; a null key is passed over. Returns a row per key, with the position of its request:
 -- the id that the request makes or has made (a number that is drawn for a repeated key is thrown
@@ -98,6 +105,8 @@ CREATE TABLE IF NOT EXISTS idempotency_keys (
 -- replays is 0 only in a row that was just inserted, or whose key came with another request.
 -- DO UPDATE, not DO NOTHING: PostgreSQL returns a conflicting row only when it is updated, and the
 -- update also waits until the other transaction with this key has ended.
+-- Each call also deletes up to 100 keys that were first used over seven days ago. It does so last, and
+-- passes over locked keys, so that it never waits for a transaction that waits for this one.
 CREATE OR REPLACE FUNCTION claim_idempotency_keys(actors text[], keys text[], digests bytea[], id_sequence regclass)
     RETURNS TABLE ("position" bigint, made_id bigint, is_replay boolean, is_same_request boolean)
     LANGUAGE plpgsql AS $$
@@ -120,6 +129,15 @@ BEGIN
            claimed.digest = request.digest
       FROM unnest(actors, keys, digests) WITH ORDINALITY AS request (actor, key, digest, position)
            JOIN claimed USING (actor, key);
+
+    DELETE FROM idempotency_keys
+     WHERE ctid = ANY (ARRAY(
+           SELECT ctid
+             FROM idempotency_keys
+            WHERE created_at < now() - interval '7 days'
+            ORDER BY created_at
+            LIMIT 100
+              FOR UPDATE SKIP LOCKED));
 END
 $$;
 
@@ -137,13 +155,19 @@ CREATE OR REPLACE TRIGGER timeline_append_only
     BEFORE UPDATE OR DELETE OR TRUNCATE ON timeline
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_timeline_change();
 
+-- The form in which texts are compared: é is one character, also where it was written as e and an accent.
+-- Most texts have this form already. A database with another encoding than UTF-8 cannot normalize.
+CREATE OR REPLACE FUNCTION search_form(text text) RETURNS text
+    LANGUAGE sql STABLE PARALLEL SAFE
+    RETURN CASE WHEN getdatabaseencoding() <> 'UTF8' OR text IS NFC NORMALIZED THEN text ELSE normalize(text) END;
+
 -- Copy the descriptions of new incidents. One call serves all incidents that a statement inserts. A text
 -- can be there already, left over from an incident that somebody deleted by hand.
 CREATE OR REPLACE FUNCTION copy_new_descriptions() RETURNS trigger
     LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO incident_texts (id, created_at, description)
-    SELECT id, created_at, description
+    SELECT id, created_at, search_form(description)
       FROM new_incidents
         ON CONFLICT (id) DO UPDATE SET created_at = excluded.created_at, description = excluded.description;
     RETURN NULL;
@@ -158,7 +182,7 @@ CREATE OR REPLACE FUNCTION copy_changed_description() RETURNS trigger
     LANGUAGE plpgsql AS $$
 BEGIN
     UPDATE incident_texts
-       SET description = NEW.description
+       SET description = search_form(NEW.description)
      WHERE id = NEW.id;
     RETURN NULL;
 END

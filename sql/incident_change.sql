@@ -23,7 +23,7 @@
          FROM input
               CROSS JOIN LATERAL (
               SELECT id, description, source, status, version, incident_json(incidents) AS body,
-                     greatest(updated_at, clock_timestamp()) AS changed_at
+                     greatest(updated_at, noted_at, clock_timestamp()) AS changed_at
                 FROM incidents
                WHERE incidents.id = input.id
                  FOR NO KEY UPDATE) AS incident),

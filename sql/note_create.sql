@@ -7,27 +7,38 @@
 --   $3 actor        text[]
 --   $4 incident_id  bigint[]
 --   $5 note         text[]
--- A key is not claimed when the incident does not exist.
-  WITH input AS (
-       SELECT actor, incident_id, note, position, id IS NOT NULL AS is_found,
-              CASE WHEN id IS NOT NULL THEN key END AS key
-         FROM unnest($1::text[], $3::text[], $4::bigint[], $5::text[])
+-- First the incidents are locked, in the order of incident_change.sql, and then the keys, so that no two
+-- statements wait for each other. A key is not claimed when the incident does not exist.
+  WITH incident AS MATERIALIZED (
+       SELECT id, greatest(updated_at, noted_at) AS last_entry_at
+         FROM incidents
+        WHERE id = ANY ($4::bigint[])
+        ORDER BY id::text COLLATE "C"
+          FOR NO KEY UPDATE),
+       input AS MATERIALIZED (
+       SELECT CASE WHEN id IS NOT NULL THEN key END AS key, actor, id AS incident_id, note, last_entry_at, position
+         FROM unnest($1::text[], $3::text[], $4, $5::text[])
               WITH ORDINALITY AS input (key, actor, incident_id, note, position)
-              LEFT JOIN incidents ON id = incident_id),
+              LEFT JOIN incident ON id = incident_id),
        with_ids AS MATERIALIZED (
-       SELECT CASE WHEN is_found THEN coalesce(made_id, nextval('timeline_id_seq')) END AS id,
-              actor, incident_id, note, position,
-              coalesce(is_replay, false) AS is_replay, coalesce(is_same_request, true) AS is_same_request
+       SELECT CASE WHEN incident_id IS NOT NULL THEN coalesce(made_id, nextval('timeline_id_seq')) END AS id,
+              input.*, coalesce(is_replay, false) AS is_replay, coalesce(is_same_request, true) AS is_same_request
          FROM input
               LEFT JOIN claim_idempotency_keys(
                   $3, (SELECT array_agg(key ORDER BY position) FROM input), $2::bytea[], 'timeline_id_seq')
               USING (position)),
        created AS (
-       INSERT INTO timeline (id, incident_id, kind, note, actor)
-       SELECT id, incident_id, 'note', note, actor
+       INSERT INTO timeline (id, incident_id, kind, note, actor, created_at)
+       SELECT id, incident_id, 'note', note, actor, greatest(last_entry_at, clock_timestamp())
          FROM with_ids
         WHERE id IS NOT NULL AND NOT is_replay
-       RETURNING id, timeline_json(timeline) AS body)
+        ORDER BY id
+       RETURNING id, incident_id, created_at, timeline_json(timeline) AS body),
+       noted AS (
+       UPDATE incidents
+          SET noted_at = newest.created_at
+         FROM (SELECT incident_id, max(created_at) AS created_at FROM created GROUP BY incident_id) AS newest
+        WHERE incidents.id = newest.incident_id)
 SELECT id, body, is_replay, is_same_request
   FROM with_ids LEFT JOIN created USING (id)
  ORDER BY position;

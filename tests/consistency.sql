@@ -37,7 +37,13 @@ SELECT incident_id, 'a timeline has no incident'
 UNION ALL
 SELECT id, 'the copy of the description in incident_texts differs'
   FROM incidents FULL JOIN incident_texts AS texts USING (id)
- WHERE (incidents.description, incidents.created_at) IS DISTINCT FROM (texts.description, texts.created_at)
+ WHERE (search_form(incidents.description), incidents.created_at)
+       IS DISTINCT FROM (texts.description, texts.created_at)
+UNION ALL
+SELECT incident_id, 'an entry on the timeline is earlier than the one before it'
+  FROM (SELECT incident_id, created_at < lag(created_at) OVER (PARTITION BY incident_id ORDER BY id) AS is_earlier
+          FROM timeline) AS entries
+ WHERE is_earlier
 UNION ALL
 SELECT made_id, 'an idempotency key names an incident or note that does not exist'
   FROM idempotency_keys

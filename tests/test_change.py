@@ -65,7 +65,8 @@ async def test_head_has_the_headers_of_an_incident_and_no_body(client: httpx.Asy
 
 async def test_an_incident_is_not_sent_to_a_client_that_has_it(client: httpx.AsyncClient) -> None:
     for if_none_match in [
-        '"1"', 'W/"1"', "*", '"7", "1"', '"7" ,W/"1","9"', 'W/"7",\t"1"', '"a b", "1"'
+        '"1"', 'W/"1"', "*", '"7", "1"', '"7" ,W/"1","9"', 'W/"7",\t"1"', '"a b", "1"', ' "1"\t',
+        "* "
     ]:  # fmt: skip
         response = await client.get("/incidents/1", headers={"If-None-Match": if_none_match})
 
@@ -314,7 +315,9 @@ async def test_changes_at_the_same_time_are_all_made(client: httpx.AsyncClient, 
 # ── If-Match ──────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("if_match", ['"1"', "*", '"7", "1"', '"7" ,\t"1","9"', 'W/"7", "1"'])
+@pytest.mark.parametrize(
+    "if_match", ['"1"', "*", '"7", "1"', '"7" ,\t"1","9"', 'W/"7", "1"', '\t"1" ']
+)
 @both_routes
 async def test_a_change_is_made_when_if_match_has_the_current_version(
     client: httpx.AsyncClient, path: str, change: dict[str, str], if_match: str

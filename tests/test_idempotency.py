@@ -4,8 +4,9 @@ import asyncio
 import json
 
 import httpx
+import psycopg
 import pytest
-from helpers import NEW_INCIDENT, Serve, Sql
+from helpers import NEW_INCIDENT, Serve, Sql, assert_problem
 
 pytestmark = pytest.mark.anyio
 
@@ -194,6 +195,47 @@ async def test_a_retry_shows_the_incident_as_it_is_now(client: httpx.AsyncClient
     assert again.headers[REPLAYED] == "true"
     assert again.json() == changed.json()
     assert again.headers["etag"] == '"2"'
+
+
+async def test_a_key_may_be_repeated_in_a_second_line_but_two_keys_are_refused(
+    client: httpx.AsyncClient, sql: Sql
+) -> None:
+    twice = [("Idempotency-Key", "one"), ("Idempotency-Key", " one")]
+    repeated = await client.post("/incidents/", json=NEW_INCIDENT, headers=twice)
+    two = [("Idempotency-Key", "one"), ("Idempotency-Key", "two")]
+    refused = await client.post("/incidents/", json=NEW_INCIDENT, headers=two)
+
+    assert repeated.status_code == 201
+    assert_problem(refused, 422)
+    assert sql("SELECT key FROM idempotency_keys") == [("one",)]
+
+
+async def test_keys_are_forgotten_after_seven_days(client: httpx.AsyncClient, sql: Sql) -> None:
+    for number in range(3):
+        key = {"Idempotency-Key": f"{number}"}
+        await client.post("/incidents/", json=NEW_INCIDENT, headers=key)
+    sql("UPDATE idempotency_keys SET created_at = now() - interval '8 days' WHERE key = '0'")
+    sql("UPDATE idempotency_keys SET created_at = now() - interval '6 days' WHERE key = '1'")
+    await client.post("/incidents/1/notes", json={"note": "a"}, headers={"Idempotency-Key": "3"})
+
+    assert sql("SELECT key FROM idempotency_keys ORDER BY key") == [("1",), ("2",), ("3",)]
+
+
+async def test_old_keys_that_another_transaction_holds_delay_nobody(
+    client: httpx.AsyncClient, sql: Sql, database_url: str
+) -> None:
+    for number in range(3):
+        key = {"Idempotency-Key": f"{number}"}
+        await client.post("/incidents/", json=NEW_INCIDENT, headers=key)
+    sql("UPDATE idempotency_keys SET created_at = now() - interval '8 days'")
+    with psycopg.connect(database_url) as session:
+        session.execute("SELECT FROM idempotency_keys WHERE key = '1' FOR UPDATE")
+        response = await client.post("/incidents/", json=NEW_INCIDENT, headers=KEY)
+
+    assert response.status_code == 201
+    assert sql("SELECT key FROM idempotency_keys ORDER BY key") == [
+        ("1",), (KEY["Idempotency-Key"],)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import random
+import unicodedata
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
@@ -522,6 +523,27 @@ async def test_a_search_finds_parts_of_words_in_any_case_and_alphabet(
 
         assert await list_ids(client, {"q": q}) == expected, q
         assert await list_ids_of_all_pages(client, {"q": q, "limit": 4}) == expected, q
+
+
+@pytest.mark.parametrize("is_rare", [False, True], ids=["frequent", "rare"])
+async def test_a_search_finds_accents_that_were_written_in_another_way(
+    client: httpx.AsyncClient, sql: Sql, is_rare: bool
+) -> None:
+    """A frequent text is found by a walk along the list, and a rare one by the index."""
+    words = ["Зелёный район", "Café Zoë", "Đặng", "한국어"]
+    forms = ["NFC", "NFD"]
+    for word in words:
+        for form in forms:
+            description = unicodedata.normalize(form, word)
+            await client.post("/incidents/", json={"description": description, "source": "partner"})
+    if is_rare:
+        insert_incidents(sql, 1000)
+
+    for word in words:
+        for form in forms:
+            q = unicodedata.normalize(form, word.upper())
+            assert len(await list_ids(client, {"q": q})) == 2, (q, form)
+            assert len(await list_ids(client, {"q": q, "source": "partner"})) == 2, (q, form)
 
 
 async def test_a_new_or_changed_description_is_found_at_once(client: httpx.AsyncClient) -> None:

@@ -634,6 +634,36 @@ def test_a_table_incidents_of_another_shape_is_refused_and_left_alone(
     assert find_applied(url) == []
 
 
+@pytest.mark.parametrize("name", ["timeline", "incident_texts", "idempotency_keys"])
+def test_a_foreign_table_with_the_name_of_another_of_ours_is_refused_and_left_alone(
+    new_database: NewDatabase, name: str
+) -> None:
+    url = new_database()
+    fetch(url, f"CREATE TABLE {name} (id integer PRIMARY KEY, title text)")
+    before = describe_schema(url)
+
+    with pytest.raises(psycopg.Error, match=f'the database has a table "{name}" that is not'):
+        incidents.migrate(url)
+
+    assert describe_schema(url) == before
+    assert find_applied(url) == []
+
+
+async def test_a_failed_migration_is_reported_with_those_that_were_applied_before_it(
+    new_database: NewDatabase, serve: Serve
+) -> None:
+    url = new_database()
+    # 0001 has a function of this name that returns text, and so it fails at its end.
+    fetch(url, "CREATE FUNCTION rfc3339(timestamptz) RETURNS integer LANGUAGE sql RETURN 1")
+
+    server = serve(wait=False, DATABASE_URL=url)
+
+    assert server.process.wait(30) == 1
+    [line] = [line for line in server.printed().splitlines() if "a migration failed" in line]
+    assert line.endswith(f"; before it, {NAMES[0]} was applied")
+    assert find_applied(url) == [NAMES[0]]
+
+
 def test_an_old_incident_of_an_unknown_status_is_refused_and_nothing_is_changed(
     replaced: str,
 ) -> None:

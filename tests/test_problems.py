@@ -1,6 +1,7 @@
 """Invalid requests and an unavailable database: the response is a problem, nothing is changed."""
 
 import json
+import re
 import socket
 import unicodedata
 from collections.abc import AsyncIterator, Callable
@@ -397,14 +398,27 @@ async def test_a_body_of_two_mebibytes_is_refused(
     assert stored_rows() == before
 
 
-@pytest.mark.parametrize(("size", "status"), [(1024 * 1024, 201), (1024 * 1024 + 1, 413)])
-async def test_a_body_may_have_one_mebibyte_and_not_a_byte_more(
+@pytest.mark.parametrize(("size", "status"), [(128 * 1024, 201), (128 * 1024 + 1, 413)])
+async def test_a_body_may_have_128_kibibytes_and_not_a_byte_more(
     client: httpx.AsyncClient, size: int, status: int
 ) -> None:
     body = json.dumps(NEW_INCIDENT).encode().ljust(size)
     response = await client.post("/incidents/", content=body, headers=JSON_HEADERS)
 
     assert response.status_code == status
+
+
+async def test_a_body_with_many_unknown_fields_is_refused_with_the_names_that_there_are(
+    client: httpx.AsyncClient, stored_rows: Callable[[], list[Rows]]
+) -> None:
+    before = stored_rows()
+
+    for method, path, valid_body in WRITES:
+        body = {f"field {number}": number for number in range(5000)} | valid_body
+        response = await client.request(method, path, json=body)
+        assert_problem(response, 422)
+        assert set(valid_body) <= set(re.findall(r"\w+", response.json()["detail"]))
+    assert stored_rows() == before
 
 
 async def test_a_server_that_refused_a_large_body_goes_on(

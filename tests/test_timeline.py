@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import psycopg
 import pytest
-from helpers import NEW_INCIDENT, Sql, assert_problem, find_inconsistencies
+from helpers import NEW_INCIDENT, Sql, assert_problem, async_wait_until, find_inconsistencies
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("incident")]
 
@@ -197,6 +197,37 @@ async def test_an_unknown_incident_has_no_timeline_and_takes_no_note(
             assert_problem(response, 404)
     assert sql("SELECT incident_id, kind FROM timeline") == [(1, "created")]
     assert sql("SELECT count(*) FROM idempotency_keys") == [(0,)]
+
+
+async def test_no_entry_is_earlier_than_the_one_before_it_when_the_clock_is_set_back(
+    client: httpx.AsyncClient, sql: Sql
+) -> None:
+    # A time in the future is what an entry has that was made before the clock was set back.
+    for kind, column in [("status", "noted_at"), ("note", "updated_at"), ("note", "noted_at")]:
+        sql(f"UPDATE incidents SET {column} = now() + interval '1 hour' * (1 + id)")
+        [(newest,)] = sql("SELECT rfc3339(greatest(updated_at, noted_at)) FROM incidents")
+        if kind == "note":
+            await client.post("/incidents/1/notes", json={"note": "Перезапустили"})
+        else:
+            await client.patch("/incidents/1", json={"status": "closed"})
+
+        assert (await get_timeline(client))[-1]["created_at"] == newest, (kind, column)
+        sql("UPDATE incidents SET noted_at = NULL, updated_at = now()")
+
+
+async def test_a_note_that_waited_for_a_change_is_not_earlier_than_the_change(
+    client: httpx.AsyncClient, sql: Sql, database_url: str
+) -> None:
+    with psycopg.connect(database_url) as session:
+        session.execute("SELECT FROM incidents WHERE id = 1 FOR UPDATE")
+        waiting = asyncio.create_task(client.post("/incidents/1/notes", json={"note": "a"}))
+        await async_wait_until(lambda: sql("SELECT 1 FROM pg_locks WHERE NOT granted"))
+        session.execute("UPDATE incidents SET updated_at = now() + interval '1 hour'")
+    note = (await waiting).json()
+
+    assert sql("SELECT rfc3339(updated_at), rfc3339(noted_at) FROM incidents") == [
+        (note["created_at"], note["created_at"])
+    ]
 
 
 async def test_notes_and_changes_at_the_same_time_are_all_kept(
