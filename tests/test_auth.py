@@ -52,17 +52,53 @@ def with_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 # ── Requests with and without a token ─────────────────────────────────────────────────────────────
 
 
+# The challenges of RFC 6750, section 3: a client that sent no token is not told of an error.
+CHALLENGE = 'Bearer realm="incidents"'
+INVALID_TOKEN = f'{CHALLENGE}, error="invalid_token"'
+INSUFFICIENT_SCOPE = f'{CHALLENGE}, error="insufficient_scope"'
+
+WITHOUT_TOKEN = [
+    None,
+    "",
+    "s3cr3t-of-writer",
+    "Basic s3cr3t-of-writer",
+    "Basic d3JpdGVyOnMzY3IzdC1vZi13cml0ZXI=",
+    "Token s3cr3t-of-writer",
+]
+
+
+@pytest.mark.parametrize("header", WITHOUT_TOKEN)
+@pytest.mark.usefixtures("with_tokens")
+async def test_a_client_that_sends_no_token_is_told_how_to_send_one_and_of_no_error(
+    client: httpx.AsyncClient, header: str | None
+) -> None:
+    headers = {} if header is None else {"Authorization": header}
+    response = await client.get("/incidents/", headers=headers)
+
+    assert response.status_code == 401
+    assert response.headers.get_list("www-authenticate") == [CHALLENGE]
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["Bearer s3cr3t-of-write", "bearer S3CR3T-OF-WRITER", "Bearer writer:s3cr3t-of-writer"],
+)
+@pytest.mark.usefixtures("with_tokens")
+async def test_a_client_that_sends_an_unknown_token_is_told_that_it_is_invalid(
+    client: httpx.AsyncClient, header: str
+) -> None:
+    response = await client.get("/incidents/", headers={"Authorization": header})
+
+    assert response.status_code == 401
+    assert response.headers.get_list("www-authenticate") == [INVALID_TOKEN]
+
+
 @pytest.mark.parametrize(
     "header",
     [
-        None,
-        "",
+        *WITHOUT_TOKEN,
         "Bearer",
         "Bearer ",
-        "s3cr3t-of-writer",
-        "Basic s3cr3t-of-writer",
-        "Basic d3JpdGVyOnMzY3IzdC1vZi13cml0ZXI=",
-        "Token s3cr3t-of-writer",
         "Bearer s3cr3t-of-write",
         "Bearer s3cr3t-of-writer0",
         "Bearer S3CR3T-OF-WRITER",
@@ -89,7 +125,7 @@ async def test_a_request_without_a_known_token_is_refused_and_changes_nothing(
     assert len(responses) > len(PRIVATE_ROUTES)  # HEAD is among the methods
     for response in responses:
         assert response.status_code == 401
-        assert response.headers["www-authenticate"] == 'Bearer realm="incidents"'
+        assert response.headers["www-authenticate"] in (CHALLENGE, INVALID_TOKEN)
         assert response.headers["content-type"] == "application/problem+json; charset=utf-8"
         assert b"s3cr3t" not in response.content
     assert stored_rows() == before
@@ -118,8 +154,10 @@ async def test_a_read_only_token_can_read_but_not_write(
     ]
 
     for method, response in responses:
-        assert response.status_code == (200 if method in ("GET", "HEAD") else 403)
-        assert "www-authenticate" not in response.headers
+        is_read = method in ("GET", "HEAD")
+        assert response.status_code == (200 if is_read else 403)
+        challenges = response.headers.get_list("www-authenticate")
+        assert challenges == ([] if is_read else [INSUFFICIENT_SCOPE])
     assert stored_rows() == before
 
 
@@ -133,6 +171,25 @@ async def test_a_method_that_no_route_has_is_refused_with_405_once_the_token_is_
     response = await client.delete("/incidents/1", headers=headers)
 
     assert response.status_code == status
+
+
+@pytest.mark.usefixtures("with_tokens")
+async def test_a_method_that_a_path_does_not_have_is_405_for_a_read_only_token_on_every_path(
+    client: httpx.AsyncClient,
+) -> None:
+    offered: dict[str, set[str]] = {}
+    for route in incidents.ROUTES:
+        path = route.documented_path.replace("{incident_id}", "1")
+        offered.setdefault(path, set()).update(route.methods or ())
+    responses = [
+        (path, await client.request(method, path, headers=READER))
+        for path, methods in offered.items()
+        for method in {"POST", "PUT", "PATCH", "DELETE", "OPTIONS", "QUERY"} - methods
+    ]
+
+    for path, response in responses:
+        assert response.status_code == 405, (response.request.method, path)
+        assert set(response.headers["allow"].split(", ")) == offered[path]
 
 
 @pytest.mark.parametrize("headers", [{}, READER, {"Authorization": "Basic YTpi"}])
@@ -247,6 +304,7 @@ def test_valid_api_tokens_are_parsed(text: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
+        "only a comma",
         "short secret",
         pytest.param("same secret twice", marks=pytest.mark.slow),
         pytest.param("second is wrong", marks=pytest.mark.slow),

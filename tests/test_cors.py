@@ -67,13 +67,16 @@ async def test_by_default_a_page_of_another_site_is_not_allowed_anything(
 
 
 def test_only_the_sites_in_cors_origins_are_allowed(serve: Serve, database_url: str) -> None:
-    server = serve(DATABASE_URL=database_url, CORS_ORIGINS="https://ops.example", API_TOKENS=TOKENS)
+    # Origins as somebody may write them: with a blank, a slash at the end, and capitals.
+    origins = "http://localhost:3000, https://Ops.example/"
+    server = serve(DATABASE_URL=database_url, CORS_ORIGINS=origins, API_TOKENS=TOKENS)
     change = PREFLIGHT | {"Access-Control-Request-Method": "PATCH"}
     with httpx.Client(base_url=server.url) as client:
         preflight = client.options("/incidents/", headers=OUR_SITE | PREFLIGHT)
         change_preflight = client.options("/incidents/1", headers=OUR_SITE | change)
         simple = client.get("/incidents/", headers=OUR_SITE | READER)
         without_token = client.get("/incidents/", headers=OUR_SITE)
+        local = client.get("/incidents/", headers={"Origin": "http://localhost:3000"} | READER)
         other_preflight = client.options("/incidents/", headers=OTHER_SITE | PREFLIGHT)
         other = client.get("/incidents/", headers=OTHER_SITE | READER)
 
@@ -85,6 +88,7 @@ def test_only_the_sites_in_cors_origins_are_allowed(serve: Serve, database_url: 
     assert "POST" in preflight.headers["access-control-allow-methods"]
     assert preflight.headers["access-control-allow-headers"].lower() == "content-type"
     assert simple.headers["access-control-expose-headers"] == "*"
+    assert local.headers["access-control-allow-origin"] == "http://localhost:3000"
     assert other_preflight.status_code == 400
     for response in (other_preflight, other):
         assert "access-control-allow-origin" not in response.headers

@@ -1,8 +1,12 @@
-"""What every response has, whatever the route: a request id, security headers, an access line."""
+"""What every response has, whatever the route: a request id, security headers, a log line."""
 
 import json
 import re
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -17,6 +21,7 @@ from helpers import (
     Serve,
     Sql,
     call_route,
+    free_port,
     insert_incident,
 )
 
@@ -91,6 +96,70 @@ async def test_a_problem_of_the_service_has_the_request_id_in_its_body(
     assert without_id.json()["request_id"] == without_id.headers["x-request-id"]
 
 
+# ── Errors of the service ─────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def refused_by_the_database(sql: Sql) -> Iterator[str]:
+    """Let the database refuse all new incidents, and give the name of the constraint that does."""
+    name = "no_more_incidents"
+    sql(f"ALTER TABLE incidents ADD CONSTRAINT {name} CHECK (source = 'nobody') NOT VALID")
+    yield name
+    sql(f"ALTER TABLE incidents DROP CONSTRAINT {name}")
+
+
+async def test_an_error_of_the_service_is_logged_with_its_request_but_without_any_value_of_a_row(
+    client: httpx.AsyncClient, refused_by_the_database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    response = await client.post("/incidents/", json=NEW_INCIDENT)
+
+    assert response.status_code == 500
+    [record] = [record for record in caplog.records if record.levelname == "ERROR"]
+    first_line = record.getMessage().splitlines()[0]
+    for part in (response.headers["x-request-id"], "POST", "/incidents/"):
+        assert part in first_line
+    assert refused_by_the_database in caplog.text
+    assert "incidents.py" in caplog.text  # of the stack
+    assert SECRET_MARKER not in caplog.text
+    assert "monitoring" not in caplog.text
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\x0b", "\x85", "\u2028"], ids=ascii)
+async def test_a_path_cannot_forge_a_line_of_the_log(
+    client: httpx.AsyncClient,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    end: str,
+) -> None:
+    def fail(request: Any) -> int:
+        raise RuntimeError("the test wants it")
+
+    monkeypatch.setattr(incidents, "parse_incident_id", fail)
+    response = await client.get(f"/incidents/{quote('1' + end)}ERROR: forged")
+
+    assert response.status_code == 500
+    assert "the test wants it" in caplog.text
+    assert "forged" in caplog.text
+    assert [line for line in caplog.text.splitlines() if line.startswith("ERROR: forged")] == []
+
+
+def test_the_lines_of_the_general_log_begin_with_the_local_time_and_its_offset(
+    serve: Serve, database_url: str
+) -> None:
+    begun_at = datetime.now(UTC)
+    server = serve(DATABASE_URL=database_url, TZ="XXX-05:30")
+    server.stop()
+    lines = server.printed().splitlines()[1:]  # without the line with the URL of the API
+
+    assert len(lines) > 3
+    for line in lines:
+        time, _, text = line.partition(" ")
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+0530", time), line
+        moment = datetime.fromisoformat(time)
+        assert begun_at - timedelta(seconds=2) < moment < begun_at + timedelta(seconds=30)
+        assert text
+
+
 # ── Security headers ──────────────────────────────────────────────────────────────────────────────
 
 ALL_PATHS = {route.documented_path.replace("{incident_id}", "1") for route in incidents.ROUTES}
@@ -122,19 +191,32 @@ async def test_only_responses_of_private_routes_forbid_caching(client: httpx.Asy
 
 
 def parse_access_log(printed: str) -> list[dict[str, Any]]:
-    """Find the lines of the access log among all that a server has printed."""
-    return [json.loads(line) for line in re.findall(r"{.*}", printed)]
+    """Parse the lines of the access log, which are JSON from the first character to the last."""
+    return [json.loads(line) for line in printed.splitlines() if '"request_id"' in line]
 
 
-def test_the_access_log_has_one_line_per_request_and_no_secret(
-    serve: Serve, database_url: str
+@pytest.mark.parametrize("command_line", ["python incidents.py", "uvicorn incidents:app"])
+def test_the_access_log_has_one_line_of_json_per_request_and_no_secret(
+    serve: Serve, database_url: str, command_line: str
 ) -> None:
-    server = serve(DATABASE_URL=database_url, ACCESS_LOG="true", API_TOKENS=TOKENS)
+    port = free_port()
+    # Without these options, uvicorn writes an access log of its own, with queries, and its name.
+    options = ["--no-access-log", "--no-server-header", "--port", str(port)]
+    by_uvicorn = [sys.executable, "-m", *command_line.split(), *options]
+    server = serve(
+        command=by_uvicorn if "uvicorn" in command_line else None,
+        port=port,
+        DATABASE_URL=database_url,
+        ACCESS_LOG="true",
+        API_TOKENS=TOKENS,
+    )
+    begun_at = datetime.now(UTC)
     with httpx.Client(base_url=server.url, headers={"X-Request-ID": "mine"}) as client:
         created = client.post("/incidents/", json=NEW_INCIDENT, headers=WRITER)
         client.get(f"/incidents/?q={SECRET_MARKER}", headers=READER)
         client.get("/incidents/1", headers={"Authorization": "Bearer s3cr3t-of-nobody"})
         client.get('/nope"%0A{}')
+        client.get("/%D1%81%D0%B5%D1%80%D0%B2%D0%B5%D1%80%0D%1B%5B31m%E2%80%A8%C2%85end")
         client.get("/docs/swagger.js")
     server.stop()
     printed = server.printed()
@@ -146,11 +228,14 @@ def test_the_access_log_has_one_line_per_request_and_no_secret(
         ["reader", "GET", "/incidents/", 200],
         [None, "GET", "/incidents/1", 401],
         [None, "GET", '/nope"\n{}', 404],
+        [None, "GET", "/сервер\r\x1b[31m\u2028\x85end", 404],
         [None, "GET", "/docs/swagger.js", 200],
     ]
     for line in lines:
-        assert line.keys() == {"request_id", "ms", *keys}
+        assert line.keys() == {"time", "request_id", "ms", *keys}
         assert 0 <= line["ms"] < 10_000
+        moment = datetime.fromisoformat(line["time"])
+        assert begun_at - timedelta(seconds=2) < moment < begun_at + timedelta(seconds=30)
     assert created.headers.get_list("server") == []
     for secret in (SECRET_MARKER, "Bearer", "s3cr3t"):
         assert secret not in printed
