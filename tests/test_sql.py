@@ -43,7 +43,8 @@ VALUES = {
     "size": 50,
     "format": "json",
     "separator": ",\n",
-    "patterns": [r"%100\%%"],
+    "pattern": r"%100\%%",
+    "has_accents": False,
     "migrations": ["0001.schema"],
 }
 
@@ -187,7 +188,7 @@ async def test_each_statement_gives_one_row_per_call_when_it_finds_something(
 ) -> None:
     await call_three_times(connection, "incident_create", key=None, digest=None)
     await call_three_times(connection, "note_create", key=None, digest=None, incident_id=1)
-    found = {"incident_id": 1, "entry_id": 1, "patterns": ["%сервер%"]}
+    found = {"incident_id": 1, "entry_id": 1, "pattern": "%сервер%"}
 
     rows = {name: await call_three_times(connection, name, **found) for name in FILES}
 
