@@ -139,7 +139,7 @@ INFO = {
 - Every path works with and without its trailing slash, and `HEAD` works wherever `GET` does.
 - Every error is `application/problem+json` and says what to do. A refused request changes nothing.
 - A request whose URL and headers are over 64 KiB gets 431, and one that is not valid HTTP gets 400.
-- Every response has an `X-Request-ID`: the one that you sent, or a new one.
+- Every other response has an `X-Request-ID`: the one that you sent, or a new one.
 """,
     "contact": {"name": "The team that runs this service"},
     "license": {"name": "MIT", "identifier": "MIT"},
@@ -176,7 +176,7 @@ PARAMETERS = {
         "header",
         "Makes a retry safe: the same request with the same key creates one thing, however often "
         "it is sent. Use a new UUID for each new request. Any printable ASCII characters are "
-        "allowed, but not spaces alone. Keys are forgotten after seven days.",
+        "allowed, but not spaces alone. A key is kept for seven days after its last use.",
         KEY,
     ),
 }
