@@ -60,7 +60,11 @@ from starlette.routing import Match, Route, Router
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import LOGGING_CONFIG
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 if sys.platform != "win32":
     import pwd
@@ -1536,7 +1540,7 @@ def add_cors_headers(origins: list[str]) -> None:
     )
 
 
-MAX_HEAD = 64 * 1024  # bytes of a request that are not its body
+MAX_HEAD = 64 * 1024  # bytes of a request that are not its body; up to PARSED_AT_ONCE more may pass
 MAX_HEAD_SECONDS = 10
 PARSED_AT_ONCE = 2048  # bytes; parsed requests take about a hundred times as much memory
 
@@ -1554,11 +1558,26 @@ class LimitedProtocol(HttpToolsProtocol):
     overhead = 0  # bytes of the newest request that are not its body
     head_timer: asyncio.TimerHandle | None = None
     refusal: Problem | None = None
+    running: RequestResponseCycle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Wait for the first request."""
         super().connection_made(transport)
         self.update_head_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell all requests; uvicorn tells only the newest one, and others would still write."""
+        super().connection_lost(exc)
+        if self.head_timer:
+            self.head_timer.cancel()
+        for cycle in (self.running, *(cycle for cycle, _ in self.pipeline)):
+            if cycle:
+                cycle.disconnected = True
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Remember the request that is being answered; uvicorn calls this."""
+        self.running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
         """Parse up to the end of a request, whose answer must come before the next one."""
@@ -1568,11 +1587,12 @@ class LimitedProtocol(HttpToolsProtocol):
                 break
             part = data[position : position + PARSED_AT_ONCE]
             position += len(part)
-            super().data_received(part)
-            self.overhead += len(part)
-            if self.overhead > MAX_HEAD and not self.refusal:
+            if self.overhead + len(part) > MAX_HEAD + PARSED_AT_ONCE:
                 parts = "URL and headers, with the sizes of chunks and the trailers"
                 self.refuse(Problem(431, f"There are over {MAX_HEAD} bytes of {parts}."))
+                break
+            super().data_received(part)
+            self.overhead += len(part)
         self.unparsed = b"" if self.refusal else data[position:]
         if self.unparsed:
             # uvicorn resumes reading after each answer, if its flow control knows of the pause.
