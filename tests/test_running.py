@@ -477,8 +477,8 @@ def copy_service(folder: Path) -> Path:
 
 
 COMMON, RARE = (
-    (" ", "'", "$", "%20"),
-    ('"', ";", "&", "`", "\\", "#", "@", "п", "🔥", ",", "=", "?"),
+    (" ", "$"),
+    ("'", "%20", '"', ";", "&", "`", "\\", "#", "@", "п", "🔥", ",", "=", "?"),
 )
 
 
@@ -629,7 +629,7 @@ def test_another_user_cannot_connect_to_the_embedded_database(
         done = subprocess.run(command, capture_output=True, text=True)
 
     assert "Permission denied" in done.stdout
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
 
 
 @pytest.mark.skipif(ON_WINDOWS, reason="on Windows it has no socket")
