@@ -45,6 +45,17 @@ SELECT incident_id, 'an entry on the timeline is earlier than the one before it'
           FROM timeline) AS entries
  WHERE is_earlier
 UNION ALL
+SELECT id, 'the first times in progress and resolved are not those on the timeline'
+  FROM incidents
+       LEFT JOIN (
+       SELECT incident_id, min(created_at) FILTER (WHERE to_value = 'in_progress') AS in_progress_at,
+              min(created_at) FILTER (WHERE to_value = 'resolved') AS resolved_at
+         FROM timeline
+        WHERE kind = 'status'
+        GROUP BY incident_id) AS first_times ON incident_id = id
+ WHERE (incidents.in_progress_at, incidents.resolved_at)
+       IS DISTINCT FROM (first_times.in_progress_at, first_times.resolved_at)
+UNION ALL
 SELECT made_id, 'an idempotency key names an incident or note that does not exist'
   FROM idempotency_keys
  WHERE NOT EXISTS (SELECT FROM incidents WHERE id = made_id)

@@ -39,7 +39,8 @@ WITH ours AS (
      SELECT 'class', relname, concat_ws(' ', relkind, relpersistence, reloptions) FROM ours
       UNION ALL
      SELECT 'column', relname || '.' || attname,
-            concat_ws(' ', attnum, format_type(atttypid, atttypmod), attnotnull, attidentity,
+            concat_ws(' ', row_number() OVER (PARTITION BY ours.oid ORDER BY attnum),
+                      format_type(atttypid, atttypmod), attnotnull, attidentity,
                       attgenerated, pg_get_expr(adbin, adrelid))
        FROM ours
             JOIN pg_attribute ON attrelid = ours.oid AND attnum > 0 AND NOT attisdropped
@@ -163,7 +164,9 @@ def test_each_migration_depends_on_the_one_before() -> None:
 def test_each_migration_says_what_it_is_for() -> None:
     for name in NAMES:
         text = (ROOT / f"migrations/{name}.sql").read_text("utf-8")
-        comment = re.sub(r"^-- depends:.*\n(--\n)?", "", text).splitlines()[0]
+        comment = re.sub(
+            r"^-- depends:.*\n(-- transactional: false\n)?(--\n)?", "", text
+        ).splitlines()[0]
 
         assert re.fullmatch(r"-- [A-Z].{30,}", comment), name
 
@@ -198,7 +201,7 @@ def test_each_rollback_restores_the_schema_of_a_replaced_system_too(replaced: st
         after = describe_schema(replaced)
         roll_back(replaced, name)
 
-        assert after != before, name
+        assert after != before or name == "0004.fill-first-times", name
         assert describe_schema(replaced) == before, name
         apply(replaced, name)
         assert describe_schema(replaced) == after, name

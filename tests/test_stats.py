@@ -26,13 +26,14 @@ def insert_incident(
 ) -> None:
     """Insert an incident that was created at noon, so many days after START.
 
-    Each of its changes is a number of seconds after its creation, and the new status.
+    Each of its changes is a number of seconds after its creation, and the new status. The trigger
+    of migration 0003 sees each of them.
     """
     created_at = START + timedelta(days=day)
     [(incident_id,)] = sql(
         "INSERT INTO incidents (description, status, source, created_at, updated_at)"
-        " VALUES ('a', %s, %s, %s, %s) RETURNING id",
-        status, source, created_at, created_at,
+        " VALUES ('a', 'open', %s, %s, %s) RETURNING id",
+        source, created_at, created_at,
     )  # fmt: skip
     sql(
         "INSERT INTO timeline (incident_id, kind, actor, created_at)"
@@ -40,11 +41,17 @@ def insert_incident(
         incident_id, created_at,
     )  # fmt: skip
     for seconds, new_status in changes:
+        changed_at = created_at + timedelta(seconds=seconds)
+        sql(
+            "UPDATE incidents SET status = %s, updated_at = %s WHERE id = %s",
+            new_status, changed_at, incident_id,
+        )  # fmt: skip
         sql(
             "INSERT INTO timeline (incident_id, kind, from_value, to_value, actor, created_at)"
             " VALUES (%s, 'status', 'open', %s, 'test', %s)",
-            incident_id, new_status, created_at + timedelta(seconds=seconds),
+            incident_id, new_status, changed_at,
         )  # fmt: skip
+    assert sql("SELECT status FROM incidents WHERE id = %s", incident_id) == [(status,)]
 
 
 @pytest.fixture
