@@ -32,7 +32,7 @@ import unicodedata
 import warnings
 import zlib
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
@@ -46,7 +46,7 @@ import psycopg
 import uvicorn
 import yoyo
 from dotenv.parser import parse_stream
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pydantic import BaseModel, FailFast, Field, ValidationError, ValidationInfo, WithJsonSchema
 from pydantic.functional_validators import AfterValidator, BeforeValidator
 from pydantic_core import from_json
@@ -65,6 +65,8 @@ from uvicorn.protocols.http.httptools_impl import (
     HttpToolsProtocol,
     RequestResponseCycle,
 )
+from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
+from yoyo.connections import parse_uri
 
 if sys.platform != "win32":
     import pwd
@@ -77,9 +79,6 @@ log = logging.getLogger("uvicorn.error")
 access_log = logging.getLogger("incidents.access")
 access_log.setLevel(logging.INFO)
 access_log.addHandler(logging.StreamHandler(sys.stdout))
-# asyncpg logs a traceback for every connection that its pool cannot open in the background.
-# `Database.log_failure` says the same in one line.
-logging.getLogger("asyncpg.pool").setLevel(logging.CRITICAL)
 
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────
@@ -199,7 +198,7 @@ class Settings(BaseSettings, env_ignore_empty=True, extra="ignore"):
     # Two lists. Any keeps pydantic-settings from reading them as JSON.
     api_tokens: Annotated[Any, BeforeValidator(parse_tokens)] = ""
     cors_origins: Annotated[Any, BeforeValidator(parse_origins)] = ""
-    db_pool_size: Annotated[int, Field(ge=1, le=1000)] = 10
+    db_pool_size: Annotated[int, Field(ge=1, le=100)] = 10
 
 
 def check_env_file(file: Path) -> None:
@@ -365,6 +364,12 @@ class Period(RequestModel):
     until: Timestamp = OMITTED
 
 
+class ReadinessQuery(RequestModel):
+    """What the service must be ready for: writes too, or `reads` alone."""
+
+    only: Annotated[Literal["reads"], SingleValue] = OMITTED
+
+
 class ListQuery(Period):
     """Which incidents to list, and in which form. `q` is part of a description, in any case."""
 
@@ -389,6 +394,17 @@ class Problem(HTTPException):
     errors: Sequence[dict[str, str]] = ()
 
 
+class SlowStatement(Problem):
+    """A 503: a search or a report took longer than it may, although the database serves."""
+
+
+# Only a pooler that gives each transaction another connection of the server causes these two:
+# a prepared statement is not there, or a new one is there already.
+POOLER_SQLSTATES = ("26000", "42P05")
+POOLER_REMEDY = (
+    "DATABASE_URL leads to a pooler in transaction mode; use session mode, or PgBouncer 1.21 or "
+    "later with max_prepared_statements = 200"
+)
 # SQLSTATE classes and codes that say "not now" (PostgreSQL manual, Appendix A).
 UNAVAILABLE_SQLSTATES = (
     "08",  # connection lost
@@ -400,16 +416,19 @@ UNAVAILABLE_SQLSTATES = (
     "25006",  # read-only transaction, as on a standby
     "3D000",  # the database does not exist
     "42501",  # the role lacks a right, for example on a table that another role restored
+    *POOLER_SQLSTATES,
 )
-# Often only writes fail with these, so a successful read does not prove that all is well again.
-WRITE_ONLY_ERRORS = (
+# asyncpg raises these two for connections that have just ended, and for hosts that are not what
+# target_session_attrs wants.
+CONNECTION_ERRORS = (asyncpg.InterfaceError, asyncpg.InternalClientError)
+# After these, the calls of a batch are not run one by one: a lost connection may have committed
+# them all, and a full or read-only database would refuse each.
+STOPPING_ERRORS = (
+    asyncpg.PostgresConnectionError,
     asyncpg.DiskFullError,
     asyncpg.InsufficientPrivilegeError,
     asyncpg.ReadOnlySQLTransactionError,
 )
-# After these, the calls of a batch are not run one by one: a lost connection may have committed
-# them all, and a full or read-only database would refuse each.
-STOPPING_ERRORS = (asyncpg.PostgresConnectionError, *WRITE_ONLY_ERRORS)
 
 
 def is_unavailable(error: BaseException) -> bool:
@@ -419,16 +438,52 @@ def is_unavailable(error: BaseException) -> bool:
     # Also TimeoutError. An OSError with a file name is about a file of this service.
     if isinstance(error, OSError):
         return error.filename is None
-    # asyncpg raises these two for connections that have just ended.
-    return isinstance(error, asyncpg.InterfaceError | asyncpg.InternalClientError)
+    return isinstance(error, CONNECTION_ERRORS)
+
+
+def is_of_pooler(error: BaseException) -> bool:
+    """Whether an error comes from a pooler in transaction mode."""
+    return getattr(error, "sqlstate", None) in POOLER_SQLSTATES
 
 
 def one_line(error: BaseException) -> str:
     """Give an error's message on one line, without PostgreSQL's DETAIL: it may hold a row."""
+    if is_of_pooler(error):
+        return POOLER_REMEDY
     return " ".join(str(error).partition("\nDETAIL:")[0].split()) or type(error).__name__
 
 
 # ── SQL statements ────────────────────────────────────────────────────────────────────────────────
+
+
+QUERY_TIMEOUT = 4.5  # seconds until a call gets a 503; a write that was sent may still be stored
+
+
+class Limits(NamedTuple):
+    """How the calls of one statement use the server."""
+
+    batch_size: int  # calls that go to the server together
+    workers: int  # batches that are on their way at once
+    seconds: float = QUERY_TIMEOUT  # until a call gets a 503; its statement is cancelled then
+    seconds_on_server: float = QUERY_TIMEOUT  # until a statement is cancelled earlier
+    advice: str = ""  # what the 503 says when only this statement is slow
+
+
+SEARCH_ADVICE = (
+    "This search takes too long: too many texts have most of it. Search for a longer or rarer "
+    "text, or between since and until."
+)
+REPORT_ADVICE = "Counting takes too long; ask for a shorter time between since and until."
+# The kinds of statements, as their files declare them. A search first gets half a second. If that
+# is not enough, it is run again by a worker of its own, so that slow searches hardly delay others.
+LIMITS = {
+    "batch": Limits(batch_size=32, workers=3),
+    "single": Limits(batch_size=32, workers=3),
+    "search": Limits(1, workers=3, seconds=1.5, seconds_on_server=0.5, advice=SEARCH_ADVICE),
+    "slow search": Limits(1, workers=1, seconds=3, advice=SEARCH_ADVICE),
+    "probe": Limits(batch_size=32, workers=1),
+    "report": Limits(1, workers=1, seconds=30, seconds_on_server=30, advice=REPORT_ADVICE),
+}
 
 
 @dataclass(frozen=True)
@@ -438,6 +493,8 @@ class Statement:
     - `read` changes nothing, so identical calls may share one result; `write` runs every call.
     - `batch` is executed once for many calls: each parameter is an array with one element per call.
       `single` is executed once per call; choose it unless the route is used very often.
+    - `search` and `report` are like `single`, for reads that may be slow; see `LIMITS`. `probe` is
+      a write that tells only whether the server takes writes.
 
     A statement returns exactly one row per call, in the order of the calls, also when it finds
     nothing. The first parameter of a write names what it locks: an incident's id, or a key.
@@ -446,29 +503,31 @@ class Statement:
     name: str
     text: str
     is_read: bool
-    is_batched: bool
+    kind: str
+
+    @property
+    def rank(self) -> int:
+        """How much its success proves: a read can do with least, and a write needs most."""
+        return 0 if self.is_read else 1 if self.kind == "probe" else 2
 
     @classmethod
     def load(cls, file: Path) -> "Statement":
         """Read a file; a `ValueError` says what its first line must be."""
         text = file.read_text("utf-8")
-        kind = re.match(r"-- kind: (read|write), (batch|single)\n", text)
+        kind = re.match(r"-- kind: (read|write), (batch|single|search|report|probe)\n", text)
         if not kind:
-            first_line = "'-- kind: read, single' (or write, or batch)"
+            first_line = "'-- kind: read, single' (or write; or batch, search, report, probe)"
             raise ValueError(f"sql/{file.name} must begin with a line like {first_line}")
-        return cls(file.stem, text, is_read=kind[1] == "read", is_batched=kind[2] == "batch")
+        return cls(file.stem, text, is_read=kind[1] == "read", kind=kind[2])
 
 
 SQL = SimpleNamespace(**{file.stem: Statement.load(file) for file in HERE.glob("sql/*.sql")})
+SLOW_SEARCH = replace(SQL.incident_search, name="slow_search", kind="slow search")
 
 
 # ── Group commit ──────────────────────────────────────────────────────────────────────────────────
 
-BATCH_SIZE = 32  # calls that go to the server together
-WORKERS_PER_STATEMENT = 3  # batches of one statement that are on their way at once
 MAX_WAITING = 1000  # calls of one statement; about a tenth of a second of work
-QUERY_TIMEOUT = 4.5  # seconds until a call gets a 503; a write that was sent may still be stored
-COMMAND_TIMEOUT = 10  # seconds until a statement is cancelled on the server
 
 
 @dataclass
@@ -477,6 +536,7 @@ class PendingCall:
 
     arguments: tuple[Any, ...]
     lock_key: Any  # what a write locks: its first argument
+    given_up_at: float = 0.0  # the loop's time when the last of the callers stops waiting
     futures: list[asyncio.Future[Any]] = field(default_factory=list)
 
     def finish(self, row: Any, error: Exception | None = None) -> None:
@@ -501,8 +561,8 @@ class Batcher:
 
     Most of a write's cost is the trip to PostgreSQL and the wait for its disk. While one batch is
     on its way, new calls queue up here; then they are sent together, as arrays. A call that finds
-    the queue empty is sent at once, unless `WORKERS_PER_STATEMENT` batches are on their way; so a
-    client that is alone never waits.
+    the queue empty is sent at once, unless as many batches are on their way as `LIMITS` allows; so
+    a client that is alone never waits.
 
     - A call is answered only after its batch is committed.
     - If PostgreSQL refuses a batch, nothing of it was stored, so its calls are run one by one: one
@@ -511,7 +571,8 @@ class Batcher:
     - Writes that lock the same row (`lock_key`) go in separate batches, and each batch locks its
       rows in the same order, so two batches cannot deadlock.
     - Identical reads that are still waiting share one result. A read never joins one that was
-      already sent, because it could then miss what its own caller has just written.
+      already sent, because it could then miss what its own caller has just written. Only a report
+      does, because it may take long.
     """
 
     def __init__(self, database: "Database", statement: Statement) -> None:
@@ -520,49 +581,62 @@ class Batcher:
         self.waiting: dict[Any, PendingCall] = {}
         self.workers: set[asyncio.Task[None]] = set()
 
+    @property
+    def limits(self) -> Limits:
+        """How this statement uses the server."""
+        return LIMITS[self.statement.kind]
+
     async def run(self, arguments: tuple[Any, ...]) -> Any:
         """Give the row for these arguments.
 
-        Raises `Problem` 503 when too many calls wait, and `TimeoutError` after `QUERY_TIMEOUT`.
+        Raises `Problem` 503 when too many calls wait, and later `TimeoutError` or `SlowStatement`.
         """
         if len(self.waiting) >= MAX_WAITING:
             raise Problem(503, "Too many requests wait; try again soon.", {"Retry-After": "1"})
-        loop = asyncio.get_running_loop()
+        loop, limits = asyncio.get_running_loop(), self.limits
         future = loop.create_future()
         is_read = self.statement.is_read
         call = PendingCall(arguments, None if is_read or not arguments else arguments[0])
         # Identical reads share one entry, so their arguments must be hashable: tuples, not lists.
-        key = arguments if is_read else future
-        self.waiting.setdefault(key, call).futures.append(future)
-        if len(self.waiting) == 1 and len(self.workers) < WORKERS_PER_STATEMENT:
+        call = self.waiting.setdefault(arguments if is_read else future, call)
+        call.futures.append(future)
+        is_needed = len(self.waiting) == 1 or limits.batch_size == 1
+        if is_needed and len(self.workers) < limits.workers:
             self.workers.add(loop.create_task(self.run_worker()))
         # asyncio.timeout costs five times as much, and would add a tenth to each request.
-        timer = loop.call_later(QUERY_TIMEOUT, time_out, future)
+        timer = loop.call_later(limits.seconds, time_out, future)
+        call.given_up_at = timer.when()
         try:
             return await future
+        except Exception as error:
+            if limits.advice and isinstance(error, TimeoutError):
+                raise SlowStatement(503, limits.advice, {"Retry-After": "10"}) from None
+            if is_unavailable(error):
+                self.database.log_failure(error, self.statement.rank)
+            raise
         finally:
             timer.cancel()
 
     async def run_worker(self) -> None:
         """Send batch after batch until no call waits."""
         while self.waiting:
-            batch: list[PendingCall] = []
+            batch: list[PendingCall] | None = None
             started_at = time.monotonic()
             try:
-                async with self.database.pool.acquire(timeout=QUERY_TIMEOUT) as connection:
+                async with self.database.borrow_connection() as connection:
+                    if self.limits.seconds > QUERY_TIMEOUT:
+                        # It may run long, so ask first whether the server answers at all.
+                        await connection.fetchval("SELECT 1", timeout=QUERY_TIMEOUT)
                     batch = self.next_batch()
                     if batch:
                         await self.execute_batch(connection, batch)
-                        self.database.log_success(started_at, is_read=self.statement.is_read)
+                        self.database.log_success(started_at, self.statement.rank)
             except Exception as error:
-                if not batch:  # No connection could be had, for any call.
+                if batch is None:  # No connection could be had, for any call.
                     batch = list(self.waiting.values())
                     self.waiting.clear()
                 for call in batch:
                     call.finish(None, error)
-                if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
-                    # The server became a standby: connect anew, to find the new primary.
-                    await self.database.pool.expire_connections()
         # There is no await between the check above and this line. Otherwise a call could join the
         # queue in between, count on this worker, and wait for ever.
         self.workers.discard(asyncio.current_task())
@@ -574,7 +648,7 @@ class Batcher:
         waits for any more are dropped.
         """
         batch: dict[Any, PendingCall] = {}
-        for key, call in list(itertools.islice(self.waiting.items(), BATCH_SIZE)):
+        for key, call in list(itertools.islice(self.waiting.items(), self.limits.batch_size)):
             batch_key = key if call.lock_key is None else call.lock_key
             if batch_key not in batch:
                 batch[batch_key] = self.waiting.pop(key)
@@ -584,7 +658,7 @@ class Batcher:
     async def execute_batch(self, connection: Any, batch: list[PendingCall]) -> None:
         """Run a batch in one round trip and one transaction, or else its calls one by one."""
         try:
-            rows = await self.fetch_rows(connection, [call.arguments for call in batch])
+            rows = await self.fetch_rows(connection, batch)
         except asyncpg.PostgresError as error:
             if len(batch) == 1 or isinstance(error, STOPPING_ERRORS):
                 raise
@@ -596,14 +670,26 @@ class Batcher:
         else:
             for call, row in zip(batch, rows, strict=True):
                 call.finish(row)
+                if self.statement.kind == "report" and call.arguments in self.waiting:
+                    self.waiting.pop(call.arguments).finish(row)
 
-    async def fetch_rows(self, connection: Any, calls: list[tuple[Any, ...]]) -> Any:
-        """Run the statement for these arguments, and check that each call has its row."""
+    async def fetch_rows(self, connection: Any, batch: list[PendingCall]) -> Any:
+        """Run a batch as long as somebody waits for it, and check that each call has its row."""
+        calls = [call.arguments for call in batch]
+        given_up_at = max(call.given_up_at for call in batch)
+        seconds_left = given_up_at - asyncio.get_running_loop().time()
+        timeout = max(min(seconds_left, self.limits.seconds_on_server), 0.001)
         try:
-            if self.statement.is_batched:
-                rows = await connection.fetch(self.statement.text, *zip(*calls, strict=True))
+            if self.statement.kind == "batch":
+                columns = zip(*calls, strict=True)
+                rows = await connection.fetch(self.statement.text, *columns, timeout=timeout)
             else:
-                rows = await connection.fetchmany(self.statement.text, calls)
+                rows = await connection.fetchmany(self.statement.text, calls, timeout=timeout)
+        except (TimeoutError, asyncpg.ReadOnlySQLTransactionError):
+            # The server is gone or a standby: connect anew. A call sent late does not tell that.
+            if timeout > QUERY_TIMEOUT / 2 and not self.limits.advice:
+                await self.database.pool.expire_connections()
+            raise
         except asyncpg.InterfaceError as error:
             if connection.is_closed():
                 raise
@@ -625,35 +711,86 @@ LIBPQ_OPTIONS = re.compile(
 )
 
 
+class Server(NamedTuple):
+    """A server that DATABASE_URL names. None stands for a default of the driver."""
+
+    host: str | None
+    port: int | None
+
+    def __str__(self) -> str:
+        """Give host and port for log lines."""
+        return f"{self.host or 'localhost'}:{self.port or 5432}"
+
+
+def list_servers(url: str) -> list[Server]:
+    """Give the servers of a URL, in its order; one port may be there for all hosts."""
+    parts = conninfo_to_dict(url)
+    hosts = str(parts.get("host", "")).split(",")
+    ports = str(parts.get("port", "")).split(",")
+    ports = ports * len(hosts) if len(ports) == 1 else ports
+    pairs = zip(hosts, ports, strict=True)
+    return [Server(host or None, int(port) if port else None) for host, port in pairs]
+
+
+PROCESS_ID = secrets.token_hex(4)
+
+
+class Connection(asyncpg.Connection):  # type: ignore[misc]
+    """A connection whose prepared statements have names that no other process uses.
+
+    Behind a pooler in transaction mode, processes share connections of the server. With the same
+    names, one process would run the statement of another and give a wrong answer.
+    """
+
+    def _get_unique_id(self, prefix: str) -> str:
+        """Name a prepared statement; asyncpg calls this."""
+        return f"{super()._get_unique_id(prefix)}{PROCESS_ID}"
+
+
+class SpareConnectionError(Exception):
+    """No further connection can be opened, but here is one of the pool that has become free."""
+
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
+
+
 class Database:
     """A pool of connections, with a `Batcher` for each statement."""
 
     pool: Any
     url: str
+    servers: list[Server]
+    server: Server | None = None  # the one of the newest connection
     batchers: dict[str, Batcher]
     last_error: Exception | None = None
     last_error_at = 0.0
+    last_error_rank = 0  # of the statements that have failed, the highest
+    has_logged_pooler = False
+    connection_limit_at = -60.0  # when the server last refused a connection because of a limit
 
     async def open(self, url: str, tries: int = 30, pause: float = 2) -> None:
         """Open the pool once the server answers.
 
-        Raises `RuntimeError` after 30 tries: after a minute if the server refuses connections,
-        after three if it does not answer.
+        Raises `RuntimeError` after 30 tries, which take one to three minutes.
         """
-        self.url = url
-        self.batchers = {name: Batcher(self, statement) for name, statement in vars(SQL).items()}
+        self.url, self.servers = url, list_servers(url)
+        statements = (*vars(SQL).values(), SLOW_SEARCH)
+        self.batchers = {each.name: Batcher(self, each) for each in statements}
+        self.pool = await asyncpg.create_pool(
+            LIBPQ_OPTIONS.sub("", url).rstrip("?&"),
+            min_size=0,
+            max_size=get_settings().db_pool_size,
+            command_timeout=QUERY_TIMEOUT,
+            connect=self.connect,
+            connection_class=Connection,
+            server_settings={} if "application_name=" in url else {"application_name": "incidents"},
+            init=prepare_session,
+            reset=keep_session,
+        )
         for attempt in range(1, tries + 1):
             try:
-                self.pool = await asyncpg.create_pool(
-                    LIBPQ_OPTIONS.sub("", url).rstrip("?&"),
-                    min_size=1,
-                    max_size=get_settings().db_pool_size,
-                    timeout=QUERY_TIMEOUT,
-                    command_timeout=COMMAND_TIMEOUT,
-                    init=prepare_session,
-                    reset=keep_session,
-                )
-                return
+                async with self.borrow_connection():
+                    return
             except Exception as error:
                 if not (isinstance(error, asyncpg.PostgresError) or is_unavailable(error)):
                     raise
@@ -663,28 +800,110 @@ class Database:
         raise RuntimeError(f"the database at {self} did not answer; check DATABASE_URL")
 
     def __str__(self) -> str:
-        """Give host and port for log lines, never the password."""
-        parts = conninfo_to_dict(self.url)
-        return f"{parts.get('host', 'localhost')}:{parts.get('port', 5432)}"
+        """Give hosts and ports for log lines, never the password."""
+        return ", ".join(str(server) for server in list_servers(self.url))
+
+    async def connect(self, url: str, **options: Any) -> Any:
+        """Open a connection for the pool.
+
+        When a limit of the server or the role is reached, wait for a connection that is open. The
+        pool cannot do this by itself: it would offer the place of the refused connection again.
+        Meanwhile this call keeps that place, and it tries to fill one only once in a second.
+        """
+        is_at_limit = time.monotonic() < self.connection_limit_at + 1
+        if not (is_at_limit and self.pool.get_size()):
+            try:
+                return await self.connect_to_a_server(url, **options)
+            except asyncpg.TooManyConnectionsError as error:
+                open_ones = self.pool.get_size()
+                if not open_ones:
+                    raise
+                if time.monotonic() > self.connection_limit_at + 60:
+                    text = "Only %d connections can be had, DB_POOL_SIZE allows %d: %s"
+                    limit = self.pool.get_max_size()
+                    log.warning(text, open_ones, limit, one_line(error))
+                self.connection_limit_at = time.monotonic()
+        raise SpareConnectionError(await self.pool.acquire())
+
+    async def connect_to_a_server(self, url: str, **options: Any) -> Any:
+        """Connect to the first server that answers and is what target_session_attrs wants.
+
+        asyncpg has one timeout for all hosts, so a silent one would use it up. Here each has its
+        share of the time, and those that were silent are tried last from then on.
+        """
+        wanted = conninfo_to_dict(url).get("target_session_attrs", "any")
+        errors: list[Exception] = []
+        kinds = ("standby", "any") if wanted == "prefer-standby" else (wanted,)
+        for kind in kinds:
+            for server in [*self.servers]:
+                options |= {**server._asdict(), "target_session_attrs": kind}
+                try:
+                    timeout = QUERY_TIMEOUT / (len(kinds) * len(self.servers) + 1)
+                    connection = await asyncpg.connect(url, **options, timeout=timeout)
+                except (OSError, asyncpg.PostgresError, *CONNECTION_ERRORS) as error:
+                    errors.append(error)
+                    if isinstance(error, TimeoutError):
+                        self.servers.remove(server)
+                        self.servers.append(server)
+                    continue
+                if self.server not in (None, server):
+                    log.warning("The database at %s is used from now on", server)
+                self.server = server
+                return connection
+        raise most_telling(errors)
+
+    @contextlib.asynccontextmanager
+    async def borrow_connection(self) -> AsyncIterator[Any]:
+        """Lend a connection of the pool; `TimeoutError` when none becomes free in time."""
+        try:
+            connection = await self.pool.acquire(timeout=QUERY_TIMEOUT)
+        except SpareConnectionError as spare:
+            connection = spare.connection
+        try:
+            yield connection
+        finally:
+            # After a timeout, this waits for the server to cancel the statement. When that takes
+            # over a second, the connection is closed.
+            await self.pool.release(connection, timeout=1)
 
     async def fetchrow(self, statement: Statement, *arguments: Any) -> Any:
         """Run a statement and give its row, once its changes are committed."""
         return await self.batchers[statement.name].run(arguments)
 
-    def log_failure(self, error: Exception) -> None:
+    def log_failure(self, error: Exception, rank: int) -> None:
         """Log that the database is unavailable: one line until it serves again."""
+        if is_of_pooler(error):  # Every other call may succeed, so this is logged only once.
+            if not self.has_logged_pooler:
+                log.error("Some requests fail: %s", one_line(error))
+            self.has_logged_pooler = True
+            return
         self.last_error_at = time.monotonic()
+        self.last_error_rank = max(self.last_error_rank, rank)
         if not self.last_error:
             log.warning("The database at %s cannot serve: %s", self, one_line(error))
         self.last_error = error
 
-    def log_success(self, started_at: float, is_read: bool) -> None:
-        """Log that the database serves again, if the batch began after the last failure."""
+    def log_success(self, started_at: float, rank: int) -> None:
+        """Log that the database serves again, if the batch began after the last failure.
+
+        Reads often work while writes do not, so after a failed write only a write shows it. A probe
+        does not: it needs no room on a disk that is full.
+        """
         if not self.last_error or started_at < self.last_error_at:
             return
-        if not (is_read and isinstance(self.last_error, WRITE_ONLY_ERRORS)):
+        if rank >= self.last_error_rank:
             log.warning("The database at %s serves again", self)
-            self.last_error = None
+            self.last_error, self.last_error_rank = None, 0
+
+
+def most_telling(errors: list[Exception]) -> Exception:
+    """Choose what to report when no server could be used: one that answers tells most."""
+    kinds = (asyncpg.TooManyConnectionsError, asyncpg.PostgresError, *CONNECTION_ERRORS, OSError)
+    chosen = next(error for kind in kinds for error in errors if isinstance(error, kind))
+    if isinstance(chosen, asyncpg.TargetServerAttributeNotMatched):
+        # Its own text names neither what answers nor the option.
+        chosen.args = ("only standbys answer, or servers that target_session_attrs excludes",)
+    return chosen
 
 
 database = Database()
@@ -703,6 +922,11 @@ async def prepare_session(connection: Any) -> None:
     await connection.execute("SET enable_seqscan = off")
     # rfc3339() in the schema relies on this form of timestamps.
     await connection.execute("SET datestyle = 'ISO'")
+    # A statement of a process that was killed ends too. A limit that the role has already stays.
+    await connection.execute(
+        "SELECT set_config('statement_timeout', '35s', false)"
+        " WHERE current_setting('statement_timeout') = '0'"
+    )
 
 
 async def keep_session(connection: Any) -> None:
@@ -824,27 +1048,61 @@ MIGRATION_FILES = sorted(file.stem for file in HERE.glob("migrations/*.sql"))
 MIGRATIONS = tuple(name for name in MIGRATION_FILES if not name.endswith(".rollback"))
 
 
-def migrate(url: str) -> None:
-    """Apply the missing migrations with yoyo, one process at a time."""
+class MigrationBackend(PostgresqlPsycopgBackend):  # type: ignore[misc]
+    """yoyo's connection, on which a statement waits for a lock for three seconds at most.
+
+    All that comes after it waits for the same lock. So a migration that waits for a long report, or
+    for pg_dump, would stop the whole service.
+    """
+
+    def init_connection(self, connection: Any) -> None:
+        """Set up a connection; yoyo calls this."""
+        super().init_connection(connection)
+        connection.execute("SET lock_timeout = '3s'")
+
+
+def migrate(url: str, tries: int = 100, pause: float = 3) -> None:
+    """Apply the missing migrations with yoyo, one process at a time.
+
+    Raises `psycopg.errors.LockNotAvailable` when a table was in use at each try, for ten minutes.
+    """
     os.environ.setdefault("USER", "incidents")  # yoyo asks for it, and a container has no user name
     with psycopg.connect(url, autocommit=True) as session:
         # Not the blocking form of this lock: to wait in a statement would hold a snapshot, and a
         # CREATE INDEX CONCURRENTLY in the other process would wait for that snapshot to end.
         try_lock = "SELECT pg_try_advisory_lock(hashtext('migrations of incidents'))"
-        while session.execute(try_lock).fetchone() != (True,):
+        for attempt in itertools.count(1):
+            if session.execute(try_lock).fetchone() == (True,):
+                break
+            if attempt == 30:
+                log.info("Another process migrates the database; waiting for it")
             time.sleep(0.1)
         # yoyo hides the reason when it may not create its tables. This shows it.
         with session.transaction(force_rollback=True):
             session.execute("CREATE TABLE may_a_table_be_made ()")
         # As parameters only: yoyo's own URL parser does not know several hosts or sockets.
         address = f"postgresql+psycopg://?{urlencode(conninfo_to_dict(url))}"
-        with yoyo.get_backend(address) as backend:
-            # yoyo's own lock is a row, which a killed process leaves behind. Only the holder of the
-            # advisory lock gets here, so the row can be removed.
-            backend.break_lock()
-            with backend.lock():
-                migrations = yoyo.read_migrations(str(HERE / "migrations"))
-                backend.apply_migrations(backend.to_apply(migrations))
+        for attempt in range(1, tries + 1):
+            try:
+                return apply_migrations(address)
+            except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+                if attempt == tries:
+                    raise
+            text = "Try %d of %d: a migration waits for a table that a transaction uses"
+            log.warning(text, attempt, tries)
+            time.sleep(pause)
+
+
+def apply_migrations(address: str) -> None:
+    """Apply the missing migrations; the caller holds the advisory lock."""
+    with MigrationBackend(parse_uri(address), yoyo.default_migration_table) as backend:
+        backend.init_database()
+        # yoyo's own lock is a row, which a killed process leaves behind. Only the holder of the
+        # advisory lock gets here, so the row can be removed.
+        backend.break_lock()
+        with backend.lock():
+            migrations = yoyo.read_migrations(str(HERE / "migrations"))
+            backend.apply_migrations(backend.to_apply(migrations))
 
 
 async def fetch_readiness() -> Any:
@@ -860,7 +1118,9 @@ async def ensure_migrated() -> None:
     missing = (await fetch_readiness())["missing"]
     try:
         if missing:
-            await asyncio.to_thread(migrate, database.url)
+            # To the server that answered: libpq would first wait for those that are silent.
+            url = make_conninfo(database.url, **(database.server or Server(None, None))._asdict())
+            await asyncio.to_thread(migrate, url)
     except psycopg.Error as error:
         still_missing = (await fetch_readiness())["missing"]
         applied = ", ".join(name for name in missing if name not in still_missing) or "nothing"
@@ -1038,7 +1298,6 @@ def to_problem(error: Exception, request_line: str) -> Problem:
     if isinstance(error, Problem):
         return error
     if is_unavailable(error):
-        database.log_failure(error)
         detail = f"The database cannot serve this now ({type(error).__name__}); try again soon."
         return Problem(503, detail, {"Retry-After": "2"})
     if isinstance(error, asyncpg.DataError):
@@ -1070,7 +1329,7 @@ def problem_response(problem: Problem, request_id: str) -> Response:
 # ── Middleware ────────────────────────────────────────────────────────────────────────────────────
 
 
-PROCESS_ID, REQUEST_NUMBERS = secrets.token_hex(4), itertools.count(1)
+REQUEST_NUMBERS = itertools.count(1)
 
 
 def choose_request_id(scope: Scope) -> str:
@@ -1291,7 +1550,11 @@ async def fetch_page(query: ListQuery, form: ListFormat, after: Position | None)
         pattern = "%" + re.sub(r"([\\%_])", r"\\\1", query.q) + "%"
         pattern = unicodedata.normalize("NFC", pattern)  # é is one character, not e and an accent
         has_accents = pattern != unicodedata.normalize("NFD", pattern)
-        return await database.fetchrow(SQL.incident_search, *chosen, *shape, pattern, has_accents)
+        arguments = (*chosen, *shape, pattern, has_accents)
+        try:
+            return await database.fetchrow(SQL.incident_search, *arguments)
+        except SlowStatement:
+            return await database.fetchrow(SLOW_SEARCH, *arguments)
     return await database.fetchrow(SQL.incident_page, *chosen, *shape)
 
 
@@ -1382,11 +1645,26 @@ async def add_note(request: Request) -> Response:
     return json_response(row, 201)
 
 
+SLOW_SECONDS = 0.25
+# By period, the statistics that took longer than that, and when they were counted. They are used
+# again for six times as long, so that clients that ask all the time do not slow the service down.
+slow_stats: dict[tuple[datetime | None, datetime | None], tuple[Any, float]] = {}
+
+
 async def get_stats(request: Request) -> Response:
     """Count incidents by status and source, and time their way to in progress and resolved."""
     period = parse_query(request, Period)
-    row = await database.fetchrow(SQL.stats, period.since, period.until, STATUSES, SOURCES)
-    return json_response(row)
+    bounds = (period.since, period.until)
+    if bounds in slow_stats:
+        row, counted_at = slow_stats[bounds]
+        return json_response(row, Age=str(int(time.monotonic() - counted_at)))
+    row = await database.fetchrow(SQL.stats, *bounds, STATUSES, SOURCES)
+    seconds = row["seconds"]
+    counted_at = time.monotonic() - seconds
+    if seconds > SLOW_SECONDS and bounds not in slow_stats:
+        slow_stats[bounds] = (row, counted_at)
+        asyncio.get_running_loop().call_later(6 * seconds, slow_stats.pop, bounds)
+    return json_response(row, Age=str(int(seconds)))
 
 
 # ── Handlers: the service itself ──────────────────────────────────────────────────────────────────
@@ -1412,17 +1690,21 @@ async def check_liveness(request: Request) -> Response:
 
 
 async def check_readiness(request: Request) -> Response:
-    """Say whether the service can do its work."""
+    """Say whether the service can do its work; with `only=reads`, whether it can read."""
+    query = parse_query(request, ReadinessQuery)
     readiness = await fetch_readiness()
-    if not readiness["missing"] and not readiness["is_read_only"]:
-        return JSONResponse({"status": "ok"}, media_type=JSON_TYPE)
-    # A session keeps a read-only default, and stays on the old server after a failover.
-    await database.pool.expire_connections()
-    detail = "The database takes no writes: it is a standby, or set to read-only."
     if readiness["missing"]:
         missing = ", ".join(readiness["missing"])
         detail = f"The database lacks the migrations {missing}; restart the service."
-    raise Problem(503, detail, {"Retry-After": "10"})
+        raise Problem(503, detail, {"Retry-After": "10"})
+    if not query.only:
+        if readiness["is_read_only"]:
+            # A session keeps a read-only default, and stays on the old server after a failover.
+            await database.pool.expire_connections()
+            detail = "The database takes no writes: it is a standby, or set to read-only."
+            raise Problem(503, detail, {"Retry-After": "10"})
+        await database.fetchrow(SQL.write_check)
+    return JSONResponse({"status": "ok"}, media_type=JSON_TYPE)
 
 
 async def get_openapi(request: Request) -> Response:
@@ -1459,7 +1741,7 @@ ROUTES = [
     ApiRoute("POST", "/incidents/{incident_id}/notes", add_note, body=NewNote),
     ApiRoute("GET", "/stats", get_stats, query=Period),
     ApiRoute("GET", "/health/live", check_liveness, is_public=True),
-    ApiRoute("GET", "/health/ready", check_readiness, is_public=True),
+    ApiRoute("GET", "/health/ready", check_readiness, query=ReadinessQuery, is_public=True),
     ApiRoute("GET", "/", get_root, is_public=True),
     ApiRoute("GET", "/openapi.json", get_openapi, is_public=True),
     ApiRoute("GET", "/docs", show_swagger_ui, is_public=True),
@@ -1528,7 +1810,7 @@ def signals_end_the_process() -> Iterator[None]:
 
 def log_start(settings: Settings) -> None:
     """Log where the data is, and that everybody may write when there are no tokens."""
-    place = database if settings.database_url else settings.data_dir.resolve()
+    place = database.server if settings.database_url else settings.data_dir.resolve()
     log.info("The data is in %s", place)
     if not settings.api_tokens:
         is_local = settings.api_host in ("127.0.0.1", "::1", "localhost")

@@ -181,6 +181,11 @@ PARAMETERS = {
     ),
 }
 HEADERS = {
+    "Age": (
+        "How many seconds ago these figures were counted. Figures that took long to count are "
+        "used again for some time.",
+        {"type": "integer", "examples": [3]},
+    ),
     "Allow": ("The methods that this path has.", text("GET, POST")),
     "ETag": ("The version of the incident, for `If-Match` and `If-None-Match`.", ETAG),
     "Idempotent-Replayed": (
@@ -214,6 +219,7 @@ PROBLEMS: dict[str, tuple[str, ...]] = {  # a sentence, and the headers that are
     "503": ("The service cannot answer now. Try again after a few seconds.", "Retry-After"),
 }
 QUERY = {
+    "only": "With `reads`, the service is also ready when the database takes no writes.",
     "since": "Only incidents that were created then or later. A date begins at midnight UTC.",
     "until": "Only incidents that were created before then.",
     "status": "Only incidents with this status, or with one of several.",
@@ -345,7 +351,7 @@ OPERATIONS: dict[str, Json] = {
     "get_stats": {
         "tags": ["Statistics"],
         "description": "Of the incidents that were created in a period, or of all.",
-        "responses": {"200": response("Counts and durations.", Stats)},
+        "responses": {"200": response("Counts and durations.", Stats, "Age")},
     },
     "check_liveness": {
         "tags": ["Service"],
@@ -354,8 +360,9 @@ OPERATIONS: dict[str, Json] = {
     },
     "check_readiness": {
         "tags": ["Service"],
-        "description": "Asks the database: send no requests here while this fails.",
-        "responses": {"200": response("The database takes writes, and is migrated.", Health)},
+        "description": "Asks the database, and commits a transaction that changes nothing: send no "
+        "requests here while this fails.",
+        "responses": {"200": response("The database is migrated and takes writes.", Health)},
     },
     "get_root": {
         "tags": ["Service"],

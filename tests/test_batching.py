@@ -12,12 +12,10 @@ import psycopg
 import pytest
 from helpers import Rows, Sql, async_wait_until, find_inconsistencies
 
-import incidents
 from incidents import (
-    BATCH_SIZE,
+    LIMITS,
     MAX_WAITING,
     SQL,
-    WORKERS_PER_STATEMENT,
     Batcher,
     Database,
     Problem,
@@ -26,6 +24,8 @@ from incidents import (
 )
 
 pytestmark = pytest.mark.anyio
+
+BATCH_SIZE, WORKERS = LIMITS["batch"].batch_size, LIMITS["batch"].workers
 
 
 @pytest.fixture
@@ -204,8 +204,8 @@ async def test_a_call_ends_in_five_seconds_when_the_server_does_not_answer(
     database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The test does not wait as long as a client does, but adds the difference.
-    seconds_saved = incidents.QUERY_TIMEOUT - 0.5
-    monkeypatch.setattr(incidents, "QUERY_TIMEOUT", 0.5)
+    seconds_saved = LIMITS["batch"].seconds - 0.5
+    monkeypatch.setitem(LIMITS, "batch", LIMITS["batch"]._replace(seconds=0.5))
     started_at = asyncio.get_running_loop().time()
     with psycopg.connect(database_url) as session:
         session.execute("LOCK TABLE incidents IN EXCLUSIVE MODE")
@@ -377,7 +377,7 @@ async def test_every_call_of_a_batch_with_a_wrong_number_of_rows_fails_and_none_
 ) -> None:
     text = "-- kind: read, batch\nSELECT unnest($1::int[]) LIMIT 1"
     batcher = Batcher(database, load_statement(tmp_path, text))
-    calls = [batcher.run((number,)) for number in range(WORKERS_PER_STATEMENT * BATCH_SIZE)]
+    calls = [batcher.run((number,)) for number in range(WORKERS * BATCH_SIZE)]
     outcomes = await gather_outcomes(calls)
 
     assert {type(outcome) for outcome in outcomes} == {RuntimeError}
@@ -395,6 +395,7 @@ async def test_every_call_of_a_batch_with_a_wrong_number_of_rows_fails_and_none_
         "-- kind: delete, single\nSELECT 1",
         "-- kind: read, batched\nSELECT 1",
         "-- kind: read, single, fast\nSELECT 1",
+        "-- kind: read, slow search\nSELECT 1",
     ],
 )
 def test_a_file_that_does_not_begin_with_its_kind_is_refused_by_its_name(
@@ -404,15 +405,15 @@ def test_a_file_that_does_not_begin_with_its_kind_is_refused_by_its_name(
         load_statement(tmp_path, text)
 
     assert str(error.value) == (
-        "sql/example.sql must begin with a line like '-- kind: read, single' (or write, or batch)"
+        "sql/example.sql must begin with a line like '-- kind: read, single' "
+        "(or write; or batch, search, report, probe)"
     )
 
 
-@pytest.mark.parametrize("kind", ["read, single", "read, batch", "write, single", "write, batch"])
-def test_a_file_declares_how_its_statement_is_run(tmp_path: Path, kind: str) -> None:
-    text = f"-- kind: {kind}\nSELECT 1"
+@pytest.mark.parametrize("access", ["read", "write"])
+@pytest.mark.parametrize("kind", ["single", "batch", "search", "report", "probe"])
+def test_a_file_declares_how_its_statement_is_run(tmp_path: Path, access: str, kind: str) -> None:
+    text = f"-- kind: {access}, {kind}\nSELECT 1"
     statement = load_statement(tmp_path, text)
 
-    assert statement == Statement(
-        name="example", text=text, is_read="read" in kind, is_batched="batch" in kind
-    )
+    assert statement == Statement(name="example", text=text, is_read=access == "read", kind=kind)

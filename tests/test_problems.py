@@ -591,7 +591,8 @@ async def test_a_request_gets_503_when_no_connection_becomes_free_in_time(
     stored_rows: Callable[[], list[Rows]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(incidents, "QUERY_TIMEOUT", 0.2)
+    quick = incidents.LIMITS["batch"]._replace(seconds=0.2)
+    monkeypatch.setitem(incidents.LIMITS, "batch", quick)
     before = stored_rows()
     pool = incidents.database.pool
     busy = [await pool.acquire() for _ in range(pool.get_max_size())]

@@ -92,13 +92,14 @@ async def connection(emptied_database_url: str) -> AsyncIterator[Any]:
 def test_a_header_has_the_kind_then_sentences_and_then_the_parameters(name: str) -> None:
     kind, blank, *lines = read_header(name)
     numbered = [at for at, line in enumerate(lines) if "$" in line.split()[1]]
-    sentences = " ".join(line.removeprefix("-- ") for line in lines[: numbered[0]])
-    reasons = " ".join(line.removeprefix("-- ") for line in lines[numbered[-1] + 1 :])
+    first, last = (numbered[0], numbered[-1]) if numbered else (len(lines), len(lines))
+    sentences = " ".join(line.removeprefix("-- ") for line in lines[:first])
+    reasons = " ".join(line.removeprefix("-- ") for line in lines[last + 1 :])
 
-    assert re.fullmatch("-- kind: (read|write), (batch|single)", kind)
+    assert re.fullmatch("-- kind: (read|write), (batch|single|search|report|probe)", kind)
     assert blank == "--"
     assert re.fullmatch(r"[A-Z].{20,}\.", sentences)
-    assert numbered == list(range(numbered[0], numbered[0] + len(numbered)))
+    assert numbered == list(range(first, first + len(numbered)))
     assert [number for number, *_ in read_parameters(name)] == list(range(1, len(numbered) + 1))
     assert re.fullmatch(r"([A-Z].{20,}\.|)", reasons)
 
@@ -124,10 +125,11 @@ def test_a_batched_statement_takes_arrays_and_only_a_read_leaves_the_tables_alon
     statement = getattr(incidents.SQL, name)
     types = [kind for *_, kind in read_parameters(name)]
     code = re.sub("--.*|'[^']*'", "", statement.text)
+    writing = r"\b(INSERT|UPDATE|DELETE|MERGE|pg_logical_emit_message)\b"
 
-    if statement.is_batched:
+    if statement.kind == "batch":
         assert all(kind.endswith("[]") for kind in types)
-    assert statement.is_read != bool(re.search(r"\b(INSERT|UPDATE|DELETE|MERGE)\b", code))
+    assert statement.is_read != bool(re.search(writing, code))
 
 
 async def test_the_server_takes_each_statement_with_the_types_of_its_header(
@@ -169,7 +171,7 @@ async def call_three_times(connection: Any, name: str, **values: Any) -> Any:
     """Give the rows of three identical calls. Two with the same key may not share a batch."""
     arguments = tuple((VALUES | values)[parameter] for _, parameter, _ in read_parameters(name))
     statement = getattr(incidents.SQL, name)
-    if not statement.is_batched:
+    if statement.kind != "batch":
         return await connection.fetchmany(statement.text, [arguments] * 3)
     batches = [await connection.fetch(statement.text, *([a] for a in arguments)) for _ in range(3)]
     return [row for batch in batches for row in batch]

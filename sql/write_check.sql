@@ -1,0 +1,6 @@
+-- kind: write, probe
+--
+-- Commit a transaction that changes no table, to see whether the database takes writes. It has to wait
+-- for a synchronous standby as any other write does. Logical replication slots get a message, which
+-- nobody needs to read.
+SELECT pg_logical_emit_message(true, 'incidents', 'ready');
