@@ -130,7 +130,7 @@ def test_every_route_is_in_the_readme(name: str) -> None:
 
 @EVERY_README
 def test_the_readme_is_short_enough_to_be_read(name: str) -> None:
-    assert len(READMES[name].splitlines()) <= 300, f"{name} is over 300 lines: shorten it"
+    assert len(READMES[name].splitlines()) <= 360, f"{name} is over 360 lines: shorten it"
 
 
 @EVERY_README
