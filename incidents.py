@@ -600,8 +600,10 @@ class Batcher:
         # Identical reads share one entry, so their arguments must be hashable: tuples, not lists.
         call = self.waiting.setdefault(arguments if is_read else future, call)
         call.futures.append(future)
-        is_needed = len(self.waiting) == 1 or limits.batch_size == 1
-        if is_needed and len(self.workers) < limits.workers:
+        # A running worker takes all that wait, as one batch; without batches, each call needs one.
+        if len(self.workers) < limits.workers and (
+            len(self.waiting) == 1 or limits.batch_size == 1
+        ):
             self.workers.add(loop.create_task(self.run_worker()))
         # asyncio.timeout costs five times as much, and would add a tenth to each request.
         timer = loop.call_later(limits.seconds, time_out, future)
@@ -766,7 +768,9 @@ class Database:
     last_error_at = 0.0
     last_error_rank = 0  # of the statements that have failed, the highest
     has_logged_pooler = False
-    connection_limit_at = -60.0  # when the server last refused a connection because of a limit
+    connection_limit_at = float(
+        "-inf"
+    )  # when the server last refused a connection because of a limit
 
     async def open(self, url: str, tries: int = 30, pause: float = 2) -> None:
         """Open the pool once the server answers.
@@ -806,9 +810,10 @@ class Database:
     async def connect(self, url: str, **options: Any) -> Any:
         """Open a connection for the pool.
 
-        When a limit of the server or the role is reached, wait for a connection that is open. The
-        pool cannot do this by itself: it would offer the place of the refused connection again.
-        Meanwhile this call keeps that place, and it tries to fill one only once in a second.
+        When the server allows no more connections, wait for one of ours to become free. The pool
+        cannot do that: it would offer the place of the refused connection to the next caller. So
+        this call keeps that place while it waits, and hands the connection over in an exception.
+        Only once in a second it asks the server for a further connection.
         """
         is_at_limit = time.monotonic() < self.connection_limit_at + 1
         if not (is_at_limit and self.pool.get_size()):
@@ -897,7 +902,7 @@ class Database:
 
 
 def most_telling(errors: list[Exception]) -> Exception:
-    """Choose what to report when no server could be used: one that answers tells most."""
+    """Choose the most useful error: a server that refuses says more than one that is silent."""
     kinds = (asyncpg.TooManyConnectionsError, asyncpg.PostgresError, *CONNECTION_ERRORS, OSError)
     chosen = next(error for kind in kinds for error in errors if isinstance(error, kind))
     if isinstance(chosen, asyncpg.TargetServerAttributeNotMatched):
@@ -1051,8 +1056,8 @@ MIGRATIONS = tuple(name for name in MIGRATION_FILES if not name.endswith(".rollb
 class MigrationBackend(PostgresqlPsycopgBackend):  # type: ignore[misc]
     """yoyo's connection, on which a statement waits for a lock for three seconds at most.
 
-    All that comes after it waits for the same lock. So a migration that waits for a long report, or
-    for pg_dump, would stop the whole service.
+    Whoever wants the same table later has to wait behind it. So a migration that waits for a long
+    report, or for pg_dump, would stop the whole service.
     """
 
     def init_connection(self, connection: Any) -> None:

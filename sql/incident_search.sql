@@ -13,13 +13,13 @@
 --   $10 has_accents       boolean      whether that form changes the text itself
 -- The newest 1,000 between the bounds choose one of three ways. has_chosen_hits: 10 contain the text and pass
 -- the filter, or there are fewer than 1,000: walk along the list. Only has_hits: walk along each chosen status
--- and source. Neither: ask the trigram index; OFFSET 0 lets it stop when the page is full. A short text has no three
--- letters in a row and no beginning of a word: the index would have to read all of itself, and cannot be stopped then.
-  WITH text AS (SELECT $9 !~ '[[:alnum:]]{3}|[^[:alnum:]%_\\][[:alnum:]]' AS is_short),
+-- and source. Neither: ask the trigram index; OFFSET 0 lets it stop when the page is full. In a short text
+-- ('%ab%', but not '%a b%') there is no trigram: the index would read all of itself, and a cancel has to wait meanwhile.
+  WITH shortness AS (SELECT $9 !~ '[[:alnum:]]{3}|[^[:alnum:]%_\\][[:alnum:]]' AS is_short),
        sample AS MATERIALIZED (
        SELECT count(*) < 1000 OR count(*) FILTER (WHERE is_hit AND is_chosen) >= 10
-              OR $1 IS NULL AND (SELECT is_short FROM text) AS has_chosen_hits,
-              count(*) < 1000 OR count(*) FILTER (WHERE is_hit) >= 10 OR (SELECT is_short FROM text) AS has_hits
+              OR $1 IS NULL AND (SELECT is_short FROM shortness) AS has_chosen_hits,
+              count(*) < 1000 OR count(*) FILTER (WHERE is_hit) >= 10 OR (SELECT is_short FROM shortness) AS has_hits
          FROM (SELECT contains_text(description, $9, $10) AS is_hit,
                       $1::text[] IS NULL OR status = ANY ($1) AND source = ANY ($2::text[]) AS is_chosen
                  FROM incidents_between($3, $4, $5) ORDER BY created_at DESC, id DESC LIMIT 1000) AS newest),

@@ -281,6 +281,13 @@ async def test_when_all_connections_are_made_anew_past_a_silent_server_no_call_f
     assert seconds < SOON
 
 
+def assert_log_names_the_change(server: Server, first_port: int, second_port: int) -> None:
+    """Check that the log names the server of the start, and once the one that is used after it."""
+    assert len(find_lines(server, f"The data is in 127.0.0.1:{first_port}")) == 1
+    changes = find_lines(server, "is used from now on")
+    assert [f"127.0.0.1:{second_port} is used" in line for line in changes] == [True]
+
+
 @pytest.mark.slow
 async def test_when_the_server_in_use_falls_silent_the_other_is_used_and_the_log_names_it(
     serve: Serve, database_url: str
@@ -306,9 +313,7 @@ async def test_when_the_server_in_use_falls_silent_the_other_is_used_and_the_log
     # The requests time out, and so does one try to connect to the silent server.
     assert seconds <= 2 * incidents.QUERY_TIMEOUT
     after.assert_none_failed()
-    assert len(find_lines(server, f"The data is in 127.0.0.1:{first.port}")) == 1
-    changes = find_lines(server, "is used from now on")
-    assert [f"127.0.0.1:{second.port} is used" in line for line in changes] == [True]
+    assert_log_names_the_change(server, first.port, second.port)
 
 
 async def test_when_the_server_in_use_is_gone_the_log_names_the_one_that_is_used_from_then_on(
@@ -324,9 +329,7 @@ async def test_when_the_server_in_use_is_gone_the_log_names_the_one_that_is_used
                 await asyncio.sleep(0.05)
         (await Traffic().run([server], clients=8, rounds=2)).assert_none_failed()
 
-    assert len(find_lines(server, f"The data is in 127.0.0.1:{first.port}")) == 1
-    changes = find_lines(server, "is used from now on")
-    assert [f"127.0.0.1:{second.port} is used" in line for line in changes] == [True]
+    assert_log_names_the_change(server, first.port, second.port)
 
 
 async def test_prefer_standby_uses_a_primary_when_there_is_no_standby(
