@@ -600,10 +600,8 @@ class Batcher:
         # Identical reads share one entry, so their arguments must be hashable: tuples, not lists.
         call = self.waiting.setdefault(arguments if is_read else future, call)
         call.futures.append(future)
-        # A running worker takes all that wait, as one batch; without batches, each call needs one.
-        if len(self.workers) < limits.workers and (
-            len(self.waiting) == 1 or limits.batch_size == 1
-        ):
+        is_needed = len(self.waiting) == 1 or limits.batch_size == 1
+        if is_needed and len(self.workers) < limits.workers:
             self.workers.add(loop.create_task(self.run_worker()))
         # asyncio.timeout costs five times as much, and would add a tenth to each request.
         timer = loop.call_later(limits.seconds, time_out, future)
@@ -768,9 +766,7 @@ class Database:
     last_error_at = 0.0
     last_error_rank = 0  # of the statements that have failed, the highest
     has_logged_pooler = False
-    connection_limit_at = float(
-        "-inf"
-    )  # when the server last refused a connection because of a limit
+    connection_limit_at = float("-inf")  # when a limit last refused a connection
 
     async def open(self, url: str, tries: int = 30, pause: float = 2) -> None:
         """Open the pool once the server answers.
