@@ -1,7 +1,8 @@
 """The Incidents API: report an incident, list incidents, change their status, see their history.
 
-Read this module from the top: settings, models, problems, SQL statements, group commit, database,
-migrations, requests, responses, middleware, handlers, and `ROUTES`, the table of contents.
+Read this module from the top: settings, models, problems, metrics, SQL statements, group commit,
+database, feed, embedded PostgreSQL, migrations, requests, responses, middleware, handlers, and
+`ROUTES`, the table of contents.
 
 A handler parses its request, runs one SQL statement and replies. Errors are raised as `Problem` and
 sent as `application/problem+json` (RFC 9457). Each statement is a file: `sql/incident_create.sql`
@@ -10,6 +11,7 @@ route" shows all that a new route needs.
 """
 
 import asyncio
+import bisect
 import contextlib
 import functools
 import gc
@@ -19,6 +21,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -26,12 +29,13 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import unicodedata
 import warnings
 import zlib
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
@@ -46,6 +50,8 @@ import psycopg
 import uvicorn
 import yoyo
 from dotenv.parser import parse_stream
+from prometheus_client import REGISTRY, Gauge, Histogram, generate_latest
+from prometheus_client.core import HistogramMetricFamily
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pydantic import BaseModel, FailFast, Field, ValidationError, ValidationInfo, WithJsonSchema
 from pydantic.functional_validators import AfterValidator, BeforeValidator
@@ -238,9 +244,11 @@ def get_settings() -> Settings:
 
 Status = Literal["open", "in_progress", "resolved", "closed"]
 Source = Literal["operator", "monitoring", "partner"]
+Kind = Literal["created", "status", "edited", "note"]
 Format = Literal["json", "ndjson", "csv"]
 STATUSES: tuple[str, ...] = get_args(Status)
 SOURCES: tuple[str, ...] = get_args(Source)
+KINDS: tuple[str, ...] = get_args(Kind)
 
 
 # Not only blanks, and no NUL, which PostgreSQL cannot store.
@@ -297,9 +305,10 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 CURSOR_PATTERN = r"(-?[0-9]{1,18})-([0-9]{1,18})-([0-9a-f]{8})"
 
 
-def encode_cursor(position: Position) -> str:
+def encode_cursor(position: tuple[datetime, int]) -> str:
     """Make a cursor: microseconds since 1970, id and checksum, `1705314600123456-41-1138a614`."""
-    place = f"{(position.created_at - EPOCH) // timedelta(microseconds=1)}-{position.id}"
+    created_at, incident_id = position
+    place = f"{(created_at - EPOCH) // timedelta(microseconds=1)}-{incident_id}"
     return f"{place}-{zlib.crc32(place.encode()):08x}"
 
 
@@ -329,6 +338,21 @@ def parse_timestamp(text: str) -> datetime:
         raise ValueError("it is outside the years 1 to 9999") from None
 
 
+ID_PATTERN = "[0-9]{1,18}"
+
+
+def parse_id(text: str) -> int:
+    """Parse an id in a query."""
+    if not re.fullmatch(ID_PATTERN, text):
+        raise ValueError("write an id: a whole number of at most 18 digits")
+    return int(text)
+
+
+def parse_start(text: str) -> int | str:
+    """Parse the id of the entry after which the feed is to begin, or the word `latest`."""
+    return text if text == "latest" else parse_id(text)
+
+
 def only_value(values: list[str]) -> str:
     """Give the value of a query parameter that may be sent once."""
     if len(values) > 1:
@@ -344,6 +368,8 @@ def split_values(values: list[str]) -> list[str]:
 # BeforeValidators run from right to left, so SingleValue comes first.
 SingleValue = BeforeValidator(only_value)
 CommaSeparated = BeforeValidator(split_values)
+Limit = Annotated[int, Field(ge=1, le=1000), SingleValue]
+Id = Annotated[int, Field(ge=0), BeforeValidator(parse_id), SingleValue]
 Timestamp = Annotated[datetime, BeforeValidator(parse_timestamp), SingleValue]
 Cursor = Annotated[
     Position,
@@ -377,9 +403,27 @@ class ListQuery(Period):
     status: Annotated[list[Status], FailFast(), CommaSeparated] = OMITTED
     source: Annotated[list[Source], FailFast(), CommaSeparated] = OMITTED
     q: Annotated[SearchText, SingleValue] = OMITTED
-    limit: Annotated[int, Field(ge=1, le=1000), SingleValue] = OMITTED
+    limit: Limit = OMITTED
     after: Cursor = OMITTED
     format: Annotated[Format, SingleValue] = OMITTED
+
+
+class TimelineQuery(RequestModel):
+    """Which part of one incident's timeline to show: the entries after an id."""
+
+    after: Id = 0
+    limit: Limit = OMITTED
+
+
+class FeedQuery(RequestModel):
+    """Which entries of all timelines to show, and how many seconds to wait for the first one."""
+
+    after: Annotated[int | Literal["latest"], BeforeValidator(parse_start), SingleValue] = 0
+    limit: Limit = 100
+    wait: Annotated[int, Field(ge=0, le=60), SingleValue] = 0
+    incident: Id = OMITTED
+    kind: Annotated[list[Kind], FailFast(), CommaSeparated] = OMITTED
+    include: Annotated[Literal["incident"], SingleValue] = OMITTED
 
 
 # ── Problems ──────────────────────────────────────────────────────────────────────────────────────
@@ -451,6 +495,58 @@ def one_line(error: BaseException) -> str:
     if is_of_pooler(error):
         return POOLER_REMEDY
     return " ".join(str(error).partition("\nDETAIL:")[0].split()) or type(error).__name__
+
+
+# ── Metrics ───────────────────────────────────────────────────────────────────────────────────────
+# GET /metrics shows these, and what prometheus_client itself knows about the process.
+
+BATCH_CALLS = Histogram(
+    "incidents_batch_calls",
+    "Calls of a statement that went to PostgreSQL together.",
+    ["statement"],
+    buckets=(1, 2, 4, 8, 16, 32),
+)
+WAITING_CALLS = Gauge("incidents_waiting_calls", "Calls that wait to be sent.", ["statement"])
+IN_FLIGHT = Gauge("incidents_http_requests_in_flight", "Requests that are being answered.")
+CONNECTIONS = Gauge("incidents_database_connections", "Connections to PostgreSQL.", ["state"])
+LISTENERS = Gauge("incidents_timeline_listeners", "Requests that wait for entries of the timeline.")
+UNRESOLVED = Gauge(
+    "incidents_unresolved", "Incidents that are open or in progress.", ["status", "source"]
+)
+OLDEST_OPEN = Gauge("incidents_oldest_open_seconds", "Age of the oldest open incident, or 0.")
+
+
+class RequestSeconds:
+    """A histogram of requests. The library's own would take 2 µs of each request's 50."""
+
+    BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
+    def __init__(self) -> None:
+        # By route, method and status: how many requests ended at each bound, and their seconds.
+        self.counts: dict[tuple[str, str, str], list[int]] = {}
+        self.sums: dict[tuple[str, str, str], float] = {}
+
+    def observe(self, labels: tuple[str, str, str], seconds: float) -> None:
+        """Count a request."""
+        if labels not in self.counts:
+            self.counts[labels], self.sums[labels] = [0] * (len(self.BOUNDS) + 1), 0
+        self.counts[labels][bisect.bisect_left(self.BOUNDS, seconds)] += 1
+        self.sums[labels] += seconds
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """Give the histogram to prometheus_client; there, a bucket includes those below it."""
+        text = "Seconds until the response began. A long poll waits on purpose."
+        names = ["route", "method", "status"]
+        family = HistogramMetricFamily("incidents_http_request_seconds", text, labels=names)
+        bounds = [*map(str, self.BOUNDS), "+Inf"]
+        for labels, counts in self.counts.items():
+            buckets = list(zip(bounds, itertools.accumulate(counts), strict=True))
+            family.add_metric(labels, buckets, self.sums[labels])
+        yield family
+
+
+request_seconds = RequestSeconds()
+REGISTRY.register(request_seconds)
 
 
 # ── SQL statements ────────────────────────────────────────────────────────────────────────────────
@@ -580,6 +676,8 @@ class Batcher:
         self.statement = statement
         self.waiting: dict[Any, PendingCall] = {}
         self.workers: set[asyncio.Task[None]] = set()
+        self.batch_calls = BATCH_CALLS.labels(statement.name)
+        WAITING_CALLS.labels(statement.name).set_function(lambda: len(self.waiting))
 
     @property
     def limits(self) -> Limits:
@@ -629,6 +727,7 @@ class Batcher:
                         await connection.fetchval("SELECT 1", timeout=QUERY_TIMEOUT)
                     batch = self.next_batch()
                     if batch:
+                        self.batch_calls.observe(len(batch))
                         await self.execute_batch(connection, batch)
                         self.database.log_success(started_at, self.statement.rank)
             except Exception as error:
@@ -908,6 +1007,10 @@ def most_telling(errors: list[Exception]) -> Exception:
 
 
 database = Database()
+CONNECTIONS.labels("idle").set_function(lambda: database.pool.get_idle_size())
+CONNECTIONS.labels("in_use").set_function(
+    lambda: database.pool.get_size() - database.pool.get_idle_size()
+)
 
 
 async def prepare_session(connection: Any) -> None:
@@ -936,6 +1039,127 @@ async def keep_session(connection: Any) -> None:
     This is safe because no statement uses SET, LISTEN or session locks.
     """
 
+
+# ── Feed ──────────────────────────────────────────────────────────────────────────────────────────
+
+FEED_PAUSE = 0.1  # seconds between two looks for new entries
+FEED_PAUSE_PER_LISTENER = 0.0003  # so that a thousand listeners leave most time to the writers
+SETTLE_SECONDS = 0.4  # how long a request waits for the newest entries to settle
+SLOW_WRITER = 5  # seconds after which a transaction that the feed waits for is logged
+
+
+async def fetch_from_primary(statement: Statement, *arguments: Any) -> Any:
+    """Run a read that only the primary can answer; 503 when a standby answers."""
+    row = await database.fetchrow(statement, *arguments)
+    if row["is_standby"]:
+        await database.pool.expire_connections()
+        detail = "Only a primary server knows the order of all entries; this is a standby."
+        raise Problem(503, detail, {"Retry-After": "10"})
+    return row
+
+
+class Feed:
+    """Keeps the id up to which the timeline is complete. `GET /timeline` shows nothing above it.
+
+    An id is drawn before its transaction commits, so an entry may appear after one with a higher
+    id, and a reader that went on from there would lose it. So entries are shown only up to
+    `settled_id`. To find it, look which entry is the newest, and which transactions are writing
+    entries. When all of those have ended, nothing can appear before that entry any more. The
+    writers do nothing for this.
+
+    While somebody listens, one task looks for new entries.
+    """
+
+    def __init__(self) -> None:
+        self.settled_id = -1  # every entry up to this id can be seen; -1: not known yet
+        self.settled_at = float("-inf")  # when that was looked up
+        self.is_closing = False
+        self.news = asyncio.Event()
+        self.listeners = 0  # streams and long polls that wait
+        self.watcher: asyncio.Task[None] | None = None
+        # Transactions and their process ids: when each was first seen, and which were logged.
+        self.seen_at: dict[tuple[str, int], float] = {}
+        self.logged: set[tuple[str, int]] = set()
+
+    async def settle(self) -> None:
+        """Find a new `settled_id`. This may take hours when a transaction was left open."""
+        started_at, pause = time.monotonic(), 0.01
+        newest_id, writers = await self.find_writers()
+        while writers:
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 0.2)
+            writers &= (await self.find_writers())[1]
+        # Another look may have begun later and ended earlier.
+        if started_at > self.settled_at:
+            has_news = newest_id != self.settled_id
+            self.settled_id, self.settled_at = newest_id, started_at
+            if has_news:
+                self.wake_listeners()
+
+    async def settle_soon(self) -> bool:
+        """Find a new `settled_id`, and tell whether it was found in time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_SECONDS):
+                await self.settle()
+                return True
+        return False
+
+    async def find_writers(self) -> tuple[int, set[tuple[str, int]]]:
+        """Give the newest entry's id, and the transactions that may still add entries before it.
+
+        Each transaction comes with the id of its process. Raises `Problem` 503 on a standby.
+        """
+        row = await fetch_from_primary(SQL.timeline_writers)
+        writers = set(zip(row["writers"] or (), row["pids"] or (), strict=True))
+        now = time.monotonic()
+        self.seen_at = {writer: self.seen_at.get(writer, now) for writer in writers}
+        slow = {writer for writer in writers if now > self.seen_at[writer] + SLOW_WRITER}
+        for _, pid in slow - self.logged:
+            log.warning("GET /timeline waits for a transaction of PostgreSQL's process %s", pid)
+        self.logged = slow
+        return row["newest_id"], writers
+
+    async def wait(self, after: int, seconds: float) -> None:
+        """Wait until there may be entries after an id, `seconds` at most."""
+        self.listeners += 1
+        try:
+            if self.settled_id > after:
+                # A listener that is behind reads full pages. This leaves time to the writers.
+                await asyncio.sleep(2 * FEED_PAUSE_PER_LISTENER * self.listeners)
+            elif not self.is_closing:
+                if not self.watcher or self.watcher.done():
+                    self.watcher = asyncio.create_task(self.watch())
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(seconds):
+                        await self.news.wait()
+        finally:
+            self.listeners -= 1
+
+    async def watch(self) -> None:
+        """Look for new entries until nobody listens any more."""
+        while self.listeners:
+            try:
+                await self.settle()
+            except Exception as error:
+                to_problem(error, "for new entries")  # logs the error if it is a bug
+            await asyncio.sleep(FEED_PAUSE + FEED_PAUSE_PER_LISTENER * self.listeners)
+
+    def wake_listeners(self) -> None:
+        """Wake all who wait now."""
+        self.news.set()
+        self.news.clear()
+
+    def close(self) -> None:
+        """End long polls and streams, because the service is being stopped."""
+        self.is_closing = True
+        self.wake_listeners()
+
+
+feed = Feed()
+LISTENERS.set_function(lambda: feed.listeners)
+
+
+# ── Embedded PostgreSQL ───────────────────────────────────────────────────────────────────────────
 
 # Settings of the embedded PostgreSQL. Its log has a file for each day of the week, which the next
 # week replaces. In terse lines there are no rows, and no statements are logged.
@@ -1164,7 +1388,7 @@ def authenticate(request: Request) -> Token:
 def parse_incident_id(request: Request) -> int:
     """Give the incident's id in the path; 404 when it cannot be one (over 18 digits, or a word)."""
     text: str = request.path_params["incident_id"]
-    if not re.fullmatch("[0-9]{1,18}", text):
+    if not re.fullmatch(ID_PATTERN, text):
         raise Problem(404, "There is no such incident: an id is a whole number, as in a list.")
     return int(text)
 
@@ -1277,6 +1501,7 @@ CSP = (
 )
 SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"content-security-policy", CSP)]
 NO_STORE = (b"cache-control", b"no-store")
+NO_SUCH_INCIDENT = "There is no such incident; GET /incidents/ lists those that there are."
 
 
 def json_response(row: Any, status: int = 200, **headers: str) -> Response:
@@ -1285,7 +1510,7 @@ def json_response(row: Any, status: int = 200, **headers: str) -> Response:
     `body` is its column of type json; 404 when that is null. `etag` is a column that it may have.
     """
     if row["body"] is None:
-        raise Problem(404, "There is no such incident; GET /incidents/ lists those that there are.")
+        raise Problem(404, NO_SUCH_INCIDENT)
     if "etag" in row:
         headers["ETag"] = row["etag"]
     return Response(row["body"], status, headers, media_type=JSON_TYPE)
@@ -1350,11 +1575,14 @@ class RequestMiddleware:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
+        self.in_flight = 0
+        IN_FLIGHT.set_function(lambda: self.in_flight)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; other kinds of scopes go to the router as they are."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        self.in_flight += 1
         started_at, request_id = time.perf_counter(), choose_request_id(scope)
         path, status = scope["path"], None
         scope["path"] = path.removesuffix("/") or "/"  # each path works with and without it
@@ -1364,9 +1592,8 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] += [(b"x-request-id", request_id.encode()), *SECURITY_HEADERS]
-                if "actor" in scope:
-                    message["headers"].append(NO_STORE)
+                observe_request(scope, status, time.perf_counter() - started_at)
+                add_headers(scope, message["headers"], request_id)
             await send(message)
 
         try:
@@ -1375,12 +1602,30 @@ class RequestMiddleware:
             await self.app(scope, receive, send_with_headers)
         except Exception as error:
             problem = to_problem(error, f"{request_id}: {scope['method']} {path!r}")
-            if status is None:
+            if status is None:  # otherwise uvicorn cuts off the response that has begun
                 await problem_response(problem, request_id)(scope, receive, send_with_headers)
-            # Otherwise a response has begun, and uvicorn cuts off one that ends too early.
         finally:
+            self.in_flight -= 1
             if get_settings().access_log or get_settings().debug:
                 log_access(scope, request_id, path, status, time.perf_counter() - started_at)
+
+
+def add_headers(scope: Scope, headers: list[tuple[bytes, bytes]], request_id: str) -> None:
+    """Add the headers that all responses have. Those of private routes are not to be stored."""
+    headers += [(b"x-request-id", request_id.encode()), *SECURITY_HEADERS]
+    if "actor" in scope:
+        headers.append(NO_STORE)
+
+
+def observe_request(scope: Scope, status: int, seconds: float) -> None:
+    """Count a request by its route.
+
+    All unknown paths share one label; otherwise clients could create any number of metrics.
+    """
+    route = scope.get("route")
+    path = route.documented_path if route else "unknown"
+    method = scope["method"] if route and scope["method"] in route.methods else "other"
+    request_seconds.observe((path, method, str(status)), seconds)
 
 
 def log_access(
@@ -1444,32 +1689,37 @@ def method_not_allowed(scope: Scope) -> Problem:
 
 # ── Handlers: incidents ───────────────────────────────────────────────────────────────────────────
 
-STREAM_PAGE = 250  # incidents; each slow reader of the whole list keeps two pages in memory
+# Incidents or entries. Each slow reader of a whole list keeps two pages in memory.
+STREAM_PAGE = 250
+
+
+# Fetches the page that follows a position. Each page has the `position` of its end.
+FetchAfter = Callable[[Any], Coroutine[Any, Any, Any]]
 
 
 class ListFormat(NamedTuple):
     """How a list is written: opening, the lines that SQL writes with separator between, closing.
 
-    A line of NDJSON or CSV already ends with its line break.
+    A line of NDJSON, CSV or Server-Sent Events already ends with its line break.
     """
 
-    name: Format
+    name: str
     media_type: str
     opening: bytes = b""
     separator: str = ""
     closing: bytes = b""
 
 
-LIST_FORMATS = {
-    "json": ListFormat("json", JSON_TYPE, b"[", ",\n", b"]"),
-    "ndjson": ListFormat("ndjson", "application/x-ndjson"),
-    "csv": ListFormat(
-        "csv",
-        "text/csv; charset=utf-8; header=present",
-        # By the byte order mark a spreadsheet knows that the file is UTF-8.
-        "\ufeffid,description,status,source,created_at,updated_at,version\r\n".encode(),
-    ),
-}
+JSON = ListFormat("json", JSON_TYPE, b"[", ",\n", b"]")
+NDJSON = ListFormat("ndjson", "application/x-ndjson")
+CSV = ListFormat(
+    "csv",
+    "text/csv; charset=utf-8; header=present",
+    # By the byte order mark a spreadsheet knows that the file is UTF-8.
+    "\ufeffid,description,status,source,created_at,updated_at,version\r\n".encode(),
+)
+EVENT_STREAM = ListFormat("sse", "text/event-stream; charset=utf-8")
+LIST_FORMATS: dict[str, ListFormat] = {form.name: form for form in (JSON, NDJSON, CSV)}
 
 
 async def run_idempotent(request: Request, statement: Statement, *arguments: Any) -> Any:
@@ -1509,29 +1759,52 @@ async def create_incident(request: Request) -> Response:
 async def list_incidents(request: Request) -> Response:
     """List incidents, newest first."""
     query = parse_query(request, ListQuery)
+    form = LIST_FORMATS.get(query.format) or choose_format(request, CSV, NDJSON, JSON)
+    fetch_after = functools.partial(fetch_page, query, form)
+    page = await fetch_after(query.after)
+    return list_response(request, form, query.limit, page, encode_cursor, fetch_after)
+
+
+def list_response(
+    request: Request,
+    form: ListFormat,
+    limit: int | None,
+    page: Any,
+    encode: Callable[[Any], str],
+    fetch_after: FetchAfter | None,
+    **headers: str,
+) -> Response:
+    """Reply with one page of a list, or without a limit with all pages, of which this is the first.
+
+    `encode` makes a cursor of the page's position, for its Link to the next page.
+    """
+    headers["Vary"] = "Accept"
+    if limit:
+        cursor = encode(page["position"]) if page["has_more"] else None
+        headers["Link"] = link_header(request, cursor)
+    elif page["has_more"] and fetch_after:
+        pages = iter(()) if request.method == "HEAD" else stream_pages(form, page, fetch_after)
+        return StreamingResponse(pages, headers=headers, media_type=form.media_type)
+    body = form.opening + page["body"] + form.closing
+    return Response(body, headers=headers, media_type=form.media_type)
+
+
+def choose_format(request: Request, *forms: ListFormat) -> ListFormat:
+    """Choose a format by the Accept header; the last one when the header names none of them."""
     accept = joined_header(request, "accept") or "*/*"
-    form = LIST_FORMATS[query.format or choose_format(accept[:MAX_CACHED])]
-    page = await fetch_page(query, form, query.after)
-    headers = {"Vary": "Accept"}
-    if query.limit:
-        headers["Link"] = link_header(request, page)
-    if query.limit or not page["has_more"]:
-        body = form.opening + page["body"] + form.closing
-        return Response(body, headers=headers, media_type=form.media_type)
-    pages = iter(()) if request.method == "HEAD" else stream_pages(query, form, page)
-    return StreamingResponse(pages, headers=headers, media_type=form.media_type)
+    return match_accept(accept[:MAX_CACHED], forms)
 
 
 @functools.lru_cache(1000)  # clients repeat the same headers
-def choose_format(accept: str) -> str:
-    """Choose the list's format for an Accept header; JSON when it names none that there is."""
-    # mimeparse gives the last of several that fit equally well, and JSON is to win.
-    names = {
-        LIST_FORMATS[name].media_type.split(";")[0]: name for name in ("csv", "ndjson", "json")
-    }
-    with contextlib.suppress(mimeparse.MimeTypeParseException):
-        return names.get(mimeparse.best_match(list(names), accept.lower()), "json")
-    return "json"
+def match_accept(accept: str, forms: tuple[ListFormat, ...]) -> ListFormat:
+    """Find the format that fits an Accept header best."""
+    media_types = {form.media_type.split(";")[0]: form for form in forms}
+    try:
+        # mimeparse gives the last of several that fit equally well.
+        best = mimeparse.best_match(list(media_types), accept.lower())
+    except mimeparse.MimeTypeParseException:
+        best = ""
+    return media_types.get(best, forms[-1])
 
 
 async def fetch_page(query: ListQuery, form: ListFormat, after: Position | None) -> Any:
@@ -1559,7 +1832,9 @@ async def fetch_page(query: ListQuery, form: ListFormat, after: Position | None)
     return await database.fetchrow(SQL.incident_page, *chosen, *shape)
 
 
-async def stream_pages(query: ListQuery, form: ListFormat, page: Any) -> AsyncIterator[bytes]:
+async def stream_pages(
+    form: ListFormat, page: Any, fetch_after: FetchAfter
+) -> AsyncIterator[bytes]:
     """Yield the whole list from its first page on.
 
     Each page is a query of its own, so a slow reader holds no connection; the next one is read
@@ -1568,22 +1843,21 @@ async def stream_pages(query: ListQuery, form: ListFormat, page: Any) -> AsyncIt
     """
     yield form.opening
     while page["has_more"]:
-        position = Position(page["last_created_at"], page["last_id"])
-        next_page = asyncio.create_task(fetch_page(query, form, position))
+        next_page = asyncio.create_task(fetch_after(page["position"]))
         yield page["body"] + form.separator.encode()
         page = await next_page
     yield page["body"] + form.closing
 
 
-def link_header(request: Request, page: Any) -> str:
+def link_header(request: Request, cursor: str | None) -> str:
     """Make the Link header of a page (RFC 8288): the first and the next page, with all filters."""
     pairs = request.query_params.multi_items()
-    filters = urlencode([(name, value) for name, value in pairs if name != "after"])
-    first = f'</incidents/?{filters}>; rel="first"'
-    if not page["has_more"]:
+    filters = [(name, value) for name, value in pairs if name != "after"]
+    path = request.scope["raw_path"].decode("latin-1")  # with its slash at the end, or without
+    first = f'<{path}?{urlencode(filters)}>; rel="first"'
+    if cursor is None:
         return first
-    cursor = encode_cursor(Position(page["last_created_at"], page["last_id"]))
-    return f'</incidents/?{filters}&after={cursor}>; rel="next", {first}'
+    return f'<{path}?{urlencode([*filters, ("after", cursor)])}>; rel="next", {first}'
 
 
 async def get_incident(request: Request) -> Response:
@@ -1628,11 +1902,23 @@ async def apply_change(request: Request, incident_id: int, change: IncidentChang
 # ── Handlers: timeline and statistics ─────────────────────────────────────────────────────────────
 
 
+MAX_ID = 10**18 - 1  # no id is higher
+
+
 async def get_timeline(request: Request) -> Response:
-    """Show everything that happened to an incident, oldest first."""
+    """Show what happened to an incident, oldest first."""
     incident_id = parse_incident_id(request)
-    row = await database.fetchrow(SQL.incident_timeline, incident_id)
-    return json_response(row)
+    query = parse_query(request, TimelineQuery)
+
+    async def fetch_after(entry_id: int) -> Any:
+        # Whoever adds an entry to an incident locks it first, so their ids are in order.
+        chosen = (incident_id, KINDS, entry_id, MAX_ID, query.limit or STREAM_PAGE)
+        return await database.fetchrow(SQL.timeline_page, *chosen, JSON.name, JSON.separator, False)
+
+    page = await fetch_after(query.after)
+    if not page["incident_exists"]:
+        raise Problem(404, NO_SUCH_INCIDENT)
+    return list_response(request, JSON, query.limit, page, str, fetch_after)
 
 
 async def add_note(request: Request) -> Response:
@@ -1644,6 +1930,86 @@ async def add_note(request: Request) -> Response:
         row = await database.fetchrow(SQL.timeline_entry, row["id"])
         return json_response(row, 201, **REPLAYED)
     return json_response(row, 201)
+
+
+LOOK_SECONDS = 5  # between two looks whether the client of a long poll is still there
+KEEPALIVE = 15  # seconds; proxies close a connection on which nothing comes for a minute
+
+
+async def list_timeline(request: Request) -> Response:
+    """Show what happened to all incidents, oldest first, and wait for more or follow it live."""
+    query = parse_query(request, FeedQuery)
+    form = choose_format(request, EVENT_STREAM, NDJSON, JSON)
+    after = await choose_start(request, query)
+    if form is EVENT_STREAM:
+        events = iter(()) if request.method == "HEAD" else stream_events(query, after)
+        headers = {"X-Accel-Buffering": "no", "Vary": "Accept"}  # otherwise nginx would buffer it
+        return StreamingResponse(events, headers=headers, media_type=form.media_type)
+    deadline = time.monotonic() + query.wait
+    page = await fetch_entries(query, form, after)
+    if not (page["has_more"] or query.wait):
+        # Nobody may have looked for entries lately, so look now, and read again.
+        await feed.settle_soon()
+        page = await fetch_entries(query, form, after)
+    while not page["body"] and time.monotonic() < deadline:
+        await feed.wait(page["position"], min(deadline - time.monotonic(), LOOK_SECONDS))
+        if feed.is_closing or await request.is_disconnected():
+            break
+        if feed.settled_id > page["position"]:
+            page = await fetch_entries(query, form, page["position"])
+    headers = {"Timeline-Position": str(page["position"])}
+    return list_response(request, form, query.limit, page, str, None, **headers)
+
+
+async def choose_start(request: Request, query: FeedQuery) -> int:
+    """Give the id after which the answer begins. A browser that reconnects sends Last-Event-ID."""
+    last_id = request.headers.get("last-event-id")
+    if last_id and not re.fullmatch(ID_PATTERN, last_id):
+        raise Problem(422, "Last-Event-ID must be the id of a timeline entry; send that, or none.")
+    after = int(last_id) if last_id else query.after
+    if after == "latest":
+        if not await feed.settle_soon():
+            detail = "The newest entry is not known yet; try again."
+            raise Problem(503, detail, {"Retry-After": "1"})
+        return feed.settled_id
+    if feed.settled_id < 0:
+        # A stream sends its 200 before it reads anything, so a standby must be refused here.
+        await feed.settle_soon()
+    return after
+
+
+async def fetch_entries(query: FeedQuery, form: ListFormat, after: int) -> Any:
+    """Fetch a page of settled entries; its `position` is the id after which the next one begins."""
+    size = STREAM_PAGE if form is EVENT_STREAM else query.limit
+    chosen = (query.incident, tuple(query.kind or KINDS), after, feed.settled_id, size)
+    shape = (form.name, form.separator, query.include == "incident")
+    return await fetch_from_primary(SQL.timeline_page, *chosen, *shape)
+
+
+async def stream_events(query: FeedQuery, position: int) -> AsyncIterator[bytes]:
+    """Yield entries as Server-Sent Events (HTML standard, 9.2), until the service is stopped.
+
+    The stream outlasts a failing database: after an error response, browsers do not come back.
+    """
+    # A browser connects again after so many milliseconds, and sends the id that it got last. An id
+    # without data moves that on, also when the filters hide every entry.
+    yield b"retry: 2000\nid: %d\n\n" % position
+    sent_at = time.monotonic()
+    while not feed.is_closing:
+        body = b""
+        if feed.settled_id > position:
+            try:
+                page = await fetch_entries(query, EVENT_STREAM, position)
+                body, position = page["body"], page["position"]
+            except Exception as error:
+                to_problem(error, "for an event stream")  # logs the error if it is a bug
+                await asyncio.sleep(1)
+        if not body and time.monotonic() >= sent_at + KEEPALIVE:
+            body = b": no news\nid: %d\n\n" % position
+        if body:
+            yield body
+            sent_at = time.monotonic()
+        await feed.wait(position, sent_at + KEEPALIVE - time.monotonic())
 
 
 SLOW_SECONDS = 0.25
@@ -1708,6 +2074,37 @@ async def check_readiness(request: Request) -> Response:
     return JSONResponse({"status": "ok"}, media_type=JSON_TYPE)
 
 
+UNRESOLVED_SECONDS = 5
+UNRESOLVED_TIMEOUT = 8  # seconds; Prometheus gives up a scrape after 10
+unresolved_counted_at = float("-inf")
+
+
+async def count_unresolved() -> None:
+    """Bring the metrics of unresolved incidents up to date, at most every 5 seconds."""
+    global unresolved_counted_at
+    if time.monotonic() < unresolved_counted_at + UNRESOLVED_SECONDS:
+        return
+    try:
+        async with asyncio.timeout(UNRESOLVED_TIMEOUT):
+            statuses = ("open", "in_progress")
+            row = await database.fetchrow(SQL.unresolved_incidents, statuses, SOURCES)
+    except Exception as error:  # the other metrics matter most when the database is away
+        to_problem(error, "for metrics")
+        UNRESOLVED.clear()
+        OLDEST_OPEN.set(math.nan)
+        return
+    for status, source, number in zip(row["statuses"], row["sources"], row["numbers"], strict=True):
+        UNRESOLVED.labels(status, source).set(number)
+    OLDEST_OPEN.set(row["oldest_open_seconds"] or 0)
+    unresolved_counted_at = time.monotonic()
+
+
+async def get_metrics(request: Request) -> Response:
+    """Show metrics of this process, and how many incidents are unresolved, for Prometheus."""
+    await count_unresolved()
+    return Response(generate_latest(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
 async def get_openapi(request: Request) -> Response:
     """Describe this API in OpenAPI 3.1."""
     return Response((HERE / "docs/openapi.json").read_bytes(), media_type=JSON_TYPE)
@@ -1738,9 +2135,11 @@ ROUTES = [
     ApiRoute("GET", "/incidents/{incident_id}", get_incident),
     ApiRoute("PATCH", "/incidents/{incident_id}", change_incident, body=IncidentChange),
     ApiRoute("PATCH", "/incidents/{incident_id}/status", change_status, body=StatusChange),
-    ApiRoute("GET", "/incidents/{incident_id}/timeline", get_timeline),
+    ApiRoute("GET", "/incidents/{incident_id}/timeline", get_timeline, query=TimelineQuery),
     ApiRoute("POST", "/incidents/{incident_id}/notes", add_note, body=NewNote),
+    ApiRoute("GET", "/timeline", list_timeline, query=FeedQuery),
     ApiRoute("GET", "/stats", get_stats, query=Period),
+    ApiRoute("GET", "/metrics", get_metrics),
     ApiRoute("GET", "/health/live", check_liveness, is_public=True),
     ApiRoute("GET", "/health/ready", check_readiness, query=ReadinessQuery, is_public=True),
     ApiRoute("GET", "/", get_root, is_public=True),
@@ -1763,11 +2162,12 @@ async def lifespan(_: Any) -> AsyncIterator[None]:
     """Start the embedded database if none is set, open the pool and migrate; close at the end."""
     sys.tracebacklimit = 0  # of a failed start, uvicorn prints only the line that says why
     settings = get_settings()
-    url = settings.database_url
     with contextlib.ExitStack() as stack:
-        if not url:
-            url = stack.enter_context(embedded_postgres(settings.data_dir))
-        with signals_end_the_process() if settings.database_url else contextlib.nullcontext():
+        url = settings.database_url or stack.enter_context(embedded_postgres(settings.data_dir))
+        # A start may wait minutes for the database, and uvicorn acts on a signal only after it. But
+        # the embedded server must be shut down properly.
+        ends_at_once = replace_signal_handlers(lambda handler: signal.SIG_DFL)
+        with ends_at_once if settings.database_url else contextlib.nullcontext():
             await database.open(url)
             await ensure_migrated()
         del sys.tracebacklimit
@@ -1779,8 +2179,11 @@ async def lifespan(_: Any) -> AsyncIterator[None]:
         gc.freeze()
         gc.set_threshold(20_000, 20, 50)
         try:
-            yield
+            with replace_signal_handlers(close_feed_first):
+                yield
         finally:
+            if feed.watcher:
+                feed.watcher.cancel()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(database.pool.close(), timeout=2)
 
@@ -1792,21 +2195,32 @@ END_SIGNALS = [getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal,
 
 
 @contextlib.contextmanager
-def signals_end_the_process() -> Iterator[None]:
-    """Let a signal end a start at once: it may wait minutes for the database.
+def replace_signal_handlers(choose: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace the handlers of END_SIGNALS, and restore them at the end.
 
-    By itself, uvicorn acts on a signal only when the start is over. With the embedded server that
-    is right, because the server must be shut down properly.
+    `choose` takes a handler and gives the one to use in its place. Ignored signals stay ignored.
     """
-    handlers = {number: signal.getsignal(number) for number in END_SIGNALS}
+    handlers = {n: handler for n in END_SIGNALS if callable(handler := signal.getsignal(n))}
+    if threading.current_thread() is not threading.main_thread():
+        handlers.clear()  # only the main thread may have handlers
     for number, handler in handlers.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, choose(handler))
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def close_feed_first(handler: Any) -> Any:
+    """Make a handler that also ends long polls and streams: uvicorn waits for all responses."""
+    loop = asyncio.get_running_loop()
+
+    def handle(number: int, frame: Any) -> None:
+        loop.call_soon_threadsafe(feed.close)
+        handler(number, frame)
+
+    return handle
 
 
 def log_start(settings: Settings) -> None:
@@ -1969,6 +2383,9 @@ class OrderlyServer(uvicorn.Server):
         self.should_exit = True
 
 
+MAX_UNREAD_SECONDS = 60
+
+
 def open_listener(host: str, port: int) -> socket.socket:
     """Listen on an address and print it; exit code 1 when that cannot be done."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -1976,6 +2393,10 @@ def open_listener(host: str, port: int) -> socket.socket:
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         sys.exit(f"Cannot listen on {host}:{port}: {error.strerror}. Set API_PORT or API_HOST.")
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux, which hands this on to each connection
+        # The kernel closes a connection whose client has read nothing for this long (tcp(7)).
+        timeout = int(1000 * MAX_UNREAD_SECONDS)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print(f"The API is at {url}, its documentation at {url}/docs", flush=True)
     return listener

@@ -18,7 +18,7 @@ from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where incidents.py is
 
 import incidents
-from incidents import OMITTED, ApiRoute, Source, Status
+from incidents import OMITTED, ApiRoute, Kind, Source, Status
 
 Json = dict[str, Any]
 
@@ -51,13 +51,19 @@ class TimelineEntry(BaseModel):
 
     id: int = Field(examples=[2])
     incident_id: int = Field(examples=[1])
-    kind: Literal["created", "status", "edited", "note"] = Field(examples=["status"])
+    kind: Kind = Field(examples=["status"])
     field: Annotated[Literal["description", "source"], Field(description="If edited.")] = OMITTED
     before: str = Field(alias="from", default_factory=str, examples=["open"])
     after: str = Field(alias="to", default_factory=str, examples=["in_progress"])
     note: str = OMITTED
     actor: str = Field(examples=["anonymous"], description="The name of the token that was sent.")
     created_at: datetime = Field(examples=["2026-01-15T10:31:30.123456Z"])
+
+
+class FeedEntry(TimelineEntry):
+    """One thing that happened to an incident; with `include=incident`, also the incident."""
+
+    incident: Annotated[Incident, Field(description="If asked for.")] = OMITTED
 
 
 class Durations(BaseModel):
@@ -148,7 +154,8 @@ TAGS = {
     "Incidents": "Create, list, read and change incidents.",
     "Timeline": "What happened to an incident. Entries are never changed or deleted.",
     "Statistics": "Counts and durations.",
-    "Service": "Health checks, and this description with its pages. None of them needs a token.",
+    "Service": "Metrics, health checks, and this description with its pages. Only the metrics need "
+    "a token.",
 }
 TOKEN = {
     "type": "http",
@@ -179,6 +186,11 @@ PARAMETERS = {
         "allowed, but not spaces alone. A key is kept for seven days after its last use.",
         KEY,
     ),
+    "Last-Event-ID": (
+        "header",
+        "The id of the last event of a stream that broke off; it counts instead of `after`.",
+        text("2", pattern="^[0-9]{1,18}$"),
+    ),
 }
 HEADERS = {
     "Age": (
@@ -198,6 +210,10 @@ HEADERS = {
     ),
     "Location": ("The path of the new incident.", text("/incidents/1")),
     "Retry-After": ("Seconds to wait before you try again.", {"type": "integer", "examples": [2]}),
+    "Timeline-Position": (
+        "The id up to which the answer has looked: the next `after`, also if it found nothing.",
+        {"type": "integer", "examples": [2]},
+    ),
     "WWW-Authenticate": (
         "How to send a token, and what is wrong with the one that was sent.",
         text('Bearer realm="incidents", error="invalid_token"'),
@@ -228,6 +244,17 @@ QUERY = {
     "its accents are encoded.",
     "limit": "How many incidents to send. Without it, all of them are sent.",
     "after": "Where the page begins: the cursor from the `Link` header of the page before.",
+    # On one route only, by the name of its handler.
+    "get_timeline.after": "Only entries after the one with this id.",
+    "get_timeline.limit": "How many entries to send. Without it, all of them are sent.",
+    "list_timeline.after": "Only entries after the one with this id, or with `latest` only "
+    "those that are still to come. By default, all entries.",
+    "list_timeline.limit": "How many entries to send at most. A stream has no limit.",
+    "list_timeline.wait": "For how many seconds to wait for the first entry. A stream needs "
+    "no `wait`.",
+    "list_timeline.incident": "Only entries of the incident with this id.",
+    "list_timeline.kind": "Only entries of this kind, or of one of several.",
+    "list_timeline.include": "With `incident`, each entry shows its incident as it is now.",
 }
 # Where a query has a time, incidents.py takes a date too, which Pydantic's schema does not know.
 TIME = {
@@ -297,6 +324,19 @@ TIMELINE = [
     },
 ]
 
+ENTRIES = response("The entries.", list[TimelineEntry], "Link", example=TIMELINE)
+FEED = response("Entries.", list[FeedEntry], "Link", "Timeline-Position", example=TIMELINE)
+FEED["content"] |= {
+    "application/x-ndjson": {
+        "schema": {"type": "string", "description": "On each line, an entry as JSON."},
+        "example": '{"id":1,"kind":"created", …}\n{"id":2,"kind":"note", …}\n',
+    },
+    "text/event-stream": {
+        "schema": {"type": "string", "description": "An event for each entry, without an end."},
+        "example": 'id: 2\nevent: note\ndata: {"id":2,"kind":"note", …}\n\n',
+    },
+}
+
 OPERATIONS: dict[str, Json] = {
     "create_incident": {
         "tags": ["Incidents"],
@@ -335,8 +375,20 @@ OPERATIONS: dict[str, Json] = {
     },
     "get_timeline": {
         "tags": ["Timeline"],
-        "description": "Who created the incident, changed it or added a note, and when.",
-        "responses": {"200": response("All entries.", list[TimelineEntry], example=TIMELINE)},
+        "description": "Who created the incident, changed it or added a note, and when. With "
+        "`limit`, follow the `Link` header from page to page.",
+        "responses": {"200": ENTRIES},
+    },
+    "list_timeline": {
+        "tags": ["Timeline"],
+        "description": "Every entry of every incident, in one order that never changes: nothing "
+        "appears before an entry that was sent. To follow it, ask again with `after`, which is the "
+        "`Timeline-Position` of the answer before, and with `wait`. Or send `Accept: "
+        "text/event-stream` for a stream without an end (Server-Sent Events), which has neither "
+        "`Link` nor `Timeline-Position`; a browser's `EventSource` does that. An incident that "
+        "does not exist has no entries.",
+        "parameters": refer("parameters", "Last-Event-ID"),
+        "responses": {"200": FEED},
     },
     "add_note": {
         "tags": ["Timeline"],
@@ -352,6 +404,11 @@ OPERATIONS: dict[str, Json] = {
         "tags": ["Statistics"],
         "description": "Of the incidents that were created in a period, or of all.",
         "responses": {"200": response("Counts and durations.", Stats, "Age")},
+    },
+    "get_metrics": {
+        "tags": ["Service"],
+        "description": "Of this process, in the text format of Prometheus. Scrape each process.",
+        "responses": {"200": response("The metrics.", str, media_type="text/plain")},
     },
     "check_liveness": {
         "tags": ["Service"],
@@ -446,13 +503,14 @@ def describe(route: ApiRoute) -> Json:
 def describe_query(route: ApiRoute) -> list[Json]:
     """Describe the fields of a route's query model."""
     fields = route.query.model_json_schema(schema_generator=Schemas).get("properties", {})
-    if missing := fields.keys() - QUERY.keys() - NOT_DESCRIBED:
+    texts = {name: QUERY.get(f"{route.name}.{name}", QUERY.get(name)) for name in fields}
+    if missing := {name for name in fields if not texts[name]} - NOT_DESCRIBED:
         raise LookupError(f"docs/openapi.py has no words for {missing}: add them to QUERY.")
     parameters = []
     for name, schema in fields.items():
         if name not in NOT_DESCRIBED:
             schema = TIME if schema.get("format") == "date-time" else schema
-            words = {"name": name, "in": "query", "description": QUERY[name]}
+            words = {"name": name, "in": "query", "description": texts[name]}
             parameters.append({**words, "schema": schema})
     return parameters
 
@@ -467,7 +525,9 @@ def find_refusals(route: ApiRoute, headers: Json) -> list[str]:
         "404": "{incident_id}" in route.documented_path,
         "405 422 500": True,  # a wrong method, an unknown query parameter, a bug
         "412": "If-Match" in headers,
-        "503": not route.is_public or route.name == "check_readiness",
+        # The metrics leave out what the database does not tell.
+        "503": route.name == "check_readiness"
+        or not (route.is_public or route.name == "get_metrics"),
     }
     return sorted(" ".join(statuses for statuses in applies if applies[statuses]).split())
 

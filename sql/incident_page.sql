@@ -1,7 +1,7 @@
 -- kind: read, single
 --
--- One page of the list of incidents, newest first: its lines, and the place of its last incident, from
--- which the next page goes on. has_more is true when incidents follow.
+-- One page of the list of incidents, newest first: its lines, and the position of its last incident (its time
+-- and its id), from which the next page goes on. has_more is true when incidents follow.
 --   $1 statuses           text[]       null for no filter, and then $2 must be null too
 --   $2 sources            text[]       null for no filter, and then $1 must be null too
 --   $3 since              timestamptz  created at this time or later, null for no bound
@@ -37,5 +37,5 @@
        SELECT array_agg(id) AS ids, array_agg(created_at) AS times, array_agg(line) AS lines
          FROM page)
 SELECT convert_to(coalesce(array_to_string(lines[:$6], $8), ''), 'UTF8') AS body,
-       coalesce(cardinality(ids) > $6, false) AS has_more, times[$6] AS last_created_at, ids[$6] AS last_id
+       coalesce(cardinality(ids) > $6, false) AS has_more, ROW(times[$6], ids[$6]) AS position
   FROM arrays;

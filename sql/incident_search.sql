@@ -46,5 +46,5 @@
        arrays AS (
        SELECT array_agg(id) AS ids, array_agg(created_at) AS times, array_agg(incident_line(incident, $7)) AS lines FROM page)
 SELECT convert_to(coalesce(array_to_string(lines[:$6], $8), ''), 'UTF8') AS body,
-       coalesce(cardinality(ids) > $6, false) AS has_more, times[$6] AS last_created_at, ids[$6] AS last_id
+       coalesce(cardinality(ids) > $6, false) AS has_more, ROW(times[$6], ids[$6]) AS position
   FROM arrays;

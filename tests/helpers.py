@@ -108,6 +108,9 @@ async def open_client(database_url: str) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(incidents.app, raise_app_exceptions=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(incidents.get_settings(), "database_url", database_url)
+        patch.setattr(
+            incidents, "feed", incidents.Feed()
+        )  # which knows nothing of another database
         async with (
             incidents.lifespan(incidents.app),
             httpx.AsyncClient(
