@@ -517,7 +517,9 @@ async def test_while_postgres_is_frozen_every_request_ends_within_five_seconds(
         ("POST", "/incidents/1/notes", {"note": SECRET_MARKER}),
         ("GET", "/stats"),
         ("GET", "/health/ready"),
+        ("GET", "/timeline"),
     ]
+    count = len(requests)
     await time_posts(server, 100)
 
     async def time_refusal(client: Client, request: tuple[Any, ...]) -> float:
@@ -530,10 +532,12 @@ async def test_while_postgres_is_frozen_every_request_ends_within_five_seconds(
     postgres.send_signal(signal.SIGSTOP)
     try:
         async with open_clients(server, 40) as clients:
-            early = asyncio.gather(*(time_refusal(clients[i], requests[i % 10]) for i in range(20)))
+            early = asyncio.gather(
+                *(time_refusal(clients[i], requests[i % count]) for i in range(20))
+            )
             await asyncio.sleep(1)  # the later requests have to find the early ones waiting
             later = asyncio.gather(
-                *(time_refusal(clients[20 + i], requests[i % 10]) for i in range(20))
+                *(time_refusal(clients[20 + i], requests[i % count]) for i in range(20))
             )
             live_seconds = await time_liveness(server)
             assert "TimeoutError" in await assert_not_ready(server)
@@ -554,6 +558,26 @@ async def test_while_postgres_is_frozen_every_request_ends_within_five_seconds(
     assert percentile(times_after, 99) < SOON
     assert is_consistent(database_url)
     assert_no_error(server)
+
+
+async def test_while_postgres_is_frozen_a_page_of_the_feed_ends_within_five_seconds_too(
+    serve: Serve, postgres: Postgres, database_url: str
+) -> None:
+    server = serve(DATABASE_URL=database_url)
+    await time_posts(server, 400, clients=WRITERS)  # opens several connections
+    postgres.send_signal(signal.SIGSTOP)
+    try:
+        async with open_clients(server, 1) as [client]:
+            started_at = time.monotonic()
+            response = await client.send("GET", "/timeline")
+            seconds = time.monotonic() - started_at
+    finally:
+        postgres.send_signal(signal.SIGCONT)
+
+    print(f"frozen: {seconds:.2f} s")
+    assert response.status == 503
+    assert seconds <= 5
+    await wait_until_ready(server)
 
 
 async def test_a_service_that_is_stopped_answers_every_request_that_it_has_read(

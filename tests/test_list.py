@@ -998,14 +998,19 @@ async def test_head_has_the_headers_of_a_list_and_no_body(
     assert response.headers == shown.headers
 
 
+async def fetch_after(position: Any) -> Any:
+    """Fetch the page of the whole list that begins after a position."""
+    after = position and incidents.Position(*position)
+    return await incidents.fetch_page(incidents.ListQuery(), incidents.JSON, after)
+
+
 async def test_incidents_that_are_reported_while_a_list_is_read_are_not_in_it(
     client: httpx.AsyncClient, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(incidents, "STREAM_PAGE", 100)
-    query, list_format = incidents.ListQuery(), LIST_FORMATS["json"]
-    first_page = await incidents.fetch_page(query, list_format, None)
+    first_page = await fetch_after(None)
     parts = []
-    async for part in incidents.stream_pages(query, list_format, first_page):
+    async for part in incidents.stream_pages(incidents.JSON, first_page, fetch_after):
         parts.append(part)
         await client.post("/incidents/", json=NEW_INCIDENT)
 
@@ -1018,9 +1023,8 @@ async def test_a_list_holds_no_connection_while_its_reader_waits(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(incidents, "STREAM_PAGE", 101)
-    query, list_format = incidents.ListQuery(), LIST_FORMATS["json"]
-    first_page = await incidents.fetch_page(query, list_format, None)
-    pages = incidents.stream_pages(query, list_format, first_page)
+    first_page = await fetch_after(None)
+    pages = incidents.stream_pages(incidents.JSON, first_page, fetch_after)
     text = b""
     while text.count(b'"id"') < 202:
         text += await anext(pages)

@@ -50,7 +50,8 @@ async def test_a_path_works_with_and_without_its_trailing_slash(
     assert without_slash.status_code == (201 if route.method == "POST" else 200)
     assert with_slash.status_code == without_slash.status_code
     assert with_slash.headers["content-type"] == without_slash.headers["content-type"]
-    if route.method != "POST":
+    # The values of metrics differ from one request to the next.
+    if route.method != "POST" and route.name != "get_metrics":
         assert with_slash.content == without_slash.content
 
 
