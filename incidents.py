@@ -273,19 +273,21 @@ class NewIncident(RequestModel):
 
 
 class StatusChange(RequestModel):
-    """The new status. Any status may follow any other."""
+    """The new status, and perhaps a note. Any status may follow any other."""
 
     status: Status = Field(examples=["in_progress"])
+    note: Text = OMITTED
 
 
 class IncidentChange(
     RequestModel, json_schema_extra={"minProperties": 1, "examples": [{"status": "open"}]}
 ):
-    """The fields to change, at least one. Fields that are left out stay as they are."""
+    """The fields to change, or a note. Fields that are left out stay as they are."""
 
     description: Text = OMITTED
     source: Source = OMITTED
     status: Status = OMITTED
+    note: Text = OMITTED
 
 
 class NewNote(RequestModel):
@@ -1871,26 +1873,35 @@ async def get_incident(request: Request) -> Response:
 
 
 async def change_incident(request: Request) -> Response:
-    """Change an incident's description, source or status."""
+    """Change an incident's description, source or status, or add a note."""
     incident_id = parse_incident_id(request)
     change = await parse_body(request, IncidentChange)
     if not change.model_fields_set:
-        raise Problem(422, "There is nothing to change; send a description, source or status.")
-    return await apply_change(request, incident_id, change)
+        detail = "There is nothing to change; send a description, source, status or note."
+        raise Problem(422, detail)
+    fields = (change.description, change.source, change.status)
+    return await apply_change(request, incident_id, *fields, change.note)
 
 
 async def change_status(request: Request) -> Response:
-    """Change an incident's status."""
+    """Change an incident's status, with a note if you like."""
     incident_id = parse_incident_id(request)
     change = await parse_body(request, StatusChange)
-    return await apply_change(request, incident_id, IncidentChange(status=change.status))
+    return await apply_change(request, incident_id, None, None, change.status, change.note)
 
 
-async def apply_change(request: Request, incident_id: int, change: IncidentChange) -> Response:
+async def apply_change(
+    request: Request,
+    incident_id: int,
+    description: str | None,
+    source: str | None,
+    status: str | None,
+    note: str | None,
+) -> Response:
     """Change an incident and show it; 412 when If-Match does not have its entity tag."""
-    fields = (change.description, change.source, change.status)
     etags, actor = joined_header(request, "if-match"), request.scope["actor"]
-    row = await database.fetchrow(SQL.incident_change, incident_id, *fields, etags, actor)
+    arguments = (incident_id, description, source, status, etags, actor, note)
+    row = await database.fetchrow(SQL.incident_change, *arguments)
     if row["is_match"] is False:  # None means that there is no such incident
         detail = (
             "If-Match does not have the incident's current ETag; read it again, then change it."

@@ -363,13 +363,15 @@ OPERATIONS: dict[str, Json] = {
     "change_incident": {
         "tags": ["Incidents"],
         "description": "Send the fields to change. If nothing differs, the version stays the same "
-        "and the timeline gets no entry.",
+        "and the timeline gets no entry. A `note` is added to the timeline in the same step; it "
+        "does not change the version.",
         "parameters": refer("parameters", "If-Match"),
         "responses": {"200": response("The incident, as it is now.", Incident, "ETag")},
     },
     "change_status": {
         "tags": ["Incidents"],
-        "description": "Any status may follow any other. The old one stays on the timeline.",
+        "description": "Any status may follow any other. The old one stays on the timeline. A "
+        "`note` is added to it in the same step, also if the status was the same before.",
         "parameters": refer("parameters", "If-Match"),
         "responses": {"200": response("The incident, as it is now.", Incident, "ETag")},
     },

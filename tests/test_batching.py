@@ -51,7 +51,7 @@ async def create_incident(database: Database, description: str) -> int:
 
 async def change_status(database: Database, incident_id: int, status: str) -> dict[str, Any]:
     """Change an incident's status, and give the incident."""
-    arguments = (incident_id, None, None, status, None, "test")
+    arguments = (incident_id, None, None, status, None, "test", None)
     row = await database.fetchrow(SQL.incident_change, *arguments)
     incident: dict[str, Any] = json.loads(row["body"])
     return incident

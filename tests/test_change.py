@@ -274,6 +274,10 @@ INVALID_CHANGES: list[tuple[Any, list[str]]] = [
     ({}, []),
     ({"description": None}, ["#/description"]),
     ({"source": None}, ["#/source"]),
+    ({"note": None}, ["#/note"]),
+    ({"note": " "}, ["#/note"]),
+    ({"status": "closed", "note": "x" * 5001}, ["#/note"]),
+    ({"status": "CLOSED", "note": "a"}, ["#/status"]),
     ({"status": None}, ["#/status"]),
     ({"status": "closed", "source": None}, ["#/source"]),
     ({"status": "CLOSED"}, ["#/status"]),
@@ -309,6 +313,77 @@ async def test_changes_at_the_same_time_are_all_made(client: httpx.AsyncClient, 
     assert sorted(response.json()["version"] for response in responses) == list(range(2, 32))
     # Each entry begins with the value with which the entry before it ended.
     assert old_values == (NEW_INCIDENT["description"], *new_values[:-1])
+    assert find_inconsistencies(sql) == []
+
+
+# ── A note with a change ──────────────────────────────────────────────────────────────────────────
+
+NOTE = "Заменили диск 🔥 שלום"
+
+
+@both_routes
+async def test_a_change_and_its_note_are_both_on_the_timeline(
+    client: httpx.AsyncClient, sql: Sql, path: str, change: dict[str, str]
+) -> None:
+    response = await client.patch(path, json=change | {"note": NOTE})
+    entries = sql("SELECT kind, note, created_at FROM timeline ORDER BY id")[1:]
+
+    assert response.status_code == 200
+    assert "note" not in response.json()
+    assert response.json()["version"] == 2
+    kinds = ["status" if field == "status" else "edited" for field in change]
+    assert sorted(kind for kind, *_ in entries[:-1]) == sorted(kinds)
+    assert entries[-1][:2] == ("note", NOTE)
+    assert len({created_at for *_, created_at in entries}) == 1
+    assert find_inconsistencies(sql) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        ("/incidents/1", {}),
+        ("/incidents/1", {"status": "open"}),
+        ("/incidents/1/status", {"status": "open"}),
+    ],
+)
+async def test_a_note_alone_changes_nothing_but_the_timeline(
+    client: httpx.AsyncClient, incident: dict[str, Any], sql: Sql, path: str, change: dict[str, str]
+) -> None:
+    response = await client.patch(path, json=change | {"note": NOTE}, headers={"If-Match": '"1"'})
+
+    assert response.json() == incident
+    assert response.headers["etag"] == '"1"'
+    assert sql("SELECT kind, note FROM timeline ORDER BY id") == [("created", None), ("note", NOTE)]
+    assert sql("SELECT noted_at >= updated_at FROM incidents") == [(True,)]
+    assert find_inconsistencies(sql) == []
+
+
+@both_routes
+async def test_a_refused_change_adds_no_note(
+    client: httpx.AsyncClient, sql: Sql, path: str, change: dict[str, str]
+) -> None:
+    body, old = change | {"note": NOTE}, {"If-Match": '"7"'}
+    refused = await client.patch(path, json=body, headers=old)
+    unknown = await client.patch(path.replace("1", "2"), json=body)
+
+    assert_problem(refused, 412)
+    assert_problem(unknown, 404)
+    assert sql("SELECT kind FROM timeline") == [("created",)]
+
+
+async def test_notes_with_changes_at_the_same_time_are_all_kept(
+    client: httpx.AsyncClient, sql: Sql
+) -> None:
+    statuses = ["closed", "open", "resolved", "in_progress"] * 10
+    await asyncio.gather(
+        *(
+            client.patch("/incidents/1/status", json={"status": status, "note": f"{number}"})
+            for number, status in enumerate(statuses)
+        )
+    )
+
+    notes = sql("SELECT note FROM timeline WHERE kind = 'note' ORDER BY note::integer")
+    assert notes == [(f"{number}",) for number in range(40)]
     assert find_inconsistencies(sql) == []
 
 

@@ -118,10 +118,10 @@ VALID_BODIES: dict[Operation, st.SearchStrategy[dict[str, Any]]] = {
         {name: FIELDS[name] for name in ("description", "source")}
     ),
     ("PATCH", "/incidents/{incident_id}"): st.fixed_dictionaries(
-        {}, optional={name: FIELDS[name] for name in ("description", "source", "status")}
+        {}, optional={name: FIELDS[name] for name in ("description", "source", "status", "note")}
     ),
     ("PATCH", "/incidents/{incident_id}/status"): st.fixed_dictionaries(
-        {"status": FIELDS["status"]}
+        {"status": FIELDS["status"]}, optional={"note": FIELDS["note"]}
     ),
     ("POST", "/incidents/{incident_id}/notes"): st.fixed_dictionaries({"note": FIELDS["note"]}),
 }
@@ -512,6 +512,8 @@ def check_success(
         assert response.headers["etag"] == f'"{body["version"]}"'
     if name == "create_incident":
         assert response.headers["location"] == f"/incidents/{body['id']}"
+    if name in ("change_incident", "change_status"):
+        sent_body.pop("note", None)  # it is on the timeline
     if is_write:
         assert {field: body[field] for field in sent_body} == sent_body
     if name == "list_incidents":

@@ -239,7 +239,7 @@ async def test_a_batch_of_writes_gives_its_rows_in_the_order_of_the_calls(connec
     noted = await connection.fetch(note, ["x", "y", None, "z"], digests, actors, targets, texts)
     no_change = [None] * 4
     changed = await connection.fetch(
-        change, targets, texts, no_change, no_change, no_change, actors
+        change, targets, texts, no_change, no_change, no_change, actors, no_change
     )
 
     texts_in = {
