@@ -528,7 +528,7 @@ class RequestSeconds:
         self.counts: dict[tuple[str, str, str], list[int]] = {}
         self.sums: dict[tuple[str, str, str], float] = {}
 
-    def observe(self, labels: tuple[str, str, str], seconds: float) -> None:
+    def count_request(self, labels: tuple[str, str, str], seconds: float) -> None:
         """Count a request."""
         if labels not in self.counts:
             self.counts[labels], self.sums[labels] = [0] * (len(self.BOUNDS) + 1), 0
@@ -1083,7 +1083,7 @@ class Feed:
         self.seen_at: dict[tuple[str, int], float] = {}
         self.logged: set[tuple[str, int]] = set()
 
-    async def settle(self) -> None:
+    async def update_settled_id(self) -> None:
         """Find a new `settled_id`. This may take hours when a transaction was left open."""
         started_at, pause = time.monotonic(), 0.01
         newest_id, writers = await self.find_writers()
@@ -1098,11 +1098,11 @@ class Feed:
             if has_news:
                 self.wake_listeners()
 
-    async def settle_soon(self) -> bool:
+    async def update_settled_id_soon(self) -> bool:
         """Find a new `settled_id`, and tell whether it was found in time."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SETTLE_SECONDS):
-                await self.settle()
+                await self.update_settled_id()
                 return True
         return False
 
@@ -1121,7 +1121,7 @@ class Feed:
         self.logged = slow
         return row["newest_id"], writers
 
-    async def wait(self, after: int, seconds: float) -> None:
+    async def wait_for_entries(self, after: int, seconds: float) -> None:
         """Wait until there may be entries after an id, `seconds` at most."""
         self.listeners += 1
         try:
@@ -1130,18 +1130,18 @@ class Feed:
                 await asyncio.sleep(2 * FEED_PAUSE_PER_LISTENER * self.listeners)
             elif not self.is_closing:
                 if not self.watcher or self.watcher.done():
-                    self.watcher = asyncio.create_task(self.watch())
+                    self.watcher = asyncio.create_task(self.look_for_entries())
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(seconds):
                         await self.news.wait()
         finally:
             self.listeners -= 1
 
-    async def watch(self) -> None:
+    async def look_for_entries(self) -> None:
         """Look for new entries until nobody listens any more."""
         while self.listeners:
             try:
-                await self.settle()
+                await self.update_settled_id()
             except Exception as error:
                 to_problem(error, "for new entries")  # logs the error if it is a bug
             await asyncio.sleep(FEED_PAUSE + FEED_PAUSE_PER_LISTENER * self.listeners)
@@ -1627,7 +1627,7 @@ def observe_request(scope: Scope, status: int, seconds: float) -> None:
     route = scope.get("route")
     path = route.documented_path if route else "unknown"
     method = scope["method"] if route and scope["method"] in route.methods else "other"
-    request_seconds.observe((path, method, str(status)), seconds)
+    request_seconds.count_request((path, method, str(status)), seconds)
 
 
 def log_access(
@@ -1960,10 +1960,11 @@ async def list_timeline(request: Request) -> Response:
     page = await fetch_entries(query, form, after)
     if not (page["has_more"] or query.wait):
         # Nobody may have looked for entries lately, so look now, and read again.
-        await feed.settle_soon()
+        await feed.update_settled_id_soon()
         page = await fetch_entries(query, form, after)
     while not page["body"] and time.monotonic() < deadline:
-        await feed.wait(page["position"], min(deadline - time.monotonic(), LOOK_SECONDS))
+        seconds = min(deadline - time.monotonic(), LOOK_SECONDS)
+        await feed.wait_for_entries(page["position"], seconds)
         if feed.is_closing or await request.is_disconnected():
             break
         if feed.settled_id > page["position"]:
@@ -1979,13 +1980,13 @@ async def choose_start(request: Request, query: FeedQuery) -> int:
         raise Problem(422, "Last-Event-ID must be the id of a timeline entry; send that, or none.")
     after = int(last_id) if last_id else query.after
     if after == "latest":
-        if not await feed.settle_soon():
+        if not await feed.update_settled_id_soon():
             detail = "The newest entry is not known yet; try again."
             raise Problem(503, detail, {"Retry-After": "1"})
         return feed.settled_id
     if feed.settled_id < 0:
         # A stream sends its 200 before it reads anything, so a standby must be refused here.
-        await feed.settle_soon()
+        await feed.update_settled_id_soon()
     return after
 
 
@@ -2020,7 +2021,7 @@ async def stream_events(query: FeedQuery, position: int) -> AsyncIterator[bytes]
         if body:
             yield body
             sent_at = time.monotonic()
-        await feed.wait(position, sent_at + KEEPALIVE - time.monotonic())
+        await feed.wait_for_entries(position, sent_at + KEEPALIVE - time.monotonic())
 
 
 SLOW_SECONDS = 0.25

@@ -609,13 +609,13 @@ async def test_a_long_poll_is_answered_also_when_another_request_saw_the_entry_f
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     looks: list[None] = []
-    settle = incidents.feed.settle
+    settle = incidents.feed.update_settled_id
 
     async def count_looks() -> None:
         await settle()
         looks.append(None)
 
-    monkeypatch.setattr(incidents.feed, "settle", count_looks)
+    monkeypatch.setattr(incidents.feed, "update_settled_id", count_looks)
     monkeypatch.setattr(incidents, "FEED_PAUSE", 0.5)
     last_id = history[-1]["id"]
     async with long_poll(client, f"after={last_id}&wait=5") as task:
