@@ -179,6 +179,9 @@ def test_a_signal_ends_all_processes_and_the_data_remains(
     server = start(serve, command_line, data_dir)
     created = httpx.post(f"{server.url}/incidents/", json=NEW_INCIDENT).json()
     assert len(find_processes(data_dir)) > 1
+    if command_line == WORKERS:
+        # The others may still be starting. uvicorn prints a traceback when it is stopped then.
+        wait_until(lambda: server.printed().count("Application startup complete") == 3)
     send_signal(server, number)
     wait_until(lambda: has_ended(server, data_dir), seconds=5)
 
@@ -253,7 +256,7 @@ def test_ctrl_c_that_is_held_down_does_not_disturb_the_end(serve: Serve, data_di
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [SIGINT, SIGTERM, SIGHUP, SIGQUIT])
+@pytest.mark.parametrize("number", [SIGINT, SIGTERM])
 def test_a_signal_during_the_first_start_leaves_no_process_and_the_next_start_works(
     serve: Serve, new_data_dir: Path, number: int
 ) -> None:
@@ -476,20 +479,19 @@ def copy_service(folder: Path) -> Path:
     return folder
 
 
-COMMON, RARE = (
-    (" ", "$"),
-    ("'", "%20", '"', ";", "&", "`", "\\", "#", "@", "п", "🔥", ",", "=", "?"),
-)
+# Each part of a path has several of them, because a start takes seconds. A quote comes in a part
+# without the other one, as only then does it stay open.
+COMMON, RARE = (" ", "$"), ("' %20;&", '"#@=', "`\\?,", "п🔥")
 
 
 @pytest.mark.skipif(ON_WINDOWS, reason="Windows does not allow all of these")
 @pytest.mark.parametrize(
-    "character", [*COMMON, *(pytest.param(each, marks=pytest.mark.slow) for each in RARE)]
+    "characters", [*COMMON, *(pytest.param(each, marks=pytest.mark.slow) for each in RARE)]
 )
 def test_the_path_of_the_data_may_have_any_character(
-    serve: Serve, new_data_dir: Path, character: str
+    serve: Serve, new_data_dir: Path, characters: str
 ) -> None:
-    data_dir = new_data_dir.parent / f"my{character}project" / f"{character}data{character}2"
+    data_dir = new_data_dir.parent / f"my{characters}project" / f"{characters}data{characters}2"
     server = serve(DATA_DIR=str(data_dir))
     created = httpx.post(f"{server.url}/incidents/", json=NEW_INCIDENT)
     assert len(find_processes(data_dir)) > 1
