@@ -55,7 +55,7 @@ from prometheus_client.core import HistogramMetricFamily
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pydantic import BaseModel, FailFast, Field, ValidationError, ValidationInfo, WithJsonSchema
 from pydantic.functional_validators import AfterValidator, BeforeValidator
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 from pydantic_settings import BaseSettings
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -98,7 +98,7 @@ class Token(NamedTuple):
 
     name: str
     secret: bytes
-    is_read_only: bool
+    permission: str | None  # "read" or "report" (events and alerts) and nothing else; None: all
 
 
 # Options of DATABASE_URL that psycopg does not check before it connects.
@@ -134,16 +134,18 @@ def normalize_database_url(url: str) -> str:
 
 
 def parse_tokens(text: str) -> list[Token]:
-    """Parse API_TOKENS, for example `alice:0123456789abcdef,ci:fedcba9876543210:read`."""
+    """Parse API_TOKENS, for example `alice:0123456789abcdef,grafana:fedcba9876543210:report`."""
     parts = [part.strip() for part in text.split(",") if part]
-    matches = [re.fullmatch(r"([\w.@-]+):([!-9;-~]{16,})(:read)?", part) for part in parts]
+    matches = [
+        re.fullmatch(r"([\w.@-]+):([!-9;-~]{16,})(?::(read|report))?", part) for part in parts
+    ]
     # `API_TOKENS=,` is a mistake; taken as no token, it would let everybody in.
     if not all(matches) or (text and not matches):
         raise ValueError(
-            "write name:secret or name:secret:read; a secret has at least 16 visible "
-            "ASCII characters, and neither : nor ,"
+            "write name:secret, name:secret:read or name:secret:report; a secret has at least "
+            "16 visible ASCII characters, and neither : nor ,"
         )
-    tokens = [Token(m[1], m[2].encode(), m[3] is not None) for m in matches if m]
+    tokens = [Token(m[1], m[2].encode(), m[3]) for m in matches if m]
     if len({t.name for t in tokens}) < len(tokens) or len({t.secret for t in tokens}) < len(tokens):
         raise ValueError("a name or a secret is there twice; each token needs its own")
     return tokens
@@ -252,9 +254,31 @@ KINDS: tuple[str, ...] = get_args(Kind)
 
 
 # Not only blanks, and no NUL, which PostgreSQL cannot store.
+NO_NUL = r"^[^\x00]*$"
 NOT_BLANK = r"^[^\x00]*[^\s\x00][^\x00]*$"
-Text = Annotated[str, Field(min_length=1, max_length=5000, pattern=NOT_BLANK)]
+MAX_TEXT = 5000  # characters
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT, pattern=NOT_BLANK)]
 SearchText = Annotated[str, Field(min_length=1, max_length=200, pattern=NOT_BLANK)]
+
+MAX_LABELS = 32  # of an incident; merge_labels() in the migrations has the same limit
+MAX_LABEL_NAME = 100  # characters
+MAX_LABEL_VALUE = 1000
+
+
+def limit_labels(labels: Any) -> Any:
+    """Refuse over 64 labels with one error, because Pydantic would report each wrong one.
+
+    A change may remove 32 labels and add 32 others.
+    """
+    if isinstance(labels, dict) and len(labels) > 2 * MAX_LABELS:
+        raise ValueError(f"an incident has at most {MAX_LABELS} labels; send fewer")
+    return labels
+
+
+# Without a colon, so that a filter can be written as name:value.
+LABEL_NAME = r"^[^:\x00]*[^:\s\x00][^:\x00]*$"
+LabelName = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_NAME, pattern=LABEL_NAME)]
+LabelValue = Annotated[str, Field(max_length=MAX_LABEL_VALUE, pattern=NO_NUL)]
 
 # The default of an optional field. A field that the client leaves out is None; a null that the
 # client sends is an error. A default_factory keeps `"default": null` out of docs/openapi.json.
@@ -270,6 +294,11 @@ class NewIncident(RequestModel):
 
     description: Text = Field(examples=["Проблема с сервером"])
     source: Source = Field(examples=["monitoring"])
+    labels: Annotated[
+        dict[LabelName, LabelValue],
+        Field(max_length=MAX_LABELS, examples=[{"severity": "critical", "team": "db"}]),
+        BeforeValidator(limit_labels),
+    ] = OMITTED
 
 
 class StatusChange(RequestModel):
@@ -282,10 +311,14 @@ class StatusChange(RequestModel):
 class IncidentChange(
     RequestModel, json_schema_extra={"minProperties": 1, "examples": [{"status": "open"}]}
 ):
-    """The fields to change, or a note. Fields that are left out stay as they are."""
+    """The fields to change, or a note. Fields that are left out stay as they are.
+
+    `labels` is a JSON merge patch (RFC 7396): null removes a label, and the others stay.
+    """
 
     description: Text = OMITTED
     source: Source = OMITTED
+    labels: Annotated[dict[LabelName, LabelValue | None], BeforeValidator(limit_labels)] = OMITTED
     status: Status = OMITTED
     note: Text = OMITTED
 
@@ -294,6 +327,44 @@ class NewNote(RequestModel):
     """A note for an incident's timeline."""
 
     note: Text = Field(examples=["Перезапустили сервер"])
+
+
+class MonitoringModel(BaseModel, extra="ignore", coerce_numbers_to_str=True):
+    """Base of what monitoring tools send. Unknown fields are ignored, numbers taken as text."""
+
+
+DedupKey = Annotated[str, Field(max_length=255, pattern=NO_NUL)]
+JsonObject = dict[str, Any] | None
+
+
+class Event(MonitoringModel):
+    """An event, as in version 2 of PagerDuty's Events API. Only a trigger needs a payload."""
+
+    event_action: Literal["trigger", "acknowledge", "resolve"] = Field(examples=["trigger"])
+    dedup_key: Annotated[DedupKey | None, Field(examples=["disk-db1"])] = None
+    routing_key: Annotated[str | None, Field(examples=["0123456789abcdef"])] = None
+    client_url: Any = None
+    payload: Annotated[
+        JsonObject, Field(examples=[{"summary": "Disk full on db1", "severity": "critical"}])
+    ] = None
+
+
+class Alert(MonitoringModel):
+    """An alert of Prometheus Alertmanager or Grafana. Its fingerprint is its dedup_key."""
+
+    status: Literal["firing", "resolved"] = Field(examples=["firing"])
+    fingerprint: Annotated[DedupKey, Field(min_length=1, examples=["a5d6f0c2b3e49871"])]
+    labels: Annotated[JsonObject, Field(examples=[{"alertname": "DiskFull"}])] = None
+    annotations: Annotated[JsonObject, Field(examples=[{"summary": "Disk full on db1"}])] = None
+    generatorURL: Any = None
+
+
+class AlertGroup(MonitoringModel):
+    """A webhook of Prometheus Alertmanager (version 4) or of Grafana: a group of alerts."""
+
+    alerts: Annotated[list[Alert], FailFast()] = Field(
+        examples=[[{"status": "firing", "fingerprint": "a5d6f0c2b3e49871"}]]
+    )
 
 
 class Position(NamedTuple):
@@ -367,6 +438,28 @@ def split_values(values: list[str]) -> list[str]:
     return list(dict.fromkeys(",".join(values).split(",")))
 
 
+MAX_LABEL_VALUES = 50  # in the filters of one request
+
+
+def make_label_filter(filters: list[str]) -> str:
+    """Make a jsonpath of label filters, a condition for PostgreSQL's operator @@ (manual, 9.16.2).
+
+    `team:db,web` becomes `($."team" == "db" || $."team" == "web" || $."team" == "db,web")`, because
+    a value may itself have commas. `json.dumps` quotes the texts, so they cannot end early.
+    """
+    if sum(1 + label_filter.count(",") for label_filter in filters) > MAX_LABEL_VALUES:
+        raise ValueError(f"there are over {MAX_LABEL_VALUES} values between commas; send fewer")
+    groups = []
+    for label_filter in filters:
+        name, colon, text = label_filter.partition(":")
+        if not colon or not name or "\0" in label_filter:
+            raise ValueError("write a label as name:value, for example severity:critical")
+        values = dict.fromkeys([*text.split(","), text])
+        group = (f"$.{json.dumps(name)} == {json.dumps(value)}" for value in values)
+        groups.append(f"({' || '.join(group)})")
+    return " && ".join(groups)
+
+
 # BeforeValidators run from right to left, so SingleValue comes first.
 SingleValue = BeforeValidator(only_value)
 CommaSeparated = BeforeValidator(split_values)
@@ -404,7 +497,13 @@ class ListQuery(Period):
     # FailFast gives one error, not one for each of many wrong values.
     status: Annotated[list[Status], FailFast(), CommaSeparated] = OMITTED
     source: Annotated[list[Source], FailFast(), CommaSeparated] = OMITTED
+    label: Annotated[
+        str,
+        WithJsonSchema({"type": "array", "items": {"type": "string", "pattern": "^[^:]+:"}}),
+        BeforeValidator(make_label_filter),
+    ] = OMITTED
     q: Annotated[SearchText, SingleValue] = OMITTED
+    dedup_key: Annotated[DedupKey, Field(min_length=1), SingleValue] = OMITTED
     limit: Limit = OMITTED
     after: Cursor = OMITTED
     format: Annotated[Format, SingleValue] = OMITTED
@@ -438,6 +537,10 @@ class Problem(HTTPException):
     """
 
     errors: Sequence[dict[str, str]] = ()
+
+
+class InvalidEvent(Problem):
+    """A wrong event. It is answered in the form of PagerDuty's API, which its senders read."""
 
 
 class SlowStatement(Problem):
@@ -506,7 +609,7 @@ BATCH_CALLS = Histogram(
     "incidents_batch_calls",
     "Calls of a statement that went to PostgreSQL together.",
     ["statement"],
-    buckets=(1, 2, 4, 8, 16, 32),
+    buckets=(1, 2, 4, 8, 16, 32, 128, 512),
 )
 WAITING_CALLS = Gauge("incidents_waiting_calls", "Calls that wait to be sent.", ["statement"])
 IN_FLIGHT = Gauge("incidents_http_requests_in_flight", "Requests that are being answered.")
@@ -568,8 +671,8 @@ class Limits(NamedTuple):
 
 
 SEARCH_ADVICE = (
-    "This search takes too long: too many texts have most of it. Search for a longer or rarer "
-    "text, or between since and until."
+    "This search takes too long: too many incidents nearly match. Search for a longer or rarer "
+    "text, for a rarer label, or between since and until."
 )
 REPORT_ADVICE = "Counting takes too long; ask for a shorter time between since and until."
 # The kinds of statements, as their files declare them. A search first gets half a second. If that
@@ -577,6 +680,8 @@ REPORT_ADVICE = "Counting takes too long; ask for a shorter time between since a
 LIMITS = {
     "batch": Limits(batch_size=32, workers=3),
     "single": Limits(batch_size=32, workers=3),
+    # A webhook may hold hundreds of alerts. Up to 500 go to PostgreSQL in one round trip.
+    "bulk": Limits(batch_size=500, workers=3),
     "search": Limits(1, workers=3, seconds=1.5, seconds_on_server=0.5, advice=SEARCH_ADVICE),
     "slow search": Limits(1, workers=1, seconds=3, advice=SEARCH_ADVICE),
     "probe": Limits(batch_size=32, workers=1),
@@ -591,6 +696,7 @@ class Statement:
     - `read` changes nothing, so identical calls may share one result; `write` runs every call.
     - `batch` is executed once for many calls: each parameter is an array with one element per call.
       `single` is executed once per call; choose it unless the route is used very often.
+    - `bulk` is like `batch`, with larger batches, because one request may make hundreds of calls.
     - `search` and `report` are like `single`, for reads that may be slow; see `LIMITS`. `probe` is
       a write that tells only whether the server takes writes.
 
@@ -612,9 +718,9 @@ class Statement:
     def load(cls, file: Path) -> "Statement":
         """Read a file; a `ValueError` says what its first line must be."""
         text = file.read_text("utf-8")
-        kind = re.match(r"-- kind: (read|write), (batch|single|search|report|probe)\n", text)
+        kind = re.match(r"-- kind: (read|write), (batch|bulk|single|search|report|probe)\n", text)
         if not kind:
-            first_line = "'-- kind: read, single' (or write; or batch, search, report, probe)"
+            first_line = "'-- kind: read, single' (or write; or batch, bulk, search, report, probe)"
             raise ValueError(f"sql/{file.name} must begin with a line like {first_line}")
         return cls(file.stem, text, is_read=kind[1] == "read", kind=kind[2])
 
@@ -781,7 +887,7 @@ class Batcher:
         seconds_left = given_up_at - asyncio.get_running_loop().time()
         timeout = max(min(seconds_left, self.limits.seconds_on_server), 0.001)
         try:
-            if self.statement.kind == "batch":
+            if self.statement.kind in ("batch", "bulk"):
                 columns = zip(*calls, strict=True)
                 rows = await connection.fetch(self.statement.text, *columns, timeout=timeout)
             else:
@@ -863,6 +969,7 @@ class Database:
     servers: list[Server]
     server: Server | None = None  # the one of the newest connection
     batchers: dict[str, Batcher]
+    bulk_lock: asyncio.Lock  # held while fetch_all() runs one part
     last_error: Exception | None = None
     last_error_at = 0.0
     last_error_rank = 0  # of the statements that have failed, the highest
@@ -874,7 +981,7 @@ class Database:
 
         Raises `RuntimeError` after 30 tries, which take one to three minutes.
         """
-        self.url, self.servers = url, list_servers(url)
+        self.url, self.servers, self.bulk_lock = url, list_servers(url), asyncio.Lock()
         statements = (*vars(SQL).values(), SLOW_SEARCH)
         self.batchers = {each.name: Batcher(self, each) for each in statements}
         self.pool = await asyncpg.create_pool(
@@ -971,6 +1078,21 @@ class Database:
     async def fetchrow(self, statement: Statement, *arguments: Any) -> Any:
         """Run a statement and give its row, once its changes are committed."""
         return await self.batchers[statement.name].run(arguments)
+
+    async def fetch_all(self, statement: Statement, calls: list[tuple[Any, ...]]) -> list[Any]:
+        """Run many calls of a statement, in parts of one batch each.
+
+        Parts of over 100 calls take turns. Otherwise some large requests would fill the queue,
+        which has room for MAX_WAITING calls, and others would get 503. If a part fails or has to
+        wait too long, the parts before it are stored already.
+        """
+        rows: list[Any] = []
+        while len(rows) < len(calls):
+            part = calls[len(rows) : len(rows) + LIMITS[statement.kind].batch_size]
+            turn = self.bulk_lock if len(part) > 100 else contextlib.nullcontext()
+            async with asyncio.timeout(QUERY_TIMEOUT), turn:
+                rows += await asyncio.gather(*(self.fetchrow(statement, *call) for call in part))
+        return rows
 
     def log_failure(self, error: Exception, rank: int) -> None:
         """Log that the database is unavailable: one line until it serves again."""
@@ -1361,7 +1483,8 @@ async def ensure_migrated() -> None:
 
 JSON_TYPE = "application/json; charset=utf-8"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Some clients begin a body with it.
-MAX_BODY = 128 * 1024  # bytes; the longest valid body has about 60 KB
+MAX_BODY = 512 * 1024  # bytes; PagerDuty's limit for an event, and enough for 32 long labels
+MAX_ALERTS = 2 * 1024 * 1024  # bytes; several thousand alerts
 MAX_BODY_SECONDS = 10
 MAX_QUERY_PARAMETERS = 100
 MAX_FIELDS = 20  # of a body, or names in a query; each error costs 10 µs
@@ -1372,19 +1495,44 @@ CHALLENGE = 'Bearer realm="incidents"'
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def authenticate(request: Request) -> Token:
-    """Find the bearer token of a request (RFC 6750); 401 when there is none that is known."""
-    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
-    sent = secret.strip().encode() if scheme.lower() == "bearer" else b""
-    # compare_digest takes the same time for every wrong secret, so it cannot be guessed by timing.
+def authenticate(request: Request, routing_key: str | None = None) -> Token | None:
+    """Find the bearer token of a request (RFC 6750), and note its name as the actor.
+
+    An event without a bearer token has its token as `routing_key`. None when the service has no
+    tokens; 401 when it has some, and this one is not among them.
+    """
     known: list[Token] = get_settings().api_tokens
+    if not known:
+        request.scope["actor"] = "anonymous"
+        return None
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    sent = (secret.strip() if scheme.lower() == "bearer" else routing_key or "").encode()
+    # compare_digest takes the same time for every wrong secret, so it cannot be guessed by timing.
     tokens = [token for token in known if hmac.compare_digest(token.secret, sent)]
     if not tokens:
-        detail = "Send the header Authorization: Bearer, with a token that this service knows."
+        detail = (
+            "Send the header Authorization: Bearer, with a token that this service knows. "
+            "An event may have it as its routing_key."
+        )
         # RFC 6750, 3.1: without a token there is no error code.
         challenge = CHALLENGE + (', error="invalid_token"' if sent else "")
         raise Problem(401, detail, {"WWW-Authenticate": challenge})
+    request.scope["actor"] = tokens[0].name
     return tokens[0]
+
+
+def check_permission(request: Request, token: Token | None) -> None:
+    """Check that a token may be used for this request; else 403."""
+    if not token or not token.permission:
+        return
+    if token.permission == "read":
+        is_allowed, action = request.method in ("GET", "HEAD"), "read"
+    else:
+        is_allowed, action = request.scope["route"].takes_events, "send events and alerts"
+    if not is_allowed:
+        detail = f"The token of {token.name} may only {action}; use another one."
+        challenge = f'{CHALLENGE}, error="insufficient_scope"'
+        raise Problem(403, detail, {"WWW-Authenticate": challenge})
 
 
 def parse_incident_id(request: Request) -> int:
@@ -1422,7 +1570,7 @@ def validate_query(query_string: bytes, model: type[Model]) -> Model:
     return validate(values, "query parameter", model)
 
 
-async def parse_body(request: Request, model: type[Model]) -> Model:
+async def parse_body(request: Request, model: type[Model], max_size: int = MAX_BODY) -> Model:
     """Parse the JSON body; 400, 408, 413, 415 or 422 when the model does not take it."""
     if not is_json(request.headers.get("content-type", "")[:MAX_CACHED]):
         raise Problem(415, f"Send JSON in UTF-8 with the header Content-Type: {JSON_TYPE}")
@@ -1431,8 +1579,8 @@ async def parse_body(request: Request, model: type[Model]) -> Model:
         async with asyncio.timeout(MAX_BODY_SECONDS):
             async for chunk in request.stream():
                 body += chunk
-                if len(body) > MAX_BODY:
-                    raise Problem(413, f"The body is over {MAX_BODY} bytes; send less text.")
+                if len(body) > max_size:
+                    raise Problem(413, f"The body is over {max_size} bytes; send less text.")
     except TimeoutError:
         raise Problem(408, "The body took too long to come.", {"Connection": "close"}) from None
     try:
@@ -1455,7 +1603,8 @@ def is_json(content_type: str) -> bool:
 
 def validate(values: Any, noun: str, model: type[Model]) -> Model:
     """Validate a body or a query; 422 with everything that is wrong with it."""
-    if isinstance(values, dict) and len(values) > MAX_FIELDS:
+    is_strict = issubclass(model, RequestModel)  # the others ignore unknown fields
+    if is_strict and isinstance(values, dict) and len(values) > MAX_FIELDS:
         names = ", ".join(model.model_fields) or "none"
         raise Problem(422, f"There are over {MAX_FIELDS} {noun}s; there may be: {names}.")
     try:
@@ -1472,12 +1621,17 @@ def validation_problem(error: ValidationError, noun: str, model: type[BaseModel]
         "missing": f"This {noun} is required.",
         "extra_forbidden": f"There is no such {noun} here; there is: {names}.",
         "model_type": f"A JSON object is needed, with: {names}.",
+        "dict_type": "A JSON object is needed.",
         "string_pattern_mismatch": "Write some text that can be read, without NUL characters.",
     }
     errors = []
     for item in items:
         detail = texts.get(item["type"], item["msg"].removeprefix("Value error, "))
-        errors.append({"pointer": json_pointer(item["loc"]), "detail": detail})
+        path = item["loc"]
+        if len(path) > 2 and path[-1] == "[key]":  # Pydantic's mark of a wrong name of a label
+            path = path[:-1]
+            detail = "A label's name has 1 to 100 characters, not only blanks, and no colon or NUL."
+        errors.append({"pointer": json_pointer(path), "detail": detail})
     first = f"{errors[0]['pointer']}: {errors[0]['detail']}".removeprefix("#: ")
     problem = Problem(422, f"Correct this and send it again. {first}")
     problem.errors = errors
@@ -1546,6 +1700,10 @@ def problem_response(problem: Problem, request_id: str) -> Response:
     status = problem.status_code
     title = TITLES.get(status) or HTTPStatus(status).phrase
     body = {"type": "about:blank", "title": title, "status": status, "detail": problem.detail}
+    if isinstance(problem, InvalidEvent):
+        texts = [f"{error['pointer']}: {error['detail']}" for error in problem.errors]
+        body = {"status": "invalid event", "message": "Event object is invalid"}
+        return JSONResponse(body | {"errors": texts or [problem.detail]}, status)
     if problem.errors:
         body["errors"] = problem.errors
     if status >= 500:
@@ -1643,8 +1801,10 @@ def log_access(
 class ApiRoute(Route):
     """A method on a path, and the models of its body and its query.
 
-    A route that is not public needs a token, when the service has any. The handler parses `body`
-    and `query`, and docs/openapi.py describes them; only `NoQuery` is checked here.
+    A route that is not public needs a token, when the service has any. With `has_routing_key`, the
+    token may be in the body, so the handler must call `authenticate` and `check_permission`. Tokens
+    that may only report are for routes with `takes_events`. The handler parses `body` and `query`,
+    and docs/openapi.py describes them; only `NoQuery` is checked here.
     """
 
     def __init__(
@@ -1653,14 +1813,17 @@ class ApiRoute(Route):
         path: str,
         endpoint: Any,
         *,
-        body: type[RequestModel] | None = None,
+        body: type[BaseModel] | None = None,
         query: type[RequestModel] = NoQuery,
         is_public: bool = False,
+        takes_events: bool = False,
+        has_routing_key: bool = False,
     ) -> None:
         # RequestMiddleware takes the trailing slash off every request's path.
         super().__init__(path.rstrip("/") or "/", endpoint, methods=[method])
         self.method, self.documented_path = method, path
         self.body, self.query, self.is_public = body, query, is_public
+        self.takes_events, self.has_routing_key = takes_events, has_routing_key
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the handler for a request that is allowed; else 401, 403, 405 or 422."""
@@ -1668,14 +1831,10 @@ class ApiRoute(Route):
         token = None
         if not self.is_public:
             scope["actor"] = None  # not known yet; its presence makes the response `no-store`
-            token = authenticate(request) if get_settings().api_tokens else None
-            scope["actor"] = token.name if token else "anonymous"
+            token = None if self.has_routing_key else authenticate(request)
         if request.method not in (self.methods or ()):
             raise method_not_allowed(scope)
-        if token and token.is_read_only and request.method not in ("GET", "HEAD"):
-            detail = f"The token of {token.name} may only read; use one that may write."
-            challenge = f'{CHALLENGE}, error="insufficient_scope"'
-            raise Problem(403, detail, {"WWW-Authenticate": challenge})
+        check_permission(request, token)
         if self.query is NoQuery and scope["query_string"]:
             parse_query(request, NoQuery)
         response = await self.endpoint(request)
@@ -1718,7 +1877,7 @@ CSV = ListFormat(
     "csv",
     "text/csv; charset=utf-8; header=present",
     # By the byte order mark a spreadsheet knows that the file is UTF-8.
-    "\ufeffid,description,status,source,created_at,updated_at,version\r\n".encode(),
+    "\ufeffid,description,status,source,created_at,updated_at,version,labels\r\n".encode(),
 )
 EVENT_STREAM = ListFormat("sse", "text/event-stream; charset=utf-8")
 LIST_FORMATS: dict[str, ListFormat] = {form.name: form for form in (JSON, NDJSON, CSV)}
@@ -1736,7 +1895,11 @@ async def run_idempotent(request: Request, statement: Statement, *arguments: Any
     key = re.sub(r'^"(.*)"$', r"\1", keys.pop()) if keys else None
     if key is not None and not re.fullmatch("[ -~]{1,255}", key):
         raise Problem(422, "An Idempotency-Key has 1 to 255 ASCII characters; send another.")
-    digest = None if key is None else hashlib.sha256(json.dumps(arguments).encode()).digest()
+    digest = None
+    if key is not None:
+        # None is left out, so that a new argument does not change the digests that are stored.
+        sent = json.dumps([argument for argument in arguments if argument is not None])
+        digest = hashlib.sha256(sent.encode()).digest()
     row = await database.fetchrow(statement, key, digest, request.scope["actor"], *arguments)
     if not row["is_same_request"]:
         raise Problem(422, "This Idempotency-Key came with another request; send a new one.")
@@ -1749,7 +1912,9 @@ REPLAYED = {"Idempotent-Replayed": "true"}
 async def create_incident(request: Request) -> Response:
     """Report an incident."""
     new = await parse_body(request, NewIncident)
-    row = await run_idempotent(request, SQL.incident_create, new.description, new.source)
+    # Sorted, so that a retry may have the labels in another order.
+    labels = json.dumps(new.labels, sort_keys=True) if new.labels else None
+    row = await run_idempotent(request, SQL.incident_create, new.description, new.source, labels)
     location = f"/incidents/{row['id']}"
     if row["is_replay"]:
         # A statement cannot see a row that was committed while it waited for the key.
@@ -1822,16 +1987,25 @@ async def fetch_page(query: ListQuery, form: ListFormat, after: Position | None)
     size = query.limit or STREAM_PAGE
     chosen = (statuses, sources, query.since, created_at, incident_id)
     shape = (size, form.name, form.separator)
-    if query.q:
-        pattern = "%" + re.sub(r"([\\%_])", r"\\\1", query.q) + "%"
-        pattern = unicodedata.normalize("NFC", pattern)  # é is one character, not e and an accent
-        has_accents = pattern != unicodedata.normalize("NFD", pattern)
-        arguments = (*chosen, *shape, pattern, has_accents)
+    matches = (*like_pattern(query.q), query.label)
+    arguments = (*chosen, *shape, *matches)
+    if query.dedup_key:
+        return await database.fetchrow(SQL.dedup_key_page, *arguments, query.dedup_key)
+    if query.q or query.label:
         try:
             return await database.fetchrow(SQL.incident_search, *arguments)
         except SlowStatement:
             return await database.fetchrow(SLOW_SEARCH, *arguments)
     return await database.fetchrow(SQL.incident_page, *chosen, *shape)
+
+
+def like_pattern(text: str | None) -> tuple[str | None, bool]:
+    """Make a pattern for ILIKE of a text to search, and tell whether the text has accents."""
+    if text is None:
+        return None, False
+    pattern = "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
+    pattern = unicodedata.normalize("NFC", pattern)  # é is one character, not e and an accent
+    return pattern, pattern != unicodedata.normalize("NFD", pattern)
 
 
 async def stream_pages(
@@ -1873,21 +2047,22 @@ async def get_incident(request: Request) -> Response:
 
 
 async def change_incident(request: Request) -> Response:
-    """Change an incident's description, source or status, or add a note."""
+    """Change an incident's description, source, labels or status, or add a note."""
     incident_id = parse_incident_id(request)
     change = await parse_body(request, IncidentChange)
     if not change.model_fields_set:
-        detail = "There is nothing to change; send a description, source, status or note."
-        raise Problem(422, detail)
+        names = ", ".join(IncidentChange.model_fields)
+        raise Problem(422, f"There is nothing to change; send one of: {names}.")
     fields = (change.description, change.source, change.status)
-    return await apply_change(request, incident_id, *fields, change.note)
+    labels = json.dumps(change.labels) if change.labels else None
+    return await apply_change(request, incident_id, *fields, change.note, labels)
 
 
 async def change_status(request: Request) -> Response:
     """Change an incident's status, with a note if you like."""
     incident_id = parse_incident_id(request)
     change = await parse_body(request, StatusChange)
-    return await apply_change(request, incident_id, None, None, change.status, change.note)
+    return await apply_change(request, incident_id, None, None, change.status, change.note, None)
 
 
 async def apply_change(
@@ -1897,10 +2072,11 @@ async def apply_change(
     source: str | None,
     status: str | None,
     note: str | None,
+    label_patch: str | None,
 ) -> Response:
     """Change an incident and show it; 412 when If-Match does not have its entity tag."""
     etags, actor = joined_header(request, "if-match"), request.scope["actor"]
-    arguments = (incident_id, description, source, status, etags, actor, note)
+    arguments = (incident_id, description, source, status, etags, actor, note, label_patch)
     row = await database.fetchrow(SQL.incident_change, *arguments)
     if row["is_match"] is False:  # None means that there is no such incident
         detail = (
@@ -2046,6 +2222,109 @@ async def get_stats(request: Request) -> Response:
     return json_response(row, Age=str(int(seconds)))
 
 
+# ── Handlers: events of monitoring tools ──────────────────────────────────────────────────────────
+
+
+async def apply_event(request: Request) -> Response:
+    """Take an event in the format of PagerDuty's Events API v2."""
+    event = await parse_event(request)
+    check_permission(request, authenticate(request, event.routing_key))
+    key = event.dedup_key or secrets.token_hex(16)
+    arguments = (key, event.event_action, request.scope["actor"], *describe_event(event, key))
+    row = await database.fetchrow(SQL.event_apply, *arguments)
+    answer = {"status": "success", "message": "Event processed", "dedup_key": key}
+    return JSONResponse(answer | {"incident_id": row["incident_id"]}, 202, media_type=JSON_TYPE)
+
+
+async def parse_event(request: Request) -> Event:
+    """Parse an event; `InvalidEvent` when it is wrong."""
+    try:
+        event = await parse_body(request, Event)
+    except Problem as problem:
+        if problem.status_code not in (400, 422):
+            raise
+        invalid = InvalidEvent(400, problem.detail)
+        invalid.errors = problem.errors
+        raise invalid from None
+    if event.event_action == "trigger" and event.payload is None:
+        raise InvalidEvent(400, "A trigger needs a payload.")
+    return event
+
+
+# Fields of an event's payload that become labels of these names.
+PAYLOAD_LABELS = ("severity", "source", "component", "group", "class")
+
+
+def describe_event(event: Event, key: str) -> tuple[str, str]:
+    """Give the description of the incident that an event may open, and its labels as JSON."""
+    payload = event.payload or {}
+    fields = {name: payload.get(name) for name in PAYLOAD_LABELS} | {"client_url": event.client_url}
+    details = payload.get("custom_details")
+    details = details if isinstance(details, dict) else {"custom_details": details}
+    # PagerDuty demands a summary. Here an event may come without one, so that it is not lost.
+    return choose_description(payload.get("summary"), f"Event {key}"), make_labels(fields, details)
+
+
+async def apply_alerts(request: Request) -> Response:
+    """Take a webhook of Prometheus Alertmanager or Grafana: each of its alerts by itself."""
+    group = await parse_body(request, AlertGroup, MAX_ALERTS)
+    # If a fingerprint is there twice, the later alert counts.
+    alerts = {alert.fingerprint: alert for alert in group.alerts}
+    actions, actor = {"firing": "trigger", "resolved": "resolve"}, request.scope["actor"]
+    calls = [
+        (key, actions[alert.status], actor, *describe_alert(alert)) for key, alert in alerts.items()
+    ]
+    rows = await database.fetch_all(SQL.event_apply, calls)
+    incident_ids = {key: row["incident_id"] for key, row in zip(alerts, rows, strict=True)}
+    return JSONResponse({"incident_ids": incident_ids}, media_type=JSON_TYPE)
+
+
+def describe_alert(alert: Alert) -> tuple[str, str]:
+    """Give the description of the incident that an alert may open, and its labels as JSON."""
+    labels, annotations = alert.labels or {}, alert.annotations or {}
+    texts = [to_text(annotations.get(name)) for name in ("summary", "description")]
+    text = "\n".join(filter(None, texts))
+    pairs = [f"{name}={to_text(value)}" for name, value in [*labels.items()][:MAX_LABELS]]
+    description = choose_description(text, ", ".join(pairs), f"Alert {alert.fingerprint}")
+    return description, make_labels({"generatorURL": alert.generatorURL}, labels)
+
+
+def to_text(value: Any) -> str:
+    """Give a value of a JSON document as text, without NULs, which PostgreSQL cannot store."""
+    if value is None:
+        return ""
+    text = value if isinstance(value, str) else to_json(value).decode()
+    return text.replace("\0", "")
+
+
+def choose_description(*texts: Any) -> str:
+    """Choose the first text that is not blank, and cut it to the length of a description."""
+    cut = (to_text(text)[:MAX_TEXT] for text in texts)
+    return next(text for text in cut if text.strip())
+
+
+def make_labels(fields: dict[str, Any], details: dict[str, Any]) -> str:
+    """Make labels, as JSON, of what a tool sends. Nothing is refused.
+
+    Long values are cut. What has a bad name or no value is left out, and so are details when there
+    are too many labels. Of two with the same name, the field counts.
+    """
+    labels: dict[str, str] = {}
+    for name, value in [*fields.items(), *details.items()]:
+        if len(labels) == MAX_LABELS:
+            break
+        if len(name) <= MAX_LABEL_NAME and re.match(LABEL_NAME, name) and (text := to_text(value)):
+            labels.setdefault(name, text[:MAX_LABEL_VALUE])
+    return json.dumps(labels)
+
+
+async def get_alerts(request: Request) -> Response:
+    """Show which key of a monitoring tool points to an incident, and how often it came."""
+    incident_id = parse_incident_id(request)
+    row = await database.fetchrow(SQL.incident_alerts, incident_id)
+    return json_response(row)
+
+
 # ── Handlers: the service itself ──────────────────────────────────────────────────────────────────
 
 # The documentation's pages, and the bundles of Swagger UI and ReDoc from their package.
@@ -2149,7 +2428,12 @@ ROUTES = [
     ApiRoute("PATCH", "/incidents/{incident_id}/status", change_status, body=StatusChange),
     ApiRoute("GET", "/incidents/{incident_id}/timeline", get_timeline, query=TimelineQuery),
     ApiRoute("POST", "/incidents/{incident_id}/notes", add_note, body=NewNote),
+    ApiRoute("GET", "/incidents/{incident_id}/alerts", get_alerts),
     ApiRoute("GET", "/timeline", list_timeline, query=FeedQuery),
+    ApiRoute(
+        "POST", "/v2/enqueue", apply_event, body=Event, takes_events=True, has_routing_key=True
+    ),
+    ApiRoute("POST", "/webhooks/alertmanager", apply_alerts, body=AlertGroup, takes_events=True),
     ApiRoute("GET", "/stats", get_stats, query=Period),
     ApiRoute("GET", "/metrics", get_metrics),
     ApiRoute("GET", "/health/live", check_liveness, is_public=True),

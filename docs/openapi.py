@@ -41,6 +41,7 @@ class Incident(BaseModel):
     description: str = Field(examples=["Проблема с сервером"])
     status: Status = Field(examples=["open"])
     source: Source = Field(examples=["monitoring"])
+    labels: dict[str, str] = Field(examples=[{"severity": "critical", "team": "db"}])
     created_at: datetime = Field(examples=["2026-01-15T10:30:00.123456Z"])
     updated_at: datetime = Field(examples=["2026-01-15T10:30:00.123456Z"])
     version: int = Field(examples=[1])
@@ -52,7 +53,13 @@ class TimelineEntry(BaseModel):
     id: int = Field(examples=[2])
     incident_id: int = Field(examples=[1])
     kind: Kind = Field(examples=["status"])
-    field: Annotated[Literal["description", "source"], Field(description="If edited.")] = OMITTED
+    field: Annotated[
+        str,
+        Field(
+            pattern=r"^(description|source|labels\.[\s\S]+)$",
+            description="If edited: `description`, `source`, or a label as `labels.severity`.",
+        ),
+    ] = OMITTED
     before: str = Field(alias="from", default_factory=str, examples=["open"])
     after: str = Field(alias="to", default_factory=str, examples=["in_progress"])
     note: str = OMITTED
@@ -109,6 +116,43 @@ class ProblemDetails(BaseModel):
     request_id: Annotated[str, Field(description="Sent from 500 on; the log has it.")] = OMITTED
 
 
+class EventAccepted(BaseModel):
+    """An event was processed."""
+
+    status: Literal["success"] = Field(examples=["success"])
+    message: str = Field(examples=["Event processed"])
+    dedup_key: str = Field(examples=["disk-db1"], description="The one that was sent or made.")
+    incident_id: int | None = Field(
+        examples=[1], description="The incident of this key; null when the key is unknown."
+    )
+
+
+class EventRefused(BaseModel):
+    """An event is wrong, said in PagerDuty's form."""
+
+    status: Literal["invalid event"] = Field(examples=["invalid event"])
+    message: str = Field(examples=["Event object is invalid"])
+    errors: list[str] = Field(examples=[["#/event_action: This field is required."]])
+
+
+class AlertsAccepted(BaseModel):
+    """Alerts were processed."""
+
+    incident_ids: dict[str, int | None] = Field(
+        examples=[{"a5d6f0c2b3e49871": 1}],
+        description="By fingerprint, the incident of each alert; null when the key is unknown.",
+    )
+
+
+class AlertCount(BaseModel):
+    """How many triggers with a key came for an incident, and when the last one came."""
+
+    dedup_key: str = Field(examples=["disk-db1"])
+    actor: str = Field(examples=["grafana"], description="The name of the token that sends it.")
+    times: int = Field(examples=[12])
+    last_seen_at: datetime = Field(examples=["2026-01-15T11:30:00.123456Z"])
+
+
 class ServiceLinks(BaseModel):
     """The name of the service, and the paths of its parts."""
 
@@ -153,6 +197,8 @@ INFO = {
 TAGS = {
     "Incidents": "Create, list, read and change incidents.",
     "Timeline": "What happened to an incident. Entries are never changed or deleted.",
+    "Monitoring": "What monitoring tools send. A `dedup_key` names a problem: it opens no second "
+    "incident while the one that it points to is unresolved.",
     "Statistics": "Counts and durations.",
     "Service": "Metrics, health checks, and this description with its pages. Only the metrics need "
     "a token.",
@@ -160,7 +206,8 @@ TAGS = {
 TOKEN = {
     "type": "http",
     "scheme": "bearer",
-    "description": "One of the service's `API_TOKENS`. A service without tokens needs none.",
+    "description": "One of the service's `API_TOKENS`. A service without tokens needs none. "
+    "`POST /v2/enqueue` also takes it as `routing_key`.",
 }
 
 
@@ -223,12 +270,12 @@ PROBLEMS: dict[str, tuple[str, ...]] = {  # a sentence, and the headers that are
     "304": ("You have the newest version. There is no body.", "ETag"),
     "400": ("The body is not JSON in UTF-8.",),
     "401": ("The token is missing or unknown.", "WWW-Authenticate"),
-    "403": ("This token may only read.", "WWW-Authenticate"),
+    "403": ("This token may only read, or only send events.", "WWW-Authenticate"),
     "404": ("There is no such incident.",),
     "405": ("This path does not have this method.", "Allow"),
     "408": ("The body took longer than ten seconds.",),
     "412": ("The incident has changed since you read it.", "ETag"),
-    "413": ("The body is larger than 128 KiB.",),
+    "413": ("The body is larger than 512 KiB, or a group of alerts larger than 2 MiB.",),
     "415": ("The Content-Type of the body is not JSON.",),
     "422": ("A field or query parameter is missing, unknown or wrong. The errors say which.",),
     "500": ("The service failed, which is a bug. Its log says why, under the request id.",),
@@ -242,6 +289,10 @@ QUERY = {
     "source": "Only incidents from this source, or from one of several.",
     "q": "Only incidents with this text in their description, in upper or lower case, however "
     "its accents are encoded.",
+    "label": "Only incidents with this label, as `name:value`, or with one of several values, as "
+    "`severity:critical,error`. Repeat it to ask for several labels.",
+    "dedup_key": "Only the incident to which this key of a monitoring tool points. When several "
+    "tokens use the same key, each has its own incident.",
     "limit": "How many incidents to send. Without it, all of them are sent.",
     "after": "Where the page begins: the cursor from the `Link` header of the page before.",
     # On one route only, by the name of its handler.
@@ -300,8 +351,8 @@ LIST["content"] |= {
     },
     "text/csv": {
         "schema": {"type": "string", "description": "UTF-8 with a byte order mark, for Excel."},
-        "example": "id,description,status,source,created_at,updated_at,version\r\n"
-        '1,"Проблема с сервером",open,monitoring,2026-01-15T10:30:00.123456Z,…,1\r\n',
+        "example": "id,description,status,source,created_at,updated_at,version,labels\r\n"
+        '1,"Проблема с сервером",open,monitoring,2026-01-15T10:30:00.123456Z,…,1,"{}"\r\n',
     },
 }
 PAGE = response("The page.", str, media_type="text/html")
@@ -363,8 +414,9 @@ OPERATIONS: dict[str, Json] = {
     "change_incident": {
         "tags": ["Incidents"],
         "description": "Send the fields to change. If nothing differs, the version stays the same "
-        "and the timeline gets no entry. A `note` is added to the timeline in the same step; it "
-        "does not change the version.",
+        "and the timeline gets no entry. `labels` are merged with those that are there (RFC 7396): "
+        "null removes a label, and the others stay. A `note` is added to the timeline in the same "
+        "step; it does not change the version.",
         "parameters": refer("parameters", "If-Match"),
         "responses": {"200": response("The incident, as it is now.", Incident, "ETag")},
     },
@@ -401,6 +453,35 @@ OPERATIONS: dict[str, Json] = {
                 "The new entry.", TimelineEntry, "Idempotent-Replayed", example=TIMELINE[-1]
             )
         },
+    },
+    "get_alerts": {
+        "tags": ["Monitoring"],
+        "description": "Empty when no key points to this incident: people reported it, or the key "
+        "has opened a newer one since.",
+        "responses": {
+            "200": response("The keys that point to it: one, or none.", list[AlertCount])
+        },
+    },
+    "apply_event": {
+        "tags": ["Monitoring"],
+        "description": "For every tool that can page with PagerDuty. A `trigger` opens an "
+        "incident; while that is open or in progress, a further one with this `dedup_key` is only "
+        "counted. `acknowledge` moves it from `open` to `in_progress`, and `resolve` to "
+        "`resolved`. The summary becomes the description; severity, source, component, group, "
+        "class, `client_url` and `custom_details` become labels. Without a `dedup_key`, one is "
+        "made.",
+        "responses": {
+            "202": response("The event was processed.", EventAccepted),
+            "400": response("The event is wrong.", EventRefused),
+        },
+    },
+    "apply_alerts": {
+        "tags": ["Monitoring"],
+        "description": "The webhook of Prometheus Alertmanager (version 4) and of Grafana. A "
+        "`firing` alert does what a `trigger` of `POST /v2/enqueue` does, a `resolved` one what a "
+        "`resolve` does; the `fingerprint` is the `dedup_key`. The annotations `summary` and "
+        "`description` become the description; the labels and `generatorURL` become labels.",
+        "responses": {"200": response("All alerts were processed.", AlertsAccepted)},
     },
     "get_stats": {
         "tags": ["Statistics"],
@@ -490,7 +571,8 @@ def describe(route: ApiRoute) -> Json:
         **words,
         "security": [] if route.is_public else [{"token": []}, {}],
         "parameters": [*path.values(), *describe_query(route), *headers.values()],
-        "responses": words["responses"] | refer("responses", *find_refusals(route, headers)),
+        "responses": words["responses"]
+        | refer("responses", *sorted(find_refusals(route, headers) - words["responses"].keys())),
     }
     if route.body:
         media_type: Json = {"schema": route.body}
@@ -517,13 +599,13 @@ def describe_query(route: ApiRoute) -> list[Json]:
     return parameters
 
 
-def find_refusals(route: ApiRoute, headers: Json) -> list[str]:
-    """List the statuses with which a route may refuse a request."""
+def find_refusals(route: ApiRoute, headers: Json) -> set[str]:
+    """Find the statuses with which a route may refuse a request."""
     applies = {
         "304": "If-None-Match" in headers,
         "400 408 413 415": route.body is not None,
         "401": not route.is_public,
-        "403": not route.is_public and route.method != "GET",
+        "403": not route.is_public,
         "404": "{incident_id}" in route.documented_path,
         "405 422 500": True,  # a wrong method, an unknown query parameter, a bug
         "412": "If-Match" in headers,
@@ -531,18 +613,23 @@ def find_refusals(route: ApiRoute, headers: Json) -> list[str]:
         "503": route.name == "check_readiness"
         or not (route.is_public or route.name == "get_metrics"),
     }
-    return sorted(" ".join(statuses for statuses in applies if applies[statuses]).split())
+    return set(" ".join(statuses for statuses in applies if applies[statuses]).split())
 
 
 def response_type(name: str) -> Any:
     """Give the Python type of a handler's answer, which tests compare with what is sent."""
-    [answer] = OPERATIONS[name]["responses"].values()
-    return next(iter(answer["content"].values()))["schema"]
+    return response_types(name)[0]
+
+
+def response_types(name: str) -> list[Any]:
+    """Give the Python types of all answers that OPERATIONS has for a handler."""
+    answers = OPERATIONS[name]["responses"].values()
+    return [next(iter(answer["content"].values()))["schema"] for answer in answers]
 
 
 def build_components() -> Json:
     """Describe what operations refer to."""
-    types = [response_type(name) for name in OPERATIONS]
+    types = [kind for name in OPERATIONS for kind in response_types(name)]
     items = [get_args(kind)[0] if get_origin(kind) is list else kind for kind in types]
     models = [ProblemDetails, *(item for item in items if issubclass(item, BaseModel))]
     models += [route.body for route in incidents.ROUTES if route.body]

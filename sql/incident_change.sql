@@ -1,7 +1,7 @@
 -- kind: write, batch
 --
--- Change incidents, and write an entry on the timeline for each field that gets another value, and one for a
--- note, which does not change the incident itself. body is null when there is no such incident. is_match is
+-- Change incidents, and write an entry on the timeline for each field and label that gets another value, and one
+-- for a note, which does not change the incident itself. body is null when there is no such incident. is_match is
 -- false, and nothing is changed, when If-Match lacks the incident's entity tag. No incident_id may appear twice.
 --   $1 incident_id  bigint[]
 --   $2 description  text[]    null to keep it
@@ -10,41 +10,41 @@
 --   $5 if_match     text[]    the header (RFC 9110, 13.1.1: weak tags never match), null for none
 --   $6 actor        text[]
 --   $7 note         text[]    null for none
+--   $8 label_patch  jsonb[]   names and new values, where null removes a label; null to keep all
 -- The rows are locked before they are read, so that the old values on the timeline are current. And
 -- clock_timestamp(), unlike now(), is later than the change that the lock may have waited for.
   WITH input AS (
-       SELECT id, description, source, status, if_match, actor, note, position
-         FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[])
-              WITH ORDINALITY AS input (id, description, source, status, if_match, actor, note, position)),
+       SELECT * FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::jsonb[])
+                     WITH ORDINALITY AS input (id, description, source, status, if_match, actor, note, label_patch, position)),
        locked AS (
-       SELECT position, actor, note, incident.*,
-              input.description AS new_description, input.source AS new_source, input.status AS new_status,
-              if_match IS NULL OR '*' = if_match OR etag = ANY (regexp_split_to_array(if_match, '\s*,\s*')) AS is_match,
-              ((input.description, input.source, input.status)
-               <> (incident.description, incident.source, incident.status)) IS TRUE AS is_change
+       SELECT position, actor, note, incident.*, coalesce(input.description, incident.description) AS new_description,
+              coalesce(input.source, incident.source) AS new_source, coalesce(input.status, incident.status) AS new_status,
+              label_patch, if_match IS NULL OR '*' = if_match
+                           OR etag = ANY (regexp_split_to_array(if_match, '\s*,\s*')) AS is_match
          FROM input CROSS JOIN LATERAL (
-              SELECT id, description, source, status, version, format('"%s"', version) AS etag, incident_json(incidents) AS body,
-                     greatest(updated_at, noted_at, clock_timestamp()) AS changed_at
-                FROM incidents
-               WHERE incidents.id = input.id
-                 FOR NO KEY UPDATE) AS incident),
+              SELECT id, description, source, status, labels, version, format('"%s"', version) AS etag,
+                     incident_json(incidents) AS body, greatest(updated_at, noted_at, clock_timestamp()) AS changed_at
+                FROM incidents WHERE incidents.id = input.id FOR NO KEY UPDATE) AS incident),
+       compared AS (
+       SELECT *, (description, source, status, labels) <> (new_description, new_source, new_status, new_labels) AS is_change
+         FROM locked CROSS JOIN LATERAL (
+              SELECT coalesce(merge_labels(labels, CASE WHEN is_match THEN label_patch END), labels) AS new_labels) AS merged),
        changed AS (
        UPDATE incidents
-          SET description = coalesce(new_description, incidents.description), source = coalesce(new_source, incidents.source),
-              status = coalesce(new_status, incidents.status), version = locked.version + is_change::integer,
-              updated_at = CASE WHEN is_change THEN changed_at ELSE updated_at END,
+          SET description = new_description, source = new_source, status = new_status, labels = new_labels,
+              version = old.version + is_change::int, updated_at = CASE WHEN is_change THEN changed_at ELSE updated_at END,
               noted_at = CASE WHEN note IS NULL THEN noted_at ELSE changed_at END
-         FROM locked WHERE incidents.id = locked.id AND is_match AND (is_change OR note IS NOT NULL)
+         FROM compared AS old WHERE incidents.id = old.id AND is_match AND (is_change OR note IS NOT NULL)
        RETURNING incidents.id, format('"%s"', incidents.version) AS etag, incident_json(incidents) AS body),
        entries AS (
        INSERT INTO timeline (incident_id, kind, field, from_value, to_value, note, actor, created_at)
-       SELECT id, kind, field, old, new, entry_note, actor, changed_at
-         FROM locked JOIN changed USING (id) CROSS JOIN LATERAL (
-              VALUES ('edited', 'description', locked.description, new_description, NULL),
-                     ('edited', 'source', locked.source, new_source, NULL),
-                     ('status', NULL, locked.status, new_status, NULL),
-                     ('note', NULL, NULL, NULL, note)) AS entry (kind, field, old, new, entry_note)
-        WHERE old <> new OR entry_note IS NOT NULL)
+       SELECT id, kind, field, from_value, to_value, entry_note, actor, changed_at
+         FROM compared JOIN changed USING (id) CROSS JOIN LATERAL (
+              VALUES ('edited', 'description', description, new_description, NULL), ('edited', 'source', source, new_source, NULL)
+               UNION ALL SELECT 'edited', edits.*, NULL FROM changed_labels(labels, new_labels) AS edits WHERE labels <> new_labels
+               UNION ALL VALUES ('status', NULL, status, new_status, NULL), ('note', NULL, NULL, NULL, note))
+              AS entry (kind, field, from_value, to_value, entry_note)
+        WHERE from_value IS DISTINCT FROM to_value OR entry_note IS NOT NULL)
 SELECT coalesce(changed.body, locked.body)::json AS body, coalesce(changed.etag, locked.etag) AS etag, is_match
   FROM input LEFT JOIN locked USING (position) LEFT JOIN changed ON changed.id = locked.id
  ORDER BY position;

@@ -8,19 +8,20 @@
 --   $3 actor        text[]
 --   $4 description  text[]
 --   $5 source       text[]
+--   $6 labels       jsonb[]  objects of strings, null for none
   WITH input AS (
-       SELECT actor, description, source, position
-         FROM unnest($3::text[], $4::text[], $5::text[])
-              WITH ORDINALITY AS input (actor, description, source, position)),
+       SELECT actor, description, source, coalesce(labels, '{}') AS labels, position
+         FROM unnest($3::text[], $4::text[], $5::text[], $6::jsonb[])
+              WITH ORDINALITY AS input (actor, description, source, labels, position)),
        with_ids AS MATERIALIZED (
-       SELECT coalesce(made_id, nextval('incidents_id_seq')) AS id, actor, description, source, position,
+       SELECT coalesce(made_id, nextval('incidents_id_seq')) AS id, actor, description, source, labels, position,
               coalesce(is_replay, false) AS is_replay, coalesce(is_same_request, true) AS is_same_request
          FROM input
               LEFT JOIN claim_idempotency_keys($3, $1::text[], $2::bytea[], 'incidents_id_seq')
               USING (position)),
        created AS (
-       INSERT INTO incidents (id, description, source)
-       SELECT id, description, source
+       INSERT INTO incidents (id, description, source, labels)
+       SELECT id, description, source, labels
          FROM with_ids
         WHERE NOT is_replay
        RETURNING id, created_at, format('"%s"', version) AS etag, incident_json(incidents) AS body),

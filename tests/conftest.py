@@ -160,6 +160,7 @@ def sql(database_url: str) -> Iterator[Sql]:
 def stored_rows(sql: Sql) -> Callable[[], list[Rows]]:
     """Give everything that the database holds, to see that a request has changed nothing."""
     keys = {"incidents": "id", "incident_texts": "id", "timeline": "id", "idempotency_keys": "key"}
+    keys["dedup_keys"] = "key"
     return lambda: [sql(f"SELECT * FROM {table} ORDER BY {key}") for table, key in keys.items()]
 
 

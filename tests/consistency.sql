@@ -1,7 +1,9 @@
 -- Contradictions between the tables, one row for each. Whatever happened to the service, there is none.
+-- test_upgrade.py runs this on older schemas too, in which incidents have no labels.
   WITH changes AS (
        SELECT incident_id, kind, field, from_value, to_value,
               lag(to_value) OVER changes_of_field AS value_before,
+              row_number() OVER changes_of_field = 1 AS is_first,
               row_number() OVER (PARTITION BY incident_id, kind, field ORDER BY id DESC) = 1 AS is_last
          FROM timeline
         WHERE kind IN ('status', 'edited')
@@ -23,22 +25,24 @@ SELECT id, 'the status is not the last one on the timeline'
   FROM incidents LEFT JOIN changes ON incident_id = id AND kind = 'status' AND is_last
  WHERE status <> coalesce(to_value, 'open')
 UNION ALL
-SELECT id, 'the description or the source is not the last one on the timeline'
+SELECT id, 'the description, the source or a label is not the last one on the timeline'
   FROM incidents JOIN changes ON incident_id = id AND kind = 'edited' AND is_last
- WHERE to_value <> CASE field WHEN 'source' THEN source ELSE description END
+ WHERE to_value IS DISTINCT FROM CASE field WHEN 'source' THEN source WHEN 'description' THEN description
+                                            ELSE to_jsonb(incidents) #>> ARRAY['labels', substr(field, 8)] END
 UNION ALL
 SELECT incident_id, 'a change does not begin with the value that the change before it ended with'
   FROM changes
- WHERE from_value <> coalesce(value_before, CASE kind WHEN 'status' THEN 'open' ELSE from_value END)
+ WHERE CASE WHEN is_first THEN kind = 'status' AND from_value <> 'open'
+            ELSE from_value IS DISTINCT FROM value_before END
 UNION ALL
 SELECT incident_id, 'a timeline has no incident'
   FROM counts LEFT JOIN incidents ON id = incident_id
  WHERE id IS NULL
 UNION ALL
-SELECT id, 'the copy of the description in incident_texts differs'
+SELECT id, 'the copy of the description and the labels in incident_texts differs'
   FROM incidents FULL JOIN incident_texts AS texts USING (id)
- WHERE (search_form(incidents.description), incidents.created_at)
-       IS DISTINCT FROM (texts.description, texts.created_at)
+ WHERE (search_form(incidents.description), incidents.labels, incidents.created_at)
+       IS DISTINCT FROM (texts.description, texts.labels, texts.created_at)
 UNION ALL
 SELECT incident_id, 'an entry on the timeline is earlier than the one before it'
   FROM (SELECT incident_id, created_at < lag(created_at) OVER (PARTITION BY incident_id ORDER BY id) AS is_earlier
@@ -60,4 +64,8 @@ SELECT made_id, 'an idempotency key names an incident or note that does not exis
   FROM idempotency_keys
  WHERE NOT EXISTS (SELECT FROM incidents WHERE id = made_id)
    AND NOT EXISTS (SELECT FROM timeline WHERE id = made_id AND kind = 'note')
+UNION ALL
+SELECT incident_id, 'a dedup key names an incident that does not exist'
+  FROM dedup_keys
+ WHERE NOT EXISTS (SELECT FROM incidents WHERE id = incident_id)
  ORDER BY 1, 2;

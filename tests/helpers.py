@@ -30,7 +30,7 @@ Serve = Callable[..., "Server"]
 # because the timeline refuses to be emptied.
 TRUNCATE_ALL = (
     "ALTER TABLE timeline DISABLE TRIGGER USER; "
-    "TRUNCATE incidents, incident_texts, timeline, idempotency_keys RESTART IDENTITY; "
+    "TRUNCATE incidents, incident_texts, timeline, idempotency_keys, dedup_keys RESTART IDENTITY; "
     "ALTER TABLE timeline ENABLE TRIGGER USER"
 )
 
@@ -54,11 +54,26 @@ NEW_INCIDENT = {
 }
 
 # A body for each route that takes one, by `route_label`.
-BODIES: dict[str, dict[str, str]] = {
+BODIES: dict[str, dict[str, Any]] = {
     "POST /incidents/": NEW_INCIDENT,
     "PATCH /incidents/{incident_id}": {"source": "partner"},
     "PATCH /incidents/{incident_id}/status": {"status": "closed"},
     "POST /incidents/{incident_id}/notes": {"note": f"{SECRET_MARKER}: перезапустили сервер"},
+    "POST /v2/enqueue": {
+        "event_action": "trigger",
+        "dedup_key": "disk-db1",
+        "payload": {"summary": f"{SECRET_MARKER}: диск полон", "severity": "critical"},
+    },
+    "POST /webhooks/alertmanager": {
+        "alerts": [
+            {
+                "status": "firing",
+                "fingerprint": "a5d6f0c2b3e49871",
+                "labels": {"alertname": "DiskFull"},
+                "annotations": {"summary": f"{SECRET_MARKER}: диск полон"},
+            }
+        ]
+    },
 }
 
 
@@ -177,9 +192,9 @@ class Server:
         return self.log.read_text("utf-8")
 
 
-# The columns of an incident, in the order in which every response and every CSV file has them.
+# The fields of an incident, in the order in which every response has them.
 INCIDENT_FIELDS = [
-    "id", "description", "status", "source", "created_at", "updated_at", "version"
+    "id", "description", "status", "source", "labels", "created_at", "updated_at", "version"
 ]  # fmt: skip
 
 # How every timestamp in a response looks: in UTC, with up to six digits after the point.

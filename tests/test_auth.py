@@ -298,7 +298,7 @@ def test_valid_api_tokens_are_parsed(text: str) -> None:
     tokens = incidents.parse_tokens(text)
 
     assert len(tokens) == text.count(":") - text.count(":read")
-    assert [token.is_read_only for token in tokens] == [False, True][: len(tokens)]
+    assert [token.permission for token in tokens] == [None, "read"][: len(tokens)]
 
 
 @pytest.mark.parametrize(

@@ -45,13 +45,13 @@ async def database(database_url: str) -> AsyncIterator[Database]:
 
 async def create_incident(database: Database, description: str) -> int:
     """Report an incident, and give its id."""
-    arguments = (None, None, "test", description, "operator")
+    arguments = (None, None, "test", description, "operator", None)
     return int((await database.fetchrow(SQL.incident_create, *arguments))["id"])
 
 
 async def change_status(database: Database, incident_id: int, status: str) -> dict[str, Any]:
     """Change an incident's status, and give the incident."""
-    arguments = (incident_id, None, None, status, None, "test", None)
+    arguments = (incident_id, None, None, status, None, "test", None, None)
     row = await database.fetchrow(SQL.incident_change, *arguments)
     incident: dict[str, Any] = json.loads(row["body"])
     return incident
@@ -406,7 +406,7 @@ def test_a_file_that_does_not_begin_with_its_kind_is_refused_by_its_name(
 
     assert str(error.value) == (
         "sql/example.sql must begin with a line like '-- kind: read, single' "
-        "(or write; or batch, search, report, probe)"
+        "(or write; or batch, bulk, search, report, probe)"
     )
 
 

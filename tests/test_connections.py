@@ -405,7 +405,7 @@ async def test_a_pool_that_gets_few_connections_serves_all_calls_and_grows_when_
     set_limit(server_url, limited_role, limit)
 
     async def call(number: int) -> Any:
-        arguments = (None, None, "test", f"number {number}", "operator")
+        arguments = (None, None, "test", f"number {number}", "operator", None)
         return await database.fetchrow(incidents.SQL.incident_create, *arguments)
 
     async with open_database(owned_url) as database:

@@ -38,6 +38,8 @@ UNKNOWN_PATH = ("GET", "/nowhere")
 
 FEW, ALL = 50, -(-20_000 // len(OPERATIONS))  # requests to each operation
 INCIDENTS = 24  # there are two of each status and source
+# The incidents have these labels in turn.
+LABELS: list[dict[str, str]] = [{}, {"team": "db"}, {"team": "сеть"}, {"team": "critical,error"}]
 
 RESPONSE_TYPES = {
     route.name: TypeAdapter(openapi.response_type(route.name)) for route in incidents.ROUTES
@@ -107,23 +109,52 @@ ANY_VALUE = st.one_of(
     st.dictionaries(ANY_TEXT, ANY_SCALAR, max_size=3),
     st.dictionaries(ANY_TEXT, st.lists(ANY_SCALAR, max_size=2), max_size=2),
 )
+LABEL_NAMES = st.one_of(
+    st.sampled_from(["team", "severity", "команда", 'a"b\\c.d$', "🔥", "x" * 100]),
+    st.text(max_size=12).map(lambda text: "n" + text.replace("\0", "").replace(":", "")),
+)
+LABEL_VALUES = st.one_of(
+    st.sampled_from(["db", "сеть", "critical,error", "", "x" * 1000]),
+    st.text(max_size=12).map(lambda text: text.replace("\0", "")),
+)
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "description": VALID_TEXT,
     "note": VALID_TEXT,
     "source": st.sampled_from(SOURCES),
     "status": st.sampled_from(STATUSES),
+    "labels": st.dictionaries(LABEL_NAMES, LABEL_VALUES, max_size=3),
 }
+LABEL_PATCHES = st.dictionaries(LABEL_NAMES, st.one_of(st.none(), LABEL_VALUES), max_size=3)
+DEDUP_KEYS = st.sampled_from(["disk-db1", "ключ 🔥", "x" * 255])
+DETAILS = st.dictionaries(ANY_TEXT, ANY_SCALAR, max_size=3)
+ALERTS = st.fixed_dictionaries(
+    {"status": st.sampled_from(["firing", "resolved"]), "fingerprint": DEDUP_KEYS},
+    optional={"labels": DETAILS, "annotations": DETAILS, "generatorURL": ANY_TEXT},
+)
 VALID_BODIES: dict[Operation, st.SearchStrategy[dict[str, Any]]] = {
     ("POST", "/incidents/"): st.fixed_dictionaries(
-        {name: FIELDS[name] for name in ("description", "source")}
+        {name: FIELDS[name] for name in ("description", "source")},
+        optional={"labels": FIELDS["labels"]},
     ),
     ("PATCH", "/incidents/{incident_id}"): st.fixed_dictionaries(
-        {}, optional={name: FIELDS[name] for name in ("description", "source", "status", "note")}
+        {}, optional=FIELDS | {"labels": LABEL_PATCHES}
     ),
     ("PATCH", "/incidents/{incident_id}/status"): st.fixed_dictionaries(
         {"status": FIELDS["status"]}, optional={"note": FIELDS["note"]}
     ),
     ("POST", "/incidents/{incident_id}/notes"): st.fixed_dictionaries({"note": FIELDS["note"]}),
+    ("POST", "/v2/enqueue"): st.fixed_dictionaries(
+        {
+            "event_action": st.sampled_from(["trigger", "acknowledge", "resolve"]),
+            "dedup_key": DEDUP_KEYS,
+            "payload": st.fixed_dictionaries(
+                {}, optional={"summary": ANY_TEXT, "severity": ANY_TEXT, "custom_details": DETAILS}
+            ),
+        }
+    ),
+    ("POST", "/webhooks/alertmanager"): st.fixed_dictionaries(
+        {"alerts": st.lists(ALERTS, max_size=3)}
+    ),
 }
 UNUSUAL_BODIES = st.one_of(
     st.sampled_from(
@@ -199,6 +230,16 @@ CURSOR = encode_cursor(Position(datetime(2999, 12, 31, tzinfo=UTC), 7))
 PARAMETERS = {
     "status": [*STATUSES, "open,closed", "open,", "OPEN"],
     "source": [*SOURCES, "partner,operator", "system"],
+    "label": [
+        "team:db",
+        "team:db,сеть",
+        "team:critical,error",
+        "команда:🔥",
+        "team:",
+        "team",
+        ":a",
+    ],
+    "dedup_key": ["disk-db1", "ключ 🔥", "x" * 255, "x" * 256, ""],
     "q": [SECRET_MARKER, SECRET_MARKER[:4].lower(), "сервер", "%", "_", "ab"],
     "limit": ["1", "2", "1000", "0", "1001", "-1", "1e2", "٣", "1.0", "9" * 30],
     "after": [
@@ -377,6 +418,8 @@ CREATE TRIGGER count_writes AFTER INSERT OR UPDATE OR DELETE ON timeline
     FOR EACH ROW EXECUTE FUNCTION count_write();
 CREATE TRIGGER count_writes AFTER INSERT OR UPDATE OR DELETE ON incident_texts
     FOR EACH ROW EXECUTE FUNCTION count_write();
+CREATE TRIGGER count_writes AFTER INSERT OR UPDATE OR DELETE ON dedup_keys
+    FOR EACH ROW EXECUTE FUNCTION count_write();
 CREATE TRIGGER count_writes AFTER INSERT OR DELETE ON idempotency_keys
     FOR EACH ROW EXECUTE FUNCTION count_write();
 """
@@ -428,6 +471,7 @@ def service(running_service: Service) -> Service:
         new = {
             "description": f"{SECRET_MARKER} {number}",
             "source": SOURCES[number % len(SOURCES)],
+            "labels": LABELS[number % len(LABELS)],
         }
         change = {"status": STATUSES[number // 3 % len(STATUSES)]}
         path = f"/incidents/{number + 1}/status"
@@ -481,6 +525,10 @@ def check_response(request: GeneratedRequest, response: Response, has_written: b
 
 def check_problem(request: GeneratedRequest, response: Response) -> None:
     """Check that a problem has the form of RFC 9457, and its status the right reason."""
+    if request.path.rstrip("/") == "/v2/enqueue" and response.status == 400:
+        # The senders of events expect this form, which is that of PagerDuty.
+        assert json.loads(response.body)["status"] == "invalid event"
+        return
     assert response.headers["content-type"] == "application/problem+json; charset=utf-8"
     problem = PROBLEM.validate_json(response.body, strict=True)
     assert (problem.status, problem.type) == (response.status, "about:blank")
@@ -502,9 +550,9 @@ def check_success(
     body = read_body(response, media_type)
     RESPONSE_TYPES[name].validate_python(body)
     sent_body = json.loads(request.body.decode("utf-8-sig")) if is_write else {}
-    if request.method == "POST":
+    if name in ("create_incident", "add_note"):
         assert has_written != ("idempotent-replayed" in response.headers)
-    if re.fullmatch("/incidents/[0-9]+(/.*)?", request.path):
+    if re.fullmatch("/incidents/[0-9]+(/.*)?", request.path) and name != "get_alerts":
         [incident_id] = re.findall("/([0-9]+)", request.path)
         shown = body if name == "get_timeline" else [body]
         assert {item.get("incident_id", item["id"]) for item in shown} <= {int(incident_id)}
@@ -514,7 +562,10 @@ def check_success(
         assert response.headers["location"] == f"/incidents/{body['id']}"
     if name in ("change_incident", "change_status"):
         sent_body.pop("note", None)  # it is on the timeline
-    if is_write:
+    if name in ("create_incident", "change_incident"):
+        labels = sent_body.pop("labels", {})
+        assert {label: body["labels"].get(label) for label in labels} == labels
+    if is_write and name not in ("apply_event", "apply_alerts"):
         assert {field: body[field] for field in sent_body} == sent_body
     if name == "list_incidents":
         check_list(request, body)
@@ -534,7 +585,8 @@ def read_body(response: Response, media_type: str) -> Any:
     if media_type == "application/x-ndjson":
         return [json.loads(line) for line in text.split("\n")[:-1]]
     if media_type == "text/csv":
-        return list(csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline="")))
+        rows = csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
+        return [row | {"labels": json.loads(row["labels"])} for row in rows]
     return text
 
 
@@ -550,12 +602,16 @@ def check_list(request: GeneratedRequest, listed: list[dict[str, Any]]) -> None:
         assert incident["source"] in filters.get("source", SOURCES)
         for part in filters.get("q", ()):
             assert part.casefold() in incident["description"].casefold()
+        for label_filter in filters.get("label", ()):
+            label, _, text = label_filter.partition(":")
+            assert incident["labels"].get(label) in {text, *text.split(",")}
     positions = [
         Position(datetime.fromisoformat(incident["created_at"]), int(incident["id"]))
         for incident in listed
     ]
     assert positions == sorted(positions, reverse=True)
     assert len(listed) <= float(*filters.get("limit", {"inf"}))
+    assert len(listed) <= 1 or "dedup_key" not in filters
     for cursor in filters.get("after", ()):
         assert all(position < decode_cursor(cursor) for position in positions)
 

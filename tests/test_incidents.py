@@ -116,7 +116,7 @@ async def test_a_timestamp_has_as_many_digits_after_the_point_as_it_needs(
 
     assert (incident["created_at"], incident["updated_at"]) == (time, time)
     assert listed == [incident]
-    assert f",{time},{time},1\r\n" in csv
+    assert f",{time},{time},1," in csv
     assert [entry["created_at"] for entry in entries] == [time]
 
 

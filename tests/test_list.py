@@ -26,6 +26,7 @@ from helpers import (
     assert_problem,
     insert_incidents,
 )
+from psycopg.types.json import Jsonb
 
 import incidents
 from incidents import LIST_FORMATS, SOURCES, STATUSES
@@ -42,6 +43,13 @@ DESCRIPTIONS = [
     "two\nlines", "two\r\nlines", "'", "x", "日本", "障害 日本語",
     "👩‍🚒 burning", "e\u0301te\u0301",
 ]  # fmt: skip
+
+LABELS: list[dict[str, str]] = [
+    {}, {}, {"team": "db"}, {"team": "сеть", "severity": "critical"},
+    {"severity": "critical,error"},
+]  # fmt: skip
+# A list in CSV has them in this order: labels came last, and other programs count columns.
+CSV_FIELDS = [*(name for name in INCIDENT_FIELDS if name != "labels"), "labels"]
 
 
 def make_rows() -> list[Row]:
@@ -61,6 +69,7 @@ def make_rows() -> list[Row]:
                 "created_at": created_at,
                 "updated_at": created_at,
                 "version": chance.randrange(1, 9),
+                "labels": LABELS[number % len(LABELS)],
             }
         )
     return rows
@@ -79,7 +88,8 @@ def filled_database_url(module_database_url: str) -> str:
     with psycopg.connect(module_database_url, autocommit=True) as session:
         session.execute("CREATE TABLE model (LIKE incidents)")
         insert = f"INSERT INTO model ({columns}) VALUES ({values})"
-        session.cursor().executemany(insert, make_rows())
+        rows = [row | {"labels": Jsonb(row["labels"])} for row in make_rows()]
+        session.cursor().executemany(insert, rows)
     return module_database_url
 
 
@@ -159,6 +169,13 @@ def csv_description(text: str) -> str:
     return f"'{text}" if text[0] in "=+-@\t\r\n" else text
 
 
+def csv_row(row: Row) -> Row:
+    """Give the CSV cells of an incident."""
+    labels = json.dumps(row["labels"], ensure_ascii=False)
+    row = row | {"description": csv_description(row["description"]), "labels": labels}
+    return {name: str(row[name]) for name in CSV_FIELDS}
+
+
 def select_rows(sql: Sql, format_name: str) -> list[Row]:
     """Read all incidents from the table, as a list in this format must have them."""
     columns = ", ".join(INCIDENT_FIELDS)
@@ -167,8 +184,7 @@ def select_rows(sql: Sql, format_name: str) -> list[Row]:
         row = dict(zip(INCIDENT_FIELDS, values, strict=True))
         row |= {name: format_time(row[name]) for name in ("created_at", "updated_at")}
         if format_name == "csv":
-            row["description"] = csv_description(row["description"])
-            row = {name: str(value) for name, value in row.items()}
+            row = csv_row(row)
         rows.append(row)
     return rows
 
@@ -232,7 +248,7 @@ async def test_an_empty_list_is_an_empty_array(
 EMPTY_BODIES = {
     "json": "[]",
     "ndjson": "",
-    "csv": "\ufeffid,description,status,source,created_at,updated_at,version\r\n",
+    "csv": "\ufeffid,description,status,source,created_at,updated_at,version,labels\r\n",
 }
 
 
@@ -303,6 +319,11 @@ FILTERS: dict[str, list[tuple[dict[str, Any], Callable[[Row], bool]]]] = {
         ({"q": "%"}, lambda row: "%" in row["description"]),
         ({"q": "e"}, lambda row: contains(row, "e")),
         ({"q": "nowhere"}, lambda row: False),
+    ],
+    "label": [
+        ({"label": "team:db"}, lambda row: row["labels"].get("team") == "db"),
+        ({"label": "severity:critical,error"}, lambda row: "severity" in row["labels"]),
+        ({"label": ["team:сеть,db", "severity:critical"]}, lambda row: len(row["labels"]) == 2),
     ],
 }
 
@@ -407,6 +428,13 @@ INVALID_QUERIES = [
     ("format=", "#/format"),
     ("format=CSV", "#/format"),
     ("after=a&after=b", "#/after"),
+    ("label=team", "#/label"),
+    ("label=", "#/label"),
+    ("label=:db", "#/label"),
+    ("label=team:a%00b", "#/label"),
+    ("label=te%00am:db", "#/label"),
+    ("label=team:db&label=severity", "#/label"),
+    ("label=team:" + ",".join(map(str, range(51))), "#/label"),
     ("page=2", "#/page"),
     ("Status=open", "#/Status"),
     ("limit", "#/limit"),
@@ -830,14 +858,8 @@ async def test_csv_has_the_values_of_json(client: httpx.AsyncClient) -> None:
     assert response.content.startswith("\ufeffid,".encode())
     assert response.content.count("\ufeff".encode()) == 1
     assert response.content.endswith(b"\r\n")
-    assert header == INCIDENT_FIELDS
-    assert records == [
-        [
-            csv_description(row[name]) if name == "description" else str(row[name])
-            for name in INCIDENT_FIELDS
-        ]
-        for row in as_json.json()
-    ]
+    assert header == CSV_FIELDS
+    assert records == [list(csv_row(row).values()) for row in as_json.json()]
 
 
 FORMULAS = ["=1+1", "+1", "-1", "@SUM(1)", "\t=1", "\r=1", "\n=1", '=")"']

@@ -236,13 +236,15 @@ async def test_a_migration_may_be_run_twice(
     assert made.json()["id"] == 2
 
 
-@pytest.mark.parametrize("lost", [*NAMES, ""], ids=[*NAMES, "all"])
+@pytest.mark.parametrize("first_lost", NAMES)
 async def test_a_migrated_database_stays_as_it_is_when_yoyos_notes_are_lost(
-    client: httpx.AsyncClient, database_url: str, sql: Sql, lost: str
+    client: httpx.AsyncClient, database_url: str, sql: Sql, first_lost: str
 ) -> None:
     await client.post("/incidents/", json=NEW_INCIDENT)
     before = describe_schema(database_url), sql("SELECT * FROM incidents")
-    sql("DELETE FROM _yoyo_migration WHERE migration_id = %s OR %s = ''", lost, lost)
+    # A crash can lose the note of the newest migration only. What a later one has replaced, an
+    # earlier one would put back, so the notes of all later ones are lost here too.
+    sql("DELETE FROM _yoyo_migration WHERE migration_id >= %s", first_lost)
 
     incidents.migrate(database_url)
 
@@ -432,6 +434,7 @@ async def test_old_incidents_are_taken_over_unchanged(replaced: str, setting: st
             "description": row[1],
             "status": row[2].lower(),
             "source": row[3].lower(),
+            "labels": {},
             "version": 1,
         }
         for row in newest_first

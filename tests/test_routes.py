@@ -47,7 +47,9 @@ async def test_a_path_works_with_and_without_its_trailing_slash(
         for url in make_urls(route.documented_path)
     ]
 
-    assert without_slash.status_code == (201 if route.method == "POST" else 200)
+    makes_something = route.method == "POST" and route.path.startswith("/incidents")
+    assert without_slash.is_success
+    assert (without_slash.status_code == 201) == makes_something
     assert with_slash.status_code == without_slash.status_code
     assert with_slash.headers["content-type"] == without_slash.headers["content-type"]
     # The values of metrics differ from one request to the next.

@@ -91,8 +91,8 @@ def test_every_setting_is_read_from_the_environment(monkeypatch: pytest.MonkeyPa
         "debug": True,
         "access_log": True,
         "api_tokens": [
-            ("alice", b"0123456789abcdef", False),
-            ("ci", b"fedcba9876543210", True),
+            ("alice", b"0123456789abcdef", None),
+            ("ci", b"fedcba9876543210", "read"),
         ],
         "cors_origins": ["https://ops.example.com", "http://localhost:3000"],
         "db_pool_size": 1,

@@ -11,6 +11,7 @@ import asyncpg
 import psycopg
 import pytest
 from helpers import ROOT, Rows, Sql
+from psycopg.types.json import Jsonb
 
 import incidents
 
@@ -50,6 +51,11 @@ VALUES = {
     "after": 0,
     "up_to": 4_000_000_000,
     "with_incident": True,
+    "labels": '{"severity": "critical"}',
+    "label_patch": '{"severity": "error", "team": null}',
+    "label_filter": '$."severity" == "critical"',
+    "dedup_key": "disk-db1",
+    "action": "trigger",
 }
 
 
@@ -95,12 +101,12 @@ async def connection(emptied_database_url: str) -> AsyncIterator[Any]:
 @STATEMENTS
 def test_a_header_has_the_kind_then_sentences_and_then_the_parameters(name: str) -> None:
     kind, blank, *lines = read_header(name)
-    numbered = [at for at, line in enumerate(lines) if "$" in line.split()[1]]
+    numbered = [at for at, line in enumerate(lines) if line.startswith("--   $")]
     first, last = (numbered[0], numbered[-1]) if numbered else (len(lines), len(lines))
     sentences = " ".join(line.removeprefix("-- ") for line in lines[:first])
     reasons = " ".join(line.removeprefix("-- ") for line in lines[last + 1 :])
 
-    assert re.fullmatch("-- kind: (read|write), (batch|single|search|report|probe)", kind)
+    assert re.fullmatch("-- kind: (read|write), (batch|bulk|single|search|report|probe)", kind)
     assert blank == "--"
     assert re.fullmatch(r"[A-Z].{20,}\.", sentences)
     assert numbered == list(range(first, first + len(numbered)))
@@ -131,7 +137,7 @@ def test_a_batched_statement_takes_arrays_and_only_a_read_leaves_the_tables_alon
     code = re.sub("--.*|'[^']*'", "", statement.text)
     writing = r"\b(INSERT|UPDATE|DELETE|MERGE|pg_logical_emit_message)\b"
 
-    if statement.kind == "batch":
+    if statement.kind in ("batch", "bulk"):
         assert all(kind.endswith("[]") for kind in types)
     assert statement.is_read != bool(re.search(writing, code))
 
@@ -175,7 +181,7 @@ async def call_three_times(connection: Any, name: str, **values: Any) -> Any:
     """Give the rows of three identical calls. Two with the same key may not share a batch."""
     arguments = tuple((VALUES | values)[parameter] for _, parameter, _ in read_parameters(name))
     statement = getattr(incidents.SQL, name)
-    if statement.kind != "batch":
+    if statement.kind not in ("batch", "bulk"):
         return await connection.fetchmany(statement.text, [arguments] * 3)
     batches = [await connection.fetch(statement.text, *([a] for a in arguments)) for _ in range(3)]
     return [row for batch in batches for row in batch]
@@ -209,9 +215,16 @@ async def test_each_statement_gives_one_row_per_call_when_nothing_optional_is_gi
     await call_three_times(connection, "incident_create", key=None, digest=None)
     optional = ["key", "digest", "if_match", "if_none_match", "statuses", "sources"]
     optional += ["since", "until", "before_created_at", "before_id"]
+    optional += ["labels", "label_patch", "label_filter", "pattern"]
     nothing = dict.fromkeys(optional) | {"incident_id": 1, "entry_id": 1}
 
-    counts = {name: len(await call_three_times(connection, name, **nothing)) for name in FILES}
+    # An event must have a key and labels; only of an incident they are optional.
+    needed = {"event_apply": {name: VALUES[name] for name in ("key", "labels")}}
+
+    counts = {
+        name: len(await call_three_times(connection, name, **nothing | needed.get(name, {})))
+        for name in FILES
+    }
 
     assert counts == dict.fromkeys(FILES, 3)
 
@@ -233,13 +246,15 @@ async def test_a_batch_of_writes_gives_its_rows_in_the_order_of_the_calls(connec
     create, note = incidents.SQL.incident_create.text, incidents.SQL.note_create.text
     change = incidents.SQL.incident_change.text
 
-    created = await connection.fetch(create, keys, digests, actors, texts, ["partner"] * 4)
+    created = await connection.fetch(
+        create, keys, digests, actors, texts, ["partner"] * 4, [None] * 4
+    )
     ids = [row["id"] for row in created]
     targets = [ids[2], 99, ids[0], ids[1]]
     noted = await connection.fetch(note, ["x", "y", None, "z"], digests, actors, targets, texts)
     no_change = [None] * 4
     changed = await connection.fetch(
-        change, targets, texts, no_change, no_change, no_change, actors, no_change
+        change, targets, texts, no_change, no_change, no_change, actors, no_change, no_change
     )
 
     texts_in = {
@@ -312,7 +327,7 @@ def test_the_database_refuses_an_incident_that_breaks_a_rule(
     assert error.value.diag.constraint_name == rule
 
 
-@pytest.mark.parametrize("column", [*INCIDENT, "version", "created_at", "updated_at"])
+@pytest.mark.parametrize("column", [*INCIDENT, "labels", "version", "created_at", "updated_at"])
 def test_the_database_refuses_an_incident_without_one_of_its_columns(sql: Sql, column: str) -> None:
     with pytest.raises(psycopg.errors.NotNullViolation) as error:
         insert(sql, "incidents", INCIDENT | {column: None})
@@ -335,6 +350,8 @@ def test_the_database_takes_a_description_of_5000_characters_of_4_bytes(
         ("created", "kind", "Created"),
         ("edited", "field", "status"),
         ("edited", "field", "version"),
+        ("edited", "field", "labels"),
+        ("edited", "field", "labels_team"),
         ("note", "note", ""),
         ("note", "note", "я" * 5001),
     ],
@@ -367,22 +384,71 @@ def test_the_database_takes_a_timeline_entry_of_each_kind(sql: Sql) -> None:
     assert sql("SELECT kind FROM timeline ORDER BY id") == [(kind,) for kind in ENTRIES]
 
 
+def test_the_database_takes_a_timeline_entry_of_any_label(sql: Sql) -> None:
+    for name in ("team", "команда 🔥", "a.b", "%"):
+        edited = ENTRIES["edited"] | {"field": f"labels.{name}", "from_value": None}
+        insert(sql, "timeline", {"incident_id": 1, "actor": "a"} | edited)
+
+    assert sql("SELECT count(*) FROM timeline WHERE field LIKE 'labels.%'") == [(4,)]
+
+
+def test_an_incident_that_is_inserted_by_hand_has_no_labels(sql: Sql) -> None:
+    insert(sql, "incidents", INCIDENT)
+
+    assert (
+        sql("SELECT labels FROM incidents") == sql("SELECT labels FROM incident_texts") == [({},)]
+    )
+
+
+def test_the_database_merges_at_most_32_labels(sql: Sql) -> None:
+    merge = "SELECT merge_labels(%s, %s)"
+    labels = {f"{number}": "x" for number in range(32)}
+    patch = {"0": None, "1": "y", "new": "z", "none": None}
+
+    assert sql(merge, Jsonb({"0": "x", "1": "x", "2": "x"}), Jsonb(patch)) == [
+        ({"1": "y", "2": "x", "new": "z"},)
+    ]
+    assert len(sql(merge, Jsonb(labels), Jsonb(patch))[0][0]) == 32
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="at most 32 labels"):
+        sql(merge, Jsonb(labels), Jsonb({"new": "z"}))
+
+
 def test_the_texts_to_search_follow_the_incidents_also_after_changes_by_hand(
     sql: Sql,
 ) -> None:
-    texts = "SELECT description FROM incident_texts ORDER BY id"
-    insert(sql, "incidents", INCIDENT | {"id": 1})
+    texts = "SELECT description, labels FROM incident_texts ORDER BY id"
+    insert(sql, "incidents", INCIDENT | {"id": 1, "labels": Jsonb({"a": "1"})})
     sql(
         "INSERT INTO incidents (id, description, source) "
         "VALUES (2, 'y', 'partner'), (3, 'z', 'partner')"
     )
     sql("UPDATE incidents SET status = 'closed', description = description || '!' WHERE id > 1")
+    sql('UPDATE incidents SET labels = \'{"a": "2"}\' WHERE id < 3')
     edited = sql(texts)
-    sql("TRUNCATE incidents")
+    sql("TRUNCATE incidents CASCADE")  # with the keys that point to them
     insert(sql, "incidents", INCIDENT | {"id": 1, "description": "again"})
 
-    assert edited == [("x",), ("y!",), ("z!",)]
-    assert sql(texts + " LIMIT 1") == [("again",)]
+    assert edited == [("x", {"a": "2"}), ("y!", {"a": "2"}), ("z!", {})]
+    assert sql(texts + " LIMIT 1") == [("again", {})]
+
+
+@pytest.mark.parametrize("key", ["", "k" * 256])
+def test_the_database_refuses_a_dedup_key_that_breaks_a_rule(sql: Sql, key: str) -> None:
+    with pytest.raises(psycopg.errors.CheckViolation) as error:
+        insert(sql, "dedup_keys", {"key": key, "actor": "zabbix", "incident_id": 1})
+
+    assert error.value.diag.constraint_name == "dedup_keys_key_check"
+
+
+def test_a_dedup_key_points_to_one_incident_for_each_actor(sql: Sql) -> None:
+    for number in (1, 2):
+        insert(sql, "incidents", INCIDENT | {"id": number})
+    key = {"key": "🔥" * 255, "incident_id": 1}
+    insert(sql, "dedup_keys", key | {"actor": "zabbix"})
+    insert(sql, "dedup_keys", key | {"actor": "grafana"})
+
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        insert(sql, "dedup_keys", key | {"actor": "zabbix", "incident_id": 2})
 
 
 @pytest.mark.parametrize("key", ["", "k" * 256])

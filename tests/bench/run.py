@@ -509,7 +509,7 @@ async def time_single_calls(url: str, times: int, calls: int) -> list[tuple[floa
 
     await incidents.database.open(url)
     create = incidents.SQL.incident_create
-    arguments = (None, None, "anonymous", "Нет связи с сервером", "monitoring")
+    arguments = (None, None, "anonymous", "Нет связи с сервером", "monitoring", None)
     pool = incidents.database.pool
 
     async def time_call(call: Callable[..., Any]) -> float:
