@@ -28,8 +28,12 @@ MIDDLE = "2024-01-25T07:20:00Z"
 # - "сеть" is in a third, "пожар" in 2 %, "авария" in 0.14 %, and "ниоткуда" in none,
 # - "провод" is in 10 %, but only in incidents that are closed and from monitoring,
 # - "потоп" is in half of the oldest tenth, and in none that is newer.
+# Of the labels,
+# - "team" is db in a third and web in another third, and "node" is db1 in 0.14 %,
+# - "wire" is in 10 %, but only in incidents that are closed, from monitoring and without "провод",
+# - "flood" is in half of the oldest tenth, and in none that is newer.
 FILL = """
-    INSERT INTO incidents (description, status, source, created_at, updated_at)
+    INSERT INTO incidents (description, status, source, labels, created_at, updated_at)
     SELECT 'Сервер ' || left(md5(number::text), 12) || ' не отвечает'
            || CASE WHEN mod(number / 7, 3) = 0 THEN ' сеть' ELSE '' END
            || CASE WHEN mod(number, 51) = 0 THEN ' пожар' ELSE '' END
@@ -42,6 +46,12 @@ FILL = """
            CASE WHEN mod(number, 10) < 8 THEN 'monitoring'
                 WHEN mod(number, 100) < 99 THEN 'operator'
                 ELSE 'partner' END,
+           jsonb_strip_nulls(jsonb_build_object(
+               'team', (ARRAY['db', 'web'])[mod(number, 3)],
+               'node', CASE WHEN mod(number, 100) = 50 THEN 'db' || mod(number / 100, 7) END,
+               'wire', CASE WHEN mod(number, 10) = 4 THEN '1' END,
+               'flood', CASE WHEN number <= %(incidents)s / 10 AND mod(number, 2) = 0
+                             THEN '1' END)),
            created_at, created_at
       FROM generate_series(1, %(incidents)s) AS number
            CROSS JOIN LATERAL (
@@ -66,17 +76,21 @@ WALK_THROUGH_TIMELINE = SQL("SELECT count(actor) FROM timeline").format()
 STATEMENTS = ["incident_page", "incident_search", "timeline_page", "unresolved_incidents"]
 
 Session = psycopg.Connection[tuple[Any, ...]]
+Query = dict[str, Any]  # the parameters of a page; one that is repeated has a list
 
 
 def fill(session: Session, count: int) -> None:
     """Fill a migrated database with incidents, and prepare the statements."""
-    # The index of the trigrams is made afterwards: filled row by row, it takes ten seconds.
-    [(index,)] = session.execute(
-        "SELECT pg_get_indexdef('incident_texts_description_idx'::regclass)"
-    ).fetchall()
-    session.execute("DROP INDEX incident_texts_description_idx")
+    # The two GIN indexes are made afterwards: filled row by row, they take ten seconds.
+    names = ["incident_texts_description_idx", "incident_texts_labels_idx"]
+    indexes = [
+        session.execute("SELECT pg_get_indexdef(%s::regclass)", (name,)).fetchall()[0][0]
+        for name in names
+    ]
+    session.execute(f"DROP INDEX {', '.join(names)}".encode())
     session.execute(FILL, {"incidents": count})
-    session.execute(index)
+    for index in indexes:
+        session.execute(index)
     session.execute(FILL_TIMELINE, {"incidents": count})
     session.execute("VACUUM (ANALYZE) incidents, incident_texts, timeline")
     prepare(session)
@@ -110,14 +124,14 @@ def generic_plans(session: Session) -> None:
     session.execute("SET plan_cache_mode = force_generic_plan")
 
 
-def execute_page(query: dict[str, str], after: tuple[str, int] | None = None) -> Composed:
+def execute_page(query: Query, after: tuple[str, int] | None = None) -> Composed:
     """Write the EXECUTE of the statement that the service would run for a query of the list."""
     parsed = incidents.validate_query(encode_query(query), incidents.ListQuery)
     position = after and incidents.Position(incidents.parse_timestamp(after[0]), after[1])
     return execute_what_is_sent(incidents.fetch_page(parsed, incidents.JSON, position))
 
 
-def execute_feed_page(query: dict[str, str], after: int = 0) -> Composed:
+def execute_feed_page(query: Query, after: int = 0) -> Composed:
     """Write the EXECUTE of the statement that the service would run for a query of the feed."""
     parsed = incidents.validate_query(encode_query(query), incidents.FeedQuery)
     with pytest.MonkeyPatch.context() as patch:
@@ -125,9 +139,9 @@ def execute_feed_page(query: dict[str, str], after: int = 0) -> Composed:
         return execute_what_is_sent(incidents.fetch_entries(parsed, incidents.JSON, after))
 
 
-def encode_query(query: dict[str, str]) -> bytes:
+def encode_query(query: Query) -> bytes:
     """Write a query of a page as it stands in a URL."""
-    return urlencode(query | {"limit": str(LIMIT)}).encode()
+    return urlencode(query | {"limit": str(LIMIT)}, doseq=True).encode()
 
 
 def execute_what_is_sent(fetch: Coroutine[Any, Any, Any]) -> Composed:
@@ -172,7 +186,7 @@ def find_scans(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def count_buffers_of_all(
-    session: Session, queries: list[dict[str, str]], after: tuple[str, int] | None = None
+    session: Session, queries: list[Query], after: tuple[str, int] | None = None
 ) -> dict[str, int]:
     """Give the buffers that the page of each query reads."""
     return {
@@ -188,15 +202,16 @@ def find_costly(costs: dict[str, int], bound: int = MAX_BUFFERS) -> dict[str, in
 
 # ── Flat: as cheap in a large table as in a small one ─────────────────────────────────────────────
 
-FILTERS = {
+FILTERS: dict[str, list[Query]] = {
     "status": [{"status": "open"}, {"status": "closed"}, {"status": "in_progress,closed"}],
     "source": [{"source": "partner"}, {"source": "monitoring"}, {"source": "partner,operator"}],
     "since": [{"since": "2024-02-05"}, {"since": "2024-01-06"}],
     "until": [{"until": "2024-01-21"}, {"until": "2024-01-03"}],
     "q": [{"q": "авария"}, {"q": "АВАР"}, {"q": "ниоткуда"}],
+    "label": [{"label": "team:db"}, {"label": "node:db1"}, {"label": "node:nowhere"}],
 }
 # No filter, each filter, and each pair of filters.
-QUERIES: list[dict[str, str]] = [{}, *itertools.chain(*FILTERS.values())] + [
+QUERIES: list[Query] = [{}, *itertools.chain(*FILTERS.values())] + [
     one | other
     for some, others in itertools.combinations(FILTERS.values(), 2)
     for one, other in itertools.product(some, others)
@@ -217,7 +232,7 @@ def test_a_page_reads_few_buffers_whatever_the_filters(
 @pytest.mark.parametrize("after", [None, (MIDDLE, 35_000)], ids=["first page", "deep page"])
 @pytest.mark.usefixtures("generic_plans")
 def test_a_search_reads_few_buffers_whether_the_word_is_frequent_rare_or_absent(
-    session: Session, after: tuple[str, int] | None, period: dict[str, str]
+    session: Session, after: tuple[str, int] | None, period: Query
 ) -> None:
     words = ["сеть", "СЕТ", "провод", "пожар", "авария", "ниоткуда"]
     costs = count_buffers_of_all(session, [{"q": word} | period for word in words], after)
@@ -234,6 +249,33 @@ def test_a_search_for_a_frequent_word_with_a_common_filter_reads_few_buffers(
     costs = count_buffers_of_all(
         session, [{"q": word} | chosen for word in words for chosen in filters]
     )
+
+    assert find_costly(costs) == {}
+
+
+@pytest.mark.parametrize("period", [{}, {"since": "2024-01-06"}, {"until": "2024-01-21"}])
+@pytest.mark.parametrize("after", [None, (MIDDLE, 35_000)], ids=["first page", "deep page"])
+@pytest.mark.usefixtures("generic_plans")
+def test_labels_read_few_buffers_whether_they_are_frequent_rare_or_never_together(
+    session: Session, after: tuple[str, int] | None, period: Query
+) -> None:
+    queries: list[Query] = [
+        {"label": "team:db,web"},
+        {"label": "node:db1,db2"},
+        {"label": ["team:db", "wire:1"]},
+        {"label": ["team:db", "node:db1"]},
+        {"label": ["team:db", "team:web"]},  # never together
+        {"label": ["wire:1", "node:db1"]},  # never together
+        {"label": "team:db", "q": "сеть"},
+        {"label": "team:db", "q": "авария"},
+        {"label": "node:db1", "q": "сеть"},
+        {"label": "node:db1", "q": "цц"},
+        {"label": "node:db1", "q": "авария"},  # never together
+        {"label": "team:db", "q": "авария", "status": "closed"},
+        {"label": "team:db", "q": "сеть", "status": "open"},
+        {"label": "node:db1", "q": "сеть", "source": "monitoring"},
+    ]
+    costs = count_buffers_of_all(session, [query | period for query in queries], after)
 
     assert find_costly(costs) == {}
 
@@ -287,7 +329,7 @@ def test_the_counts_and_the_age_of_unresolved_incidents_are_those_of_the_table(
 
 # ── The feed ──────────────────────────────────────────────────────────────────────────────────────
 
-FEED_QUERIES: list[dict[str, str]] = [
+FEED_QUERIES: list[Query] = [
     {},
     {"kind": "note"},
     {"kind": "status"},
@@ -332,17 +374,64 @@ def test_a_page_of_the_feed_reads_few_buffers_whatever_the_filters(
 )
 @pytest.mark.usefixtures("generic_plans")
 def test_a_search_for_a_frequent_word_walks_through_a_status_or_source_that_never_has_it(
-    session: Session, chosen: dict[str, str], bound: int
+    session: Session, chosen: Query, bound: int
 ) -> None:
     costs = count_buffers_of_all(session, [{"q": "провод"} | chosen])
 
     assert find_costly(costs, bound) == {}
 
 
+@pytest.mark.parametrize(
+    ("chosen", "bound"),
+    [({"status": "open"}, 300), ({"source": "partner"}, 800), ({"source": "operator"}, 1_500)],
+)
+@pytest.mark.usefixtures("generic_plans")
+def test_a_frequent_label_walks_through_a_status_or_source_that_never_has_it(
+    session: Session, chosen: Query, bound: int
+) -> None:
+    costs = count_buffers_of_all(session, [{"label": "wire:1"} | chosen])
+
+    assert find_costly(costs, bound) == {}
+
+
+@pytest.mark.parametrize(
+    ("query", "hits"),
+    [
+        # Both are in 10 %, and never together.
+        ({"label": "wire:1", "q": "провод"}, INCIDENTS // 10),
+        # Nothing has these two letters, and there is no index for them.
+        ({"label": "team:db", "q": "цц"}, INCIDENTS // 3),
+        # These are together, but so seldom that the newest thousand have less than ten.
+        ({"label": "wire:1", "q": "пожар"}, INCIDENTS // 51),
+    ],
+)
+@pytest.mark.usefixtures("generic_plans")
+def test_a_frequent_label_with_a_text_that_is_seldom_there_reads_four_buffers_for_each_hit(
+    session: Session, query: Query, hits: int
+) -> None:
+    costs = count_buffers_of_all(session, [query])
+
+    assert find_costly(costs, 4 * hits) == {}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "buffers_per_hit"),
+    [({}, 0.1), ({"source": "operator"}, 0.4), ({"q": "потоп"}, 0.1), ({"status": "open"}, 5)],
+)
+@pytest.mark.usefixtures("generic_plans")
+def test_a_label_that_was_frequent_long_ago_finds_all_its_hits_first(
+    session: Session, chosen: Query, buffers_per_hit: float
+) -> None:
+    hits = INCIDENTS // 20
+    costs = count_buffers_of_all(session, [{"label": "flood:1"} | chosen])
+
+    assert find_costly(costs, round(buffers_per_hit * hits)) == {}
+
+
 @pytest.mark.parametrize("chosen", [{"status": "open"}, {"source": "monitoring"}])
 @pytest.mark.usefixtures("generic_plans")
 def test_a_search_for_a_rare_word_with_a_filter_reads_up_to_five_buffers_for_each_hit(
-    session: Session, chosen: dict[str, str]
+    session: Session, chosen: Query
 ) -> None:
     hits = INCIDENTS // 700
     costs = count_buffers_of_all(session, [{"q": "авария"} | chosen])
@@ -356,7 +445,7 @@ def test_a_search_for_a_rare_word_with_a_filter_reads_up_to_five_buffers_for_eac
 )
 @pytest.mark.usefixtures("generic_plans")
 def test_a_search_for_a_word_that_was_frequent_long_ago_finds_all_its_hits_first(
-    session: Session, chosen: dict[str, str], buffers_per_hit: float
+    session: Session, chosen: Query, buffers_per_hit: float
 ) -> None:
     hits = INCIDENTS // 20
     costs = count_buffers_of_all(session, [{"q": "потоп"} | chosen])
@@ -378,7 +467,7 @@ def test_a_search_for_two_letters_that_no_incident_has_reads_the_whole_table(
 
 
 def test_the_measured_pages_are_full_or_have_all_that_there_is(session: Session) -> None:
-    pages: list[tuple[dict[str, str], int]] = [
+    pages: list[tuple[Query, int]] = [
         ({}, LIMIT),
         ({"status": "open"}, LIMIT),
         ({"source": "partner"}, LIMIT),
@@ -396,6 +485,25 @@ def test_the_measured_pages_are_full_or_have_all_that_there_is(session: Session)
         ({"q": "потоп", "source": "operator"}, LIMIT),
         ({"q": "ниоткуда"}, 0),
         ({"q": "цц"}, 0),
+        ({"label": "team:db"}, LIMIT),
+        ({"label": "team:db", "status": "open"}, LIMIT),
+        ({"label": "team:db", "q": "авария"}, 29),
+        ({"label": "node:db1"}, LIMIT),
+        ({"label": "node:db1", "q": "сеть"}, 29),
+        ({"label": "node:db1", "q": "авария"}, 0),
+        ({"label": "node:db1", "status": "open"}, 0),
+        ({"label": ["team:db", "node:db1"]}, 29),
+        ({"label": ["team:db", "wire:1"]}, LIMIT),
+        ({"label": ["team:db", "team:web"]}, 0),
+        ({"label": ["wire:1", "node:db1"]}, 0),
+        ({"label": "wire:1", "source": "monitoring"}, LIMIT),
+        ({"label": "wire:1", "status": "open"}, 0),
+        ({"label": "wire:1", "source": "operator"}, 0),
+        ({"label": "wire:1", "source": "partner"}, 0),
+        ({"label": "wire:1", "q": "провод"}, 0),
+        ({"label": "wire:1", "q": "пожар"}, LIMIT),
+        ({"label": "flood:1"}, LIMIT),
+        ({"label": "flood:1", "status": "open"}, 0),
         ({"until": "2024-01-01"}, 0),
     ]
 
@@ -405,7 +513,7 @@ def test_the_measured_pages_are_full_or_have_all_that_there_is(session: Session)
 
 
 def test_the_measured_pages_of_the_feed_have_what_they_should(session: Session) -> None:
-    pages: list[tuple[dict[str, str], int, int]] = [
+    pages: list[tuple[Query, int, int]] = [
         ({}, 0, LIMIT),
         ({"kind": "note"}, 0, LIMIT),
         ({"kind": "status"}, 0, LIMIT),
