@@ -1649,7 +1649,7 @@ def json_pointer(path: Iterable[str | int]) -> str:
 # The titles of RFC 9110, which Python has from 3.13 on.
 TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}
 
-# The pages of /docs load everything from this server. Both write style attributes, and ReDoc
+# All pages load everything from this server. Those of /docs write style attributes, and ReDoc
 # searches in a worker that it makes from a blob.
 CSP = (
     b"default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
@@ -2336,10 +2336,12 @@ DOCS_FILES = StaticFiles(
 
 
 async def get_root(request: Request) -> Response:
-    """Say what this service is and where its parts are."""
-    links = {"incidents": "/incidents/", "docs": "/docs", "redoc": "/redoc"}
+    """Say what this service is and where its parts are; lead browsers to the board."""
+    if choose_format(request, ListFormat("html", "text/html"), JSON) is not JSON:
+        return Response(status_code=307, headers={"Location": "/board", "Vary": "Accept"})
+    links = {"incidents": "/incidents/", "board": "/board", "docs": "/docs", "redoc": "/redoc"}
     about = {"message": "Incidents API", **links, "openapi": "/openapi.json"}
-    return JSONResponse(about, media_type=JSON_TYPE)
+    return JSONResponse(about, headers={"Vary": "Accept"}, media_type=JSON_TYPE)
 
 
 async def check_liveness(request: Request) -> Response:
@@ -2411,9 +2413,16 @@ async def show_redoc(request: Request) -> Response:
     return HTMLResponse((PAGES / "redoc.html").read_bytes())
 
 
+async def show_board(request: Request) -> Response:
+    """Show what is open, live, and let people work on it."""
+    return HTMLResponse((PAGES / "board.html").read_bytes())
+
+
 async def get_docs_file(request: Request) -> Response:
     """Give a file that the pages load."""
-    return await DOCS_FILES.get_response(request.path_params["file"], request.scope)
+    response = await DOCS_FILES.get_response(request.path_params["file"], request.scope)
+    response.headers["Cache-Control"] = "no-cache"  # so that no new page runs an old script
+    return response
 
 
 # ── Routes: the table of contents ─────────────────────────────────────────────────────────────────
@@ -2440,6 +2449,7 @@ ROUTES = [
     ApiRoute("GET", "/health/ready", check_readiness, query=ReadinessQuery, is_public=True),
     ApiRoute("GET", "/", get_root, is_public=True),
     ApiRoute("GET", "/openapi.json", get_openapi, is_public=True),
+    ApiRoute("GET", "/board", show_board, is_public=True),
     ApiRoute("GET", "/docs", show_swagger_ui, is_public=True),
     ApiRoute("GET", "/redoc", show_redoc, is_public=True),
 ]
@@ -2694,7 +2704,7 @@ def open_listener(host: str, port: int) -> socket.socket:
         timeout = int(1000 * MAX_UNREAD_SECONDS)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    print(f"The API is at {url}, its documentation at {url}/docs", flush=True)
+    print(f"The API is at {url}, a board at {url}/board, documentation at {url}/docs", flush=True)
     return listener
 
 

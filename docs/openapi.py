@@ -158,6 +158,7 @@ class ServiceLinks(BaseModel):
 
     message: str = Field(examples=["Incidents API"])
     incidents: str = Field(examples=["/incidents/"])
+    board: str = Field(examples=["/board"])
     docs: str = Field(examples=["/docs"])
     redoc: str = Field(examples=["/redoc"])
     openapi: str = Field(examples=["/openapi.json"])
@@ -255,7 +256,7 @@ HEADERS = {
         "Sent with `limit`: the first page and the next one. The last page has no `next`.",
         text('</incidents/?limit=50&after=1705314600123456-41-1138a614>; rel="next"'),
     ),
-    "Location": ("The path of the new incident.", text("/incidents/1")),
+    "Location": ("The path of the new incident, or of the board.", text("/incidents/1")),
     "Retry-After": ("Seconds to wait before you try again.", {"type": "integer", "examples": [2]}),
     "Timeline-Position": (
         "The id up to which the answer has looked: the next `after`, also if it found nothing.",
@@ -268,6 +269,7 @@ HEADERS = {
 }
 PROBLEMS: dict[str, tuple[str, ...]] = {  # a sentence, and the headers that are sent with it
     "304": ("You have the newest version. There is no body.", "ETag"),
+    "307": ("A browser, which asks for `text/html`, is led to the board.", "Location"),
     "400": ("The body is not JSON in UTF-8.",),
     "401": ("The token is missing or unknown.", "WWW-Authenticate"),
     "403": ("This token may only read, or only send events.", "WWW-Authenticate"),
@@ -514,6 +516,11 @@ OPERATIONS: dict[str, Json] = {
         "description": "For tools that read OpenAPI, such as client generators.",
         "responses": {"200": response("This description.", dict)},
     },
+    "show_board": {
+        "tags": ["Service"],
+        "description": "A page for people, in English and Russian. It uses only this API.",
+        "responses": {"200": PAGE},
+    },
     "show_swagger_ui": {
         "tags": ["Service"],
         "description": "A page on which you can try the API.",
@@ -600,9 +607,10 @@ def describe_query(route: ApiRoute) -> list[Json]:
 
 
 def find_refusals(route: ApiRoute, headers: Json) -> set[str]:
-    """Find the statuses with which a route may refuse a request."""
+    """Find the statuses, other than of success, with which a route may answer."""
     applies = {
         "304": "If-None-Match" in headers,
+        "307": route.name == "get_root",
         "400 408 413 415": route.body is not None,
         "401": not route.is_public,
         "403": not route.is_public,
@@ -657,7 +665,7 @@ def build_components() -> Json:
 def describe_problem(status: str) -> Json:
     """Describe a refusal; its example has the form in which the service sends it."""
     words, *headers = PROBLEMS[status]
-    if status == "304":
+    if status in ("304", "307"):
         return {"description": words, "headers": refer("headers", *headers)}
     problem = incidents.Problem(int(status), words)
     if status == "422":

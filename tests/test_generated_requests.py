@@ -519,6 +519,8 @@ def check_response(request: GeneratedRequest, response: Response, has_written: b
     elif response.status == 304:
         assert response.body == b""
         assert b"if-none-match" in dict(request.headers) or request.path.startswith("/docs/")
+    elif response.status == 307:
+        assert request.path.rstrip("/") == "" and b"text/" in dict(request.headers)[b"accept"]
     elif operation:
         check_success(request, response, has_written, operation)
 

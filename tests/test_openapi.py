@@ -242,12 +242,12 @@ def test_the_examples_of_a_model_are_values_of_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("status", COMPONENTS["responses"])
-def test_a_refusal_is_described_as_a_problem_and_304_as_no_body(status: str) -> None:
+def test_a_refusal_is_described_as_a_problem_and_3xx_as_no_body(status: str) -> None:
     content = COMPONENTS["responses"][status].get("content", {})
     problem = content.get("application/problem+json", {})
 
-    assert content.keys() == (set() if status == "304" else {"application/problem+json"})
-    if status != "304":
+    assert content.keys() == ({"application/problem+json"} if status >= "400" else set())
+    if status >= "400":
         assert problem["schema"] == {"$ref": "#/components/schemas/ProblemDetails"}
         assert problem["example"]["status"] == int(status)
         openapi.ProblemDetails.model_validate(problem["example"])
@@ -292,6 +292,7 @@ async def fail(request: Any) -> Any:
 # How to be refused with each status, on a route that can refuse with it.
 REFUSED: dict[int, dict[str, Any]] = {
     304: {"headers": {"If-None-Match": "*"}},
+    307: {"headers": {"Accept": "text/html"}},
     400: {"content": b"{"},
     401: {"headers": {"Authorization": "Bearer 0123456789abcdeX"}},
     403: {"headers": {"Authorization": REPORTER}},

@@ -417,8 +417,9 @@ def test_a_start_prints_the_urls_of_the_api_and_its_documentation(
 ) -> None:
     server = serve(DATABASE_URL=database_url)
     line = server.printed().splitlines()[0]
+    url = server.url
 
-    assert line == f"The API is at {server.url}, its documentation at {server.url}/docs"
+    assert line == f"The API is at {url}, a board at {url}/board, documentation at {url}/docs"
     assert httpx.get(line.split()[-1]).is_success
 
 
