@@ -380,15 +380,19 @@ async def call_application(request: GeneratedRequest) -> Response:
     }
     messages: list[Any] = []
     remaining = iter([request.body])
+    disconnected = asyncio.Event()
 
     async def receive() -> dict[str, Any]:
         for body in remaining:
             return {"type": "http.request", "body": body, "more_body": False}
-        await asyncio.Event().wait()  # the client does not disconnect
-        return {}
+        await disconnected.wait()
+        return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
         messages.append(message)
+        # A stream of events never ends, so the client reads its first part and disconnects.
+        if (b"content-type", b"text/event-stream; charset=utf-8") in messages[0]["headers"]:
+            disconnected.set()
 
     await incidents.app(scope, receive, send)
     start, *parts = messages
@@ -586,6 +590,9 @@ def read_body(response: Response, media_type: str) -> Any:
         return json.loads(text)
     if media_type == "application/x-ndjson":
         return [json.loads(line) for line in text.split("\n")[:-1]]
+    if media_type == "text/event-stream":
+        assert re.match(r"retry: 2000\nid: [0-9]+\n\n", text)
+        return [json.loads(data) for data in re.findall("(?m)^data: (.*)$", text)]
     if media_type == "text/csv":
         rows = csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
         return [row | {"labels": json.loads(row["labels"])} for row in rows]
