@@ -138,8 +138,8 @@ function writeAddress() {
 
 /** "/" goes to the search, ↑ and ↓ to a card, ← and → to a column. Tab also stops at columns. */
 document.addEventListener("keydown", (event) => {
-  const isDown = event.key === "ArrowDown";
-  if (event.target.closest(isDown ? "select, dialog" : "input, select, dialog")) return;
+  const places = event.key === "ArrowDown" ? "select, dialog" : "input, select, dialog";
+  if (event.target.closest(places)) return; // the keys have a meaning of their own there
   const card = event.target.closest("li");
   const column = columns.indexOf(event.target.closest("ul"));
   const targets = {
@@ -164,7 +164,7 @@ let seen = null; // as it was last read: without live changes, so that If-Match 
 async function readAddress() {
   const address = location.hash.slice(1);
   showMessage("");
-  if (!(Number(address) > 0)) {
+  if (!Number(address)) {
     const wanted = new URLSearchParams(address);
     for (const field of filters.elements) field.value = wanted.get(field.name) ?? "";
     showCards();
