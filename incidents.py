@@ -11,7 +11,6 @@ route" shows all that a new route needs.
 """
 
 import asyncio
-import bisect
 import contextlib
 import functools
 import gc
@@ -36,7 +35,7 @@ import unicodedata
 import warnings
 import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
@@ -50,8 +49,7 @@ import psycopg
 import uvicorn
 import yoyo
 from dotenv.parser import parse_stream
-from prometheus_client import REGISTRY, Gauge, Histogram, generate_latest
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client import Gauge, Histogram, generate_latest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pydantic import BaseModel, FailFast, Field, ValidationError, ValidationInfo, WithJsonSchema
 from pydantic.functional_validators import AfterValidator, BeforeValidator
@@ -543,10 +541,6 @@ class InvalidEvent(Problem):
     """A wrong event. It is answered in the form of PagerDuty's API, which its senders read."""
 
 
-class SlowStatement(Problem):
-    """A 503: a search or a report took longer than it may, although the database serves."""
-
-
 # Only a pooler that gives each transaction another connection of the server causes these two:
 # a prepared statement is not there, or a new one is there already.
 POOLER_SQLSTATES = ("26000", "42P05")
@@ -599,6 +593,8 @@ def one_line(error: BaseException) -> str:
     """Give an error's message on one line, without PostgreSQL's DETAIL: it may hold a row."""
     if is_of_pooler(error):
         return POOLER_REMEDY
+    if isinstance(error, asyncpg.TooManyConnectionsError):
+        return f"{error}; lower DB_POOL_SIZE, or raise the server's max_connections"
     return " ".join(str(error).partition("\nDETAIL:")[0].split()) or type(error).__name__
 
 
@@ -621,117 +617,100 @@ UNRESOLVED = Gauge(
 OLDEST_OPEN = Gauge("incidents_oldest_open_seconds", "Age of the oldest open incident, or 0.")
 
 
-class RequestSeconds:
-    """A histogram of requests. The library's own would take 2 µs of each request's 50."""
-
-    BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-
-    def __init__(self) -> None:
-        # By route, method and status: how many requests ended at each bound, and their seconds.
-        self.counts: dict[tuple[str, str, str], list[int]] = {}
-        self.sums: dict[tuple[str, str, str], float] = {}
-
-    def count_request(self, labels: tuple[str, str, str], seconds: float) -> None:
-        """Count a request."""
-        if labels not in self.counts:
-            self.counts[labels], self.sums[labels] = [0] * (len(self.BOUNDS) + 1), 0
-        self.counts[labels][bisect.bisect_left(self.BOUNDS, seconds)] += 1
-        self.sums[labels] += seconds
-
-    def collect(self) -> Iterator[HistogramMetricFamily]:
-        """Give the histogram to prometheus_client; there, a bucket includes those below it."""
-        text = "Seconds until the response began. A long poll waits on purpose."
-        names = ["route", "method", "status"]
-        family = HistogramMetricFamily("incidents_http_request_seconds", text, labels=names)
-        bounds = [*map(str, self.BOUNDS), "+Inf"]
-        for labels, counts in self.counts.items():
-            buckets = list(zip(bounds, itertools.accumulate(counts), strict=True))
-            family.add_metric(labels, buckets, self.sums[labels])
-        yield family
+REQUEST_SECONDS = Histogram(
+    "incidents_http_request_seconds",
+    "Seconds until the response began. A long poll waits on purpose.",
+    ["route", "method", "status"],
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+)
 
 
-request_seconds = RequestSeconds()
-REGISTRY.register(request_seconds)
+@functools.cache  # the library's own look-up of a child takes three times as long
+def request_seconds(route: str, method: str, status: int) -> Histogram:
+    """Find the histogram for the requests of a route that were answered with this status."""
+    return REQUEST_SECONDS.labels(route, method, status)
 
 
-# ── SQL statements ────────────────────────────────────────────────────────────────────────────────
-
+# ── Statements ────────────────────────────────────────────────────────────────────────────────────
 
 QUERY_TIMEOUT = 4.5  # seconds until a call gets a 503; a write that was sent may still be stored
+BATCH_SIZE = 32  # calls that go to the server together
+WORKERS = 3  # batches of one statement that are on their way at once
 
-
-class Limits(NamedTuple):
-    """How the calls of one statement use the server."""
-
-    batch_size: int  # calls that go to the server together
-    workers: int  # batches that are on their way at once
-    seconds: float = QUERY_TIMEOUT  # until a call gets a 503; its statement is cancelled then
-    seconds_on_server: float = QUERY_TIMEOUT  # until a statement is cancelled earlier
-    advice: str = ""  # what the 503 says when only this statement is slow
-
-
-SEARCH_ADVICE = (
-    "This search takes too long: too many incidents nearly match. Search for a longer or rarer "
-    "text, for a rarer label, or between since and until."
+FIRST_LINE = re.compile(
+    # -- write, batch
+    # -- read, at most 30 s, 1 at once
+    r"-- (?P<access>read|write)(?P<batch>, batch)?"
+    r"(?P<slow>, at most (?P<seconds>[0-9]+) s, (?P<workers>[0-9]+) at once)?\n"
 )
-REPORT_ADVICE = "Counting takes too long; ask for a shorter time between since and until."
-# The kinds of statements, as their files declare them. A search first gets half a second. If that
-# is not enough, it is run again by a worker of its own, so that slow searches hardly delay others.
-LIMITS = {
-    "batch": Limits(batch_size=32, workers=3),
-    "single": Limits(batch_size=32, workers=3),
-    # A webhook may hold hundreds of alerts. Up to 500 go to PostgreSQL in one round trip.
-    "bulk": Limits(batch_size=500, workers=3),
-    "search": Limits(1, workers=3, seconds=1.5, seconds_on_server=0.5, advice=SEARCH_ADVICE),
-    "slow search": Limits(1, workers=1, seconds=3, advice=SEARCH_ADVICE),
-    "probe": Limits(batch_size=32, workers=1),
-    "report": Limits(1, workers=1, seconds=30, seconds_on_server=30, advice=REPORT_ADVICE),
-}
+PARAMETER = re.compile(r"^--   \$[0-9]+ (\w+)  ", re.MULTILINE)  # --   $1 incident_id  bigint[]
 
 
 @dataclass(frozen=True)
 class Statement:
-    """A file of `sql/`. Its first line declares how it is run, for example `-- kind: write, batch`.
+    """A file of `sql/`. Its first line says how it is run, and then it names its parameters.
 
-    - `read` changes nothing, so identical calls may share one result; `write` runs every call.
-    - `batch` is executed once for many calls: each parameter is an array with one element per call.
-      `single` is executed once per call; choose it unless the route is used very often.
-    - `bulk` is like `batch`, with larger batches, because one request may make hundreds of calls.
-    - `search` and `report` are like `single`, for reads that may be slow; see `LIMITS`. `probe` is
-      a write that tells only whether the server takes writes.
+    - `-- read` changes nothing, so identical calls may share one result; `-- write` runs each call.
+    - `-- read, batch` is executed once for many calls: each parameter is an array, with one element
+      per call. The others are executed once per call, which is enough for most routes.
+    - `-- read, at most 30 s, 1 at once` may be slow. Its calls have a limit of their own, and they
+      are sent one by one.
 
     A statement returns exactly one row per call, in the order of the calls, also when it finds
-    nothing. The first parameter of a write names what it locks: an incident's id, or a key.
+    nothing. The first parameter of a batched write is what its calls lock: an incident's id or a
+    key. When `is_locked` is true in a row, another transaction holds that lock.
     """
 
     name: str
     text: str
     is_read: bool
-    kind: str
-
-    @property
-    def rank(self) -> int:
-        """How much its success proves: a read can do with least, and a write needs most."""
-        return 0 if self.is_read else 1 if self.kind == "probe" else 2
+    is_batch: bool
+    is_slow: bool
+    seconds: float  # until a call gets a 503
+    workers: int
+    parameters: tuple[str, ...]
 
     @classmethod
     def load(cls, file: Path) -> "Statement":
         """Read a file; a `ValueError` says what its first line must be."""
         text = file.read_text("utf-8")
-        kind = re.match(r"-- kind: (read|write), (batch|bulk|single|search|report|probe)\n", text)
-        if not kind:
-            first_line = "'-- kind: read, single' (or write; or batch, bulk, search, report, probe)"
-            raise ValueError(f"sql/{file.name} must begin with a line like {first_line}")
-        return cls(file.stem, text, is_read=kind[1] == "read", kind=kind[2])
+        first = FIRST_LINE.match(text)
+        if not first:
+            examples = "'-- read', '-- write, batch' or '-- read, at most 30 s, 1 at once'"
+            raise ValueError(f"sql/{file.name} must begin with a line like {examples}")
+        return cls(
+            name=file.stem,
+            text=text,
+            is_read=first["access"] == "read",
+            is_batch=bool(first["batch"]),
+            is_slow=bool(first["slow"]),
+            seconds=float(first["seconds"] or QUERY_TIMEOUT),
+            workers=int(first["workers"] or WORKERS),
+            parameters=tuple(PARAMETER.findall(text)),
+        )
+
+    def order_values(self, values: dict[str, Any]) -> tuple[Any, ...]:
+        """Put values in the order of the parameters; `TypeError` when a name is wrong or missing.
+
+        Every value must be hashable: a tuple, not a list.
+        """
+        if values.keys() != set(self.parameters):
+            wanted, given = ", ".join(self.parameters), ", ".join(values)
+            raise TypeError(f"sql/{self.name}.sql takes ({wanted}), but was given ({given})")
+        return tuple([values[name] for name in self.parameters])
 
 
 SQL = SimpleNamespace(**{file.stem: Statement.load(file) for file in HERE.glob("sql/*.sql")})
-SLOW_SEARCH = replace(SQL.incident_search, name="slow_search", kind="slow search")
 
 
 # ── Group commit ──────────────────────────────────────────────────────────────────────────────────
 
 MAX_WAITING = 1000  # calls of one statement; about a tenth of a second of work
+SLOW_ADVICE = (
+    "This takes too long. Ask for less: a shorter time between since and until, a longer or rarer "
+    "text, or a rarer label."
+)
+LOCKED_ADVICE = "Another transaction holds this incident; try again soon."
 
 
 @dataclass
@@ -739,8 +718,8 @@ class PendingCall:
     """A call that waits, and the futures of all who wait for its row: identical reads share one."""
 
     arguments: tuple[Any, ...]
-    lock_key: Any  # what a write locks: its first argument
-    given_up_at: float = 0.0  # the loop's time when the last of the callers stops waiting
+    lock_key: Any  # the first argument of a write, otherwise None
+    deadline: float = 0.0  # the loop's time when the last of the callers stops waiting
     futures: list[asyncio.Future[Any]] = field(default_factory=list)
 
     def finish(self, row: Any, error: Exception | None = None) -> None:
@@ -765,18 +744,19 @@ class Batcher:
 
     Most of a write's cost is the trip to PostgreSQL and the wait for its disk. While one batch is
     on its way, new calls queue up here; then they are sent together, as arrays. A call that finds
-    the queue empty is sent at once, unless as many batches are on their way as `LIMITS` allows; so
-    a client that is alone never waits.
+    the queue empty is sent at once, so a single client never waits for others. The calls of a
+    statement that takes no arrays are pipelined: sent together, and executed one after another.
 
     - A call is answered only after its batch is committed.
     - If PostgreSQL refuses a batch, nothing of it was stored, so its calls are run one by one: one
       bad call cannot fail the others.
     - After a lost connection nothing is run again, because the batch may have been committed.
-    - Writes that lock the same row (`lock_key`) go in separate batches, and each batch locks its
-      rows in the same order, so two batches cannot deadlock.
+    - Writes with the same `lock_key` go in separate batches, and each batch is sorted by that key,
+      so two batches cannot deadlock.
+    - A statement does not wait for an incident that another transaction holds. It passes that call
+      over, and the call is run again a little later. So one held incident delays no other.
     - Identical reads that are still waiting share one result. A read never joins one that was
-      already sent, because it could then miss what its own caller has just written. Only a report
-      does, because it may take long.
+      already sent, because it could then miss what its own caller has just written.
     """
 
     def __init__(self, database: "Database", statement: Statement) -> None:
@@ -787,38 +767,45 @@ class Batcher:
         self.batch_calls = BATCH_CALLS.labels(statement.name)
         WAITING_CALLS.labels(statement.name).set_function(lambda: len(self.waiting))
 
-    @property
-    def limits(self) -> Limits:
-        """How this statement uses the server."""
-        return LIMITS[self.statement.kind]
-
     async def run(self, arguments: tuple[Any, ...]) -> Any:
-        """Give the row for these arguments.
+        """Give the row for these arguments, after its changes are committed.
 
-        Raises `Problem` 503 when too many calls wait, and later `TimeoutError` or `SlowStatement`.
+        Raises `Problem` 503 when too many calls wait or another transaction holds the incident, and
+        `TimeoutError` when the database does not answer in time.
         """
+        loop = asyncio.get_running_loop()
+        deadline, pause = loop.time() + self.statement.seconds, 0.01
+        while (row := await self.wait_for_row(arguments, deadline)).get("is_locked"):
+            if loop.time() + pause > deadline:
+                raise Problem(503, LOCKED_ADVICE, {"Retry-After": "2"})
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 0.2)
+        return row
+
+    async def wait_for_row(self, arguments: tuple[Any, ...], deadline: float) -> Any:
+        """Put a call into the queue and wait for its row."""
         if len(self.waiting) >= MAX_WAITING:
             raise Problem(503, "Too many requests wait; try again soon.", {"Retry-After": "1"})
-        loop, limits = asyncio.get_running_loop(), self.limits
+        loop, statement = asyncio.get_running_loop(), self.statement
         future = loop.create_future()
-        is_read = self.statement.is_read
-        call = PendingCall(arguments, None if is_read or not arguments else arguments[0])
-        # Identical reads share one entry, so their arguments must be hashable: tuples, not lists.
-        call = self.waiting.setdefault(arguments if is_read else future, call)
+        lock_key = None if statement.is_read or not arguments else arguments[0]
+        # Identical reads have one place in the queue; each write has its own.
+        place = arguments if statement.is_read else future
+        call = self.waiting.setdefault(place, PendingCall(arguments, lock_key))
         call.futures.append(future)
-        is_needed = len(self.waiting) == 1 or limits.batch_size == 1
-        if is_needed and len(self.workers) < limits.workers:
+        call.deadline = deadline
+        is_worker_needed = len(self.waiting) == 1 or statement.is_slow
+        if is_worker_needed and len(self.workers) < statement.workers:
             self.workers.add(loop.create_task(self.run_worker()))
         # asyncio.timeout costs five times as much, and would add a tenth to each request.
-        timer = loop.call_later(limits.seconds, time_out, future)
-        call.given_up_at = timer.when()
+        timer = loop.call_at(deadline, time_out, future)
         try:
             return await future
         except Exception as error:
-            if limits.advice and isinstance(error, TimeoutError):
-                raise SlowStatement(503, limits.advice, {"Retry-After": "10"}) from None
+            if statement.is_slow and isinstance(error, TimeoutError):
+                raise Problem(503, SLOW_ADVICE, {"Retry-After": "10"}) from None
             if is_unavailable(error):
-                self.database.log_failure(error, self.statement.rank)
+                self.database.log_failure(error)
             raise
         finally:
             timer.cancel()
@@ -826,44 +813,42 @@ class Batcher:
     async def run_worker(self) -> None:
         """Send batch after batch until no call waits."""
         while self.waiting:
-            batch: list[PendingCall] | None = None
-            started_at = time.monotonic()
+            batch: list[PendingCall] = []
             try:
                 async with self.database.borrow_connection() as connection:
-                    if self.limits.seconds > QUERY_TIMEOUT:
+                    if self.statement.seconds > QUERY_TIMEOUT:
                         # It may run long, so ask first whether the server answers at all.
                         await connection.fetchval("SELECT 1", timeout=QUERY_TIMEOUT)
-                    batch = self.next_batch()
+                    batch = self.take_batch()
                     if batch:
-                        self.batch_calls.observe(len(batch))
                         await self.execute_batch(connection, batch)
-                        self.database.log_success(started_at, self.statement.rank)
             except Exception as error:
-                if batch is None:  # No connection could be had, for any call.
-                    batch = list(self.waiting.values())
-                    self.waiting.clear()
+                if not batch:  # No connection could be had, for any call.
+                    batch, self.waiting = list(self.waiting.values()), {}
                 for call in batch:
                     call.finish(None, error)
         # There is no await between the check above and this line. Otherwise a call could join the
         # queue in between, count on this worker, and wait for ever.
         self.workers.discard(asyncio.current_task())
 
-    def next_batch(self) -> list[PendingCall]:
-        """Take the oldest waiting calls. Sort them, so that all batches lock in the same order.
+    def take_batch(self) -> list[PendingCall]:
+        """Take the oldest waiting calls, sorted by lock key.
 
         A write stays in the queue when its lock key is in the batch already. Calls that nobody
         waits for any more are dropped.
         """
         batch: dict[Any, PendingCall] = {}
-        for key, call in list(itertools.islice(self.waiting.items(), self.limits.batch_size)):
-            batch_key = key if call.lock_key is None else call.lock_key
-            if batch_key not in batch:
-                batch[batch_key] = self.waiting.pop(key)
+        size = 1 if self.statement.is_slow else BATCH_SIZE
+        for place, call in list(itertools.islice(self.waiting.items(), size)):
+            key = place if call.lock_key is None else call.lock_key
+            if key not in batch:
+                batch[key] = self.waiting.pop(place)
         wanted = [call for call in batch.values() if not all(f.done() for f in call.futures)]
         return sorted(wanted, key=lambda call: str(call.lock_key))
 
     async def execute_batch(self, connection: Any, batch: list[PendingCall]) -> None:
         """Run a batch in one round trip and one transaction, or else its calls one by one."""
+        started_at = time.monotonic()
         try:
             rows = await self.fetch_rows(connection, batch)
         except asyncpg.PostgresError as error:
@@ -874,27 +859,27 @@ class Batcher:
                     await self.execute_batch(connection, [call])
                 except asyncpg.PostgresError as call_error:
                     call.finish(None, call_error)
-        else:
-            for call, row in zip(batch, rows, strict=True):
-                call.finish(row)
-                if self.statement.kind == "report" and call.arguments in self.waiting:
-                    self.waiting.pop(call.arguments).finish(row)
+            return
+        self.batch_calls.observe(len(batch))
+        for call, row in zip(batch, rows, strict=True):
+            call.finish(row)
+        if not self.statement.is_read:
+            self.database.log_write(started_at)
 
     async def fetch_rows(self, connection: Any, batch: list[PendingCall]) -> Any:
         """Run a batch as long as somebody waits for it, and check that each call has its row."""
         calls = [call.arguments for call in batch]
-        given_up_at = max(call.given_up_at for call in batch)
-        seconds_left = given_up_at - asyncio.get_running_loop().time()
-        timeout = max(min(seconds_left, self.limits.seconds_on_server), 0.001)
+        deadline = max(call.deadline for call in batch)
+        timeout = max(deadline - asyncio.get_running_loop().time(), 0.001)
         try:
-            if self.statement.kind in ("batch", "bulk"):
+            if self.statement.is_batch:
                 columns = zip(*calls, strict=True)
                 rows = await connection.fetch(self.statement.text, *columns, timeout=timeout)
             else:
                 rows = await connection.fetchmany(self.statement.text, calls, timeout=timeout)
         except (TimeoutError, asyncpg.ReadOnlySQLTransactionError):
             # The server is gone or a standby: connect anew. A call sent late does not tell that.
-            if timeout > QUERY_TIMEOUT / 2 and not self.limits.advice:
+            if timeout > QUERY_TIMEOUT / 2 and not self.statement.is_slow:
                 await self.database.pool.expire_connections()
             raise
         except asyncpg.InterfaceError as error:
@@ -911,6 +896,7 @@ class Batcher:
 
 
 # ── Database ──────────────────────────────────────────────────────────────────────────────────────
+
 
 # Options that libpq takes in a URL, but that asyncpg would send to the server as unknown settings.
 LIBPQ_OPTIONS = re.compile(
@@ -954,13 +940,6 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]
         return f"{super()._get_unique_id(prefix)}{PROCESS_ID}"
 
 
-class SpareConnectionError(Exception):
-    """No further connection can be opened, but here is one of the pool that has become free."""
-
-    def __init__(self, connection: Any) -> None:
-        self.connection = connection
-
-
 class Database:
     """A pool of connections, with a `Batcher` for each statement."""
 
@@ -969,21 +948,16 @@ class Database:
     servers: list[Server]
     server: Server | None = None  # the one of the newest connection
     batchers: dict[str, Batcher]
-    bulk_lock: asyncio.Lock  # held while fetch_all() runs one part
-    last_error: Exception | None = None
-    last_error_at = 0.0
-    last_error_rank = 0  # of the statements that have failed, the highest
-    has_logged_pooler = False
-    connection_limit_at = float("-inf")  # when a limit last refused a connection
+    failed_at: float | None = None  # when a call failed last; None after a write has succeeded
+    logged_at = float("-inf")  # when that was logged last
 
     async def open(self, url: str, tries: int = 30, pause: float = 2) -> None:
         """Open the pool once the server answers.
 
         Raises `RuntimeError` after 30 tries, which take one to three minutes.
         """
-        self.url, self.servers, self.bulk_lock = url, list_servers(url), asyncio.Lock()
-        statements = (*vars(SQL).values(), SLOW_SEARCH)
-        self.batchers = {each.name: Batcher(self, each) for each in statements}
+        self.url, self.servers = url, list_servers(url)
+        self.batchers = {name: Batcher(self, statement) for name, statement in vars(SQL).items()}
         self.pool = await asyncpg.create_pool(
             LIBPQ_OPTIONS.sub("", url).rstrip("?&"),
             min_size=0,
@@ -1012,62 +986,37 @@ class Database:
         return ", ".join(str(server) for server in list_servers(self.url))
 
     async def connect(self, url: str, **options: Any) -> Any:
-        """Open a connection for the pool.
-
-        When the server allows no more connections, wait for one of ours to become free. The pool
-        cannot do that: it would offer the place of the refused connection to the next caller. So
-        this call keeps that place while it waits, and hands the connection over in an exception.
-        Only once in a second it asks the server for a further connection.
-        """
-        is_at_limit = time.monotonic() < self.connection_limit_at + 1
-        if not (is_at_limit and self.pool.get_size()):
-            try:
-                return await self.connect_to_a_server(url, **options)
-            except asyncpg.TooManyConnectionsError as error:
-                open_ones = self.pool.get_size()
-                if not open_ones:
-                    raise
-                if time.monotonic() > self.connection_limit_at + 60:
-                    text = "Only %d connections can be had, DB_POOL_SIZE allows %d: %s"
-                    limit = self.pool.get_max_size()
-                    log.warning(text, open_ones, limit, one_line(error))
-                self.connection_limit_at = time.monotonic()
-        raise SpareConnectionError(await self.pool.acquire())
-
-    async def connect_to_a_server(self, url: str, **options: Any) -> Any:
         """Connect to the first server that answers and is what target_session_attrs wants.
 
         asyncpg has one timeout for all hosts, so a silent one would use it up. Here each has its
         share of the time, and those that were silent are tried last from then on.
         """
-        wanted = conninfo_to_dict(url).get("target_session_attrs", "any")
+        role = conninfo_to_dict(url).get("target_session_attrs", "any")
+        roles = ("standby", "any") if role == "prefer-standby" else (role,)
+        attempts = list(itertools.product(roles, self.servers))
+        timeout = QUERY_TIMEOUT / (len(attempts) + 1)
         errors: list[Exception] = []
-        kinds = ("standby", "any") if wanted == "prefer-standby" else (wanted,)
-        for kind in kinds:
-            for server in [*self.servers]:
-                options |= {**server._asdict(), "target_session_attrs": kind}
-                try:
-                    timeout = QUERY_TIMEOUT / (len(kinds) * len(self.servers) + 1)
-                    connection = await asyncpg.connect(url, **options, timeout=timeout)
-                except (OSError, asyncpg.PostgresError, *CONNECTION_ERRORS) as error:
-                    errors.append(error)
-                    if isinstance(error, TimeoutError):
-                        self.servers.remove(server)
-                        self.servers.append(server)
-                    continue
-                if self.server not in (None, server):
-                    log.warning("The database at %s is used from now on", server)
-                self.server = server
-                return connection
-        raise most_telling(errors)
+        for role, server in attempts:
+            options |= {**server._asdict(), "target_session_attrs": role}
+            try:
+                connection = await asyncpg.connect(url, **options, timeout=timeout)
+            except (OSError, asyncpg.PostgresError, *CONNECTION_ERRORS) as error:
+                errors.append(error)
+                if isinstance(error, TimeoutError):
+                    self.servers.remove(server)
+                    self.servers.append(server)
+                continue
+            if self.server not in (None, server):
+                log.warning("The database at %s is used from now on", server)
+            self.server = server
+            return connection
+        # A server that refuses says more than one that is silent or gone.
+        raise next((error for error in errors if not isinstance(error, OSError)), errors[0])
 
     @contextlib.asynccontextmanager
     async def borrow_connection(self) -> AsyncIterator[Any]:
         """Lend a connection of the pool; `TimeoutError` when none becomes free in time."""
-        try:
-            connection = await self.pool.acquire(timeout=QUERY_TIMEOUT)
-        except SpareConnectionError as spare:
-            connection = spare.connection
+        connection = await self.pool.acquire(timeout=QUERY_TIMEOUT)
         try:
             yield connection
         finally:
@@ -1075,59 +1024,28 @@ class Database:
             # over a second, the connection is closed.
             await self.pool.release(connection, timeout=1)
 
-    async def fetchrow(self, statement: Statement, *arguments: Any) -> Any:
-        """Run a statement and give its row, once its changes are committed."""
-        return await self.batchers[statement.name].run(arguments)
+    async def fetchrow(self, statement: Statement, **values: Any) -> Any:
+        """Run a statement with these parameters and give its row, after its changes are committed.
 
-    async def fetch_all(self, statement: Statement, calls: list[tuple[Any, ...]]) -> list[Any]:
-        """Run many calls of a statement, in parts of one batch each.
-
-        Parts of over 100 calls take turns. Otherwise some large requests would fill the queue,
-        which has room for MAX_WAITING calls, and others would get 503. If a part fails or has to
-        wait too long, the parts before it are stored already.
+        Raises `Problem` 503, or an error of which `to_problem` makes one.
         """
-        rows: list[Any] = []
-        while len(rows) < len(calls):
-            part = calls[len(rows) : len(rows) + LIMITS[statement.kind].batch_size]
-            turn = self.bulk_lock if len(part) > 100 else contextlib.nullcontext()
-            async with asyncio.timeout(QUERY_TIMEOUT), turn:
-                rows += await asyncio.gather(*(self.fetchrow(statement, *call) for call in part))
-        return rows
+        return await self.batchers[statement.name].run(statement.order_values(values))
 
-    def log_failure(self, error: Exception, rank: int) -> None:
-        """Log that the database is unavailable: one line until it serves again."""
-        if is_of_pooler(error):  # Every other call may succeed, so this is logged only once.
-            if not self.has_logged_pooler:
-                log.error("Some requests fail: %s", one_line(error))
-            self.has_logged_pooler = True
-            return
-        self.last_error_at = time.monotonic()
-        self.last_error_rank = max(self.last_error_rank, rank)
-        if not self.last_error:
+    def log_failure(self, error: Exception) -> None:
+        """Log that the database cannot serve: when that begins, and then once a minute."""
+        self.failed_at = time.monotonic()
+        if self.failed_at > self.logged_at + 60:
             log.warning("The database at %s cannot serve: %s", self, one_line(error))
-        self.last_error = error
+            self.logged_at = self.failed_at
 
-    def log_success(self, started_at: float, rank: int) -> None:
-        """Log that the database serves again, if the batch began after the last failure.
+    def log_write(self, started_at: float) -> None:
+        """Log that the database serves again, when a write has begun after the last failure.
 
-        Reads often work while writes do not, so after a failed write only a write shows it. A probe
-        does not: it needs no room on a disk that is full.
+        Only a write shows that: reads also work on a standby, and while the disk is full.
         """
-        if not self.last_error or started_at < self.last_error_at:
-            return
-        if rank >= self.last_error_rank:
+        if self.failed_at and started_at > self.failed_at:
             log.warning("The database at %s serves again", self)
-            self.last_error, self.last_error_rank = None, 0
-
-
-def most_telling(errors: list[Exception]) -> Exception:
-    """Choose the most useful error: a server that refuses says more than one that is silent."""
-    kinds = (asyncpg.TooManyConnectionsError, asyncpg.PostgresError, *CONNECTION_ERRORS, OSError)
-    chosen = next(error for kind in kinds for error in errors if isinstance(error, kind))
-    if isinstance(chosen, asyncpg.TargetServerAttributeNotMatched):
-        # Its own text names neither what answers nor the option.
-        chosen.args = ("only standbys answer, or servers that target_session_attrs excludes",)
-    return chosen
+            self.failed_at, self.logged_at = None, float("-inf")
 
 
 database = Database()
@@ -1142,16 +1060,17 @@ async def prepare_session(connection: Any) -> None:
     # Return json columns as raw bytes: they are the response body.
     binary: Any = {"schema": "pg_catalog", "format": "binary"}
     await connection.set_type_codec("json", encoder=bytes, decoder=bytes, **binary)
-    # A generic plan is made once per connection and serves all parameters, so that nothing is
-    # planned again for each call. The statements are written for it. JIT costs more than it saves.
-    await connection.execute("SET plan_cache_mode = force_generic_plan; SET jit = off")
-    # While a table is small, the planner prefers to scan all of it, and a generic plan would keep
-    # doing so when the table has grown. Every statement has an index for what it reads.
-    await connection.execute("SET enable_seqscan = off")
-    # rfc3339() in the schema relies on this form of timestamps.
-    await connection.execute("SET datestyle = 'ISO'")
-    # A statement of a process that was killed ends too. A limit that the role has already stays.
     await connection.execute(
+        # A generic plan is made once per connection and serves all parameters, so that nothing is
+        # planned again for each call. The statements are written for it. JIT costs more than it
+        # saves.
+        "SET plan_cache_mode = force_generic_plan; SET jit = off;"
+        # While a table is small, the planner prefers to scan all of it, and a generic plan would
+        # keep doing so when the table has grown. Every statement has an index for what it reads.
+        "SET enable_seqscan = off;"
+        # rfc3339() in the schema relies on this form of timestamps.
+        "SET datestyle = 'ISO';"
+        # A statement of a process that was killed ends too. A limit that the role has stays.
         "SELECT set_config('statement_timeout', '35s', false)"
         " WHERE current_setting('statement_timeout') = '0'"
     )
@@ -1172,9 +1091,9 @@ SETTLE_SECONDS = 0.4  # how long a request waits for the newest entries to settl
 SLOW_WRITER = 5  # seconds after which a transaction that the feed waits for is logged
 
 
-async def fetch_from_primary(statement: Statement, *arguments: Any) -> Any:
+async def fetch_from_primary(statement: Statement, **values: Any) -> Any:
     """Run a read that only the primary can answer; 503 when a standby answers."""
-    row = await database.fetchrow(statement, *arguments)
+    row = await database.fetchrow(statement, **values)
     if row["is_standby"]:
         await database.pool.expire_connections()
         detail = "Only a primary server knows the order of all entries; this is a standby."
@@ -1457,7 +1376,7 @@ def apply_migrations(address: str) -> None:
 async def fetch_readiness() -> Any:
     """Ask which migrations are `missing`, and whether the database refuses writes."""
     try:
-        return await database.fetchrow(SQL.readiness, MIGRATIONS)
+        return await database.fetchrow(SQL.readiness, migrations=MIGRATIONS)
     except asyncpg.UndefinedTableError:  # yoyo has not made its table yet
         return {"missing": MIGRATIONS, "is_read_only": False}
 
@@ -1572,6 +1491,10 @@ def validate_query(query_string: bytes, model: type[Model]) -> Model:
 
 async def parse_body(request: Request, model: type[Model], max_size: int = MAX_BODY) -> Model:
     """Parse the JSON body; 400, 408, 413, 415 or 422 when the model does not take it."""
+    if request.headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
+        # RFC 9110, 15.5.16: the response names the codings that are taken.
+        detail = "Send the body without compression, and without the header Content-Encoding."
+        raise Problem(415, detail, {"Accept-Encoding": "identity"})
     if not is_json(request.headers.get("content-type", "")[:MAX_CACHED]):
         raise Problem(415, f"Send JSON in UTF-8 with the header Content-Type: {JSON_TYPE}")
     body = bytearray()
@@ -1785,7 +1708,7 @@ def observe_request(scope: Scope, status: int, seconds: float) -> None:
     route = scope.get("route")
     path = route.documented_path if route else "unknown"
     method = scope["method"] if route and scope["method"] in route.methods else "other"
-    request_seconds.count_request((path, method, str(status)), seconds)
+    request_seconds(path, method, status).observe(seconds)
 
 
 def log_access(
@@ -1872,7 +1795,7 @@ class ListFormat(NamedTuple):
 
 
 JSON = ListFormat("json", JSON_TYPE, b"[", ",\n", b"]")
-NDJSON = ListFormat("ndjson", "application/x-ndjson")
+NDJSON = ListFormat("ndjson", "application/x-ndjson; charset=utf-8")
 CSV = ListFormat(
     "csv",
     "text/csv; charset=utf-8; header=present",
@@ -1883,10 +1806,11 @@ EVENT_STREAM = ListFormat("sse", "text/event-stream; charset=utf-8")
 LIST_FORMATS: dict[str, ListFormat] = {form.name: form for form in (JSON, NDJSON, CSV)}
 
 
-async def run_idempotent(request: Request, statement: Statement, *arguments: Any) -> Any:
+async def run_idempotent(request: Request, statement: Statement, **values: Any) -> Any:
     """Run a statement that makes something, but once only for each Idempotency-Key.
 
-    The row's `is_replay` tells that the key was used before; then only its `id` is there.
+    `values` are what the client has sent. The row's `is_replay` tells that the key was used before;
+    then only its `id` is there.
     """
     keys = {line.strip(" \t") for line in request.headers.getlist("idempotency-key")}
     if len(keys) > 1:
@@ -1897,10 +1821,11 @@ async def run_idempotent(request: Request, statement: Statement, *arguments: Any
         raise Problem(422, "An Idempotency-Key has 1 to 255 ASCII characters; send another.")
     digest = None
     if key is not None:
-        # None is left out, so that a new argument does not change the digests that are stored.
-        sent = json.dumps([argument for argument in arguments if argument is not None])
+        # None is left out, so that a new parameter does not change the digests that are stored.
+        sent = json.dumps([value for value in values.values() if value is not None])
         digest = hashlib.sha256(sent.encode()).digest()
-    row = await database.fetchrow(statement, key, digest, request.scope["actor"], *arguments)
+    actor = request.scope["actor"]
+    row = await database.fetchrow(statement, key=key, digest=digest, actor=actor, **values)
     if not row["is_same_request"]:
         raise Problem(422, "This Idempotency-Key came with another request; send a new one.")
     return row
@@ -1914,11 +1839,12 @@ async def create_incident(request: Request) -> Response:
     new = await parse_body(request, NewIncident)
     # Sorted, so that a retry may have the labels in another order.
     labels = json.dumps(new.labels, sort_keys=True) if new.labels else None
-    row = await run_idempotent(request, SQL.incident_create, new.description, new.source, labels)
+    values = {"description": new.description, "source": new.source, "labels": labels}
+    row = await run_idempotent(request, SQL.incident_create, **values)
     location = f"/incidents/{row['id']}"
     if row["is_replay"]:
         # A statement cannot see a row that was committed while it waited for the key.
-        row = await database.fetchrow(SQL.incident_get, row["id"], None)
+        row = await database.fetchrow(SQL.incident_get, incident_id=row["id"], if_none_match=None)
         return json_response(row, 201, Location=location, **REPLAYED)
     return json_response(row, 201, Location=location)
 
@@ -1984,19 +1910,23 @@ async def fetch_page(query: ListQuery, form: ListFormat, after: Position | None)
     until = Position(query.until, 0) if query.until else None
     earlier = min([place for place in (until, after) if place], default=None)
     created_at, incident_id = earlier or (None, None)
-    size = query.limit or STREAM_PAGE
-    chosen = (statuses, sources, query.since, created_at, incident_id)
-    shape = (size, form.name, form.separator)
-    matches = (*like_pattern(query.q), query.label)
-    arguments = (*chosen, *shape, *matches)
+    values = {
+        "statuses": statuses,
+        "sources": sources,
+        "since": query.since,
+        "before_created_at": created_at,
+        "before_id": incident_id,
+        "size": query.limit or STREAM_PAGE,
+        "format": form.name,
+        "separator": form.separator,
+    }
+    if not (query.q or query.label or query.dedup_key):
+        return await database.fetchrow(SQL.incident_page, **values)
+    pattern, has_accents = like_pattern(query.q)
+    values |= {"pattern": pattern, "has_accents": has_accents, "label_filter": query.label}
     if query.dedup_key:
-        return await database.fetchrow(SQL.dedup_key_page, *arguments, query.dedup_key)
-    if query.q or query.label:
-        try:
-            return await database.fetchrow(SQL.incident_search, *arguments)
-        except SlowStatement:
-            return await database.fetchrow(SLOW_SEARCH, *arguments)
-    return await database.fetchrow(SQL.incident_page, *chosen, *shape)
+        return await database.fetchrow(SQL.dedup_key_page, **values, dedup_key=query.dedup_key)
+    return await database.fetchrow(SQL.incident_search, **values)
 
 
 def like_pattern(text: str | None) -> tuple[str | None, bool]:
@@ -2013,15 +1943,13 @@ async def stream_pages(
 ) -> AsyncIterator[bytes]:
     """Yield the whole list from its first page on.
 
-    Each page is a query of its own, so a slow reader holds no connection; the next one is read
-    while one is sent. When a read fails, the response breaks off, so that a part of the list never
-    looks complete.
+    Each page is a query of its own, so a slow reader holds no connection. When a read fails, the
+    response breaks off, so that a part of the list never looks complete.
     """
     yield form.opening
     while page["has_more"]:
-        next_page = asyncio.create_task(fetch_after(page["position"]))
         yield page["body"] + form.separator.encode()
-        page = await next_page
+        page = await fetch_after(page["position"])
     yield page["body"] + form.closing
 
 
@@ -2040,7 +1968,7 @@ async def get_incident(request: Request) -> Response:
     """Show an incident."""
     incident_id = parse_incident_id(request)
     etags = joined_header(request, "if-none-match")
-    row = await database.fetchrow(SQL.incident_get, incident_id, etags)
+    row = await database.fetchrow(SQL.incident_get, incident_id=incident_id, if_none_match=etags)
     if row["is_unchanged"]:
         return Response(None, 304, {"ETag": row["etag"]})
     return json_response(row)
@@ -2053,31 +1981,38 @@ async def change_incident(request: Request) -> Response:
     if not change.model_fields_set:
         names = ", ".join(IncidentChange.model_fields)
         raise Problem(422, f"There is nothing to change; send one of: {names}.")
-    fields = (change.description, change.source, change.status)
-    labels = json.dumps(change.labels) if change.labels else None
-    return await apply_change(request, incident_id, *fields, change.note, labels)
+    return await apply_change(request, incident_id, **dict(change))
 
 
 async def change_status(request: Request) -> Response:
     """Change an incident's status, with a note if you like."""
     incident_id = parse_incident_id(request)
     change = await parse_body(request, StatusChange)
-    return await apply_change(request, incident_id, None, None, change.status, change.note, None)
+    return await apply_change(request, incident_id, status=change.status, note=change.note)
 
 
 async def apply_change(
     request: Request,
     incident_id: int,
-    description: str | None,
-    source: str | None,
-    status: str | None,
-    note: str | None,
-    label_patch: str | None,
+    *,
+    description: str | None = None,
+    source: str | None = None,
+    status: str | None = None,
+    note: str | None = None,
+    labels: dict[str, str | None] | None = None,
 ) -> Response:
     """Change an incident and show it; 412 when If-Match does not have its entity tag."""
-    etags, actor = joined_header(request, "if-match"), request.scope["actor"]
-    arguments = (incident_id, description, source, status, etags, actor, note, label_patch)
-    row = await database.fetchrow(SQL.incident_change, *arguments)
+    row = await database.fetchrow(
+        SQL.incident_change,
+        incident_id=incident_id,
+        description=description,
+        source=source,
+        status=status,
+        if_match=joined_header(request, "if-match"),
+        actor=request.scope["actor"],
+        note=note,
+        label_patch=json.dumps(labels) if labels else None,
+    )
     if row["is_match"] is False:  # None means that there is no such incident
         detail = (
             "If-Match does not have the incident's current ETag; read it again, then change it."
@@ -2099,8 +2034,17 @@ async def get_timeline(request: Request) -> Response:
 
     async def fetch_after(entry_id: int) -> Any:
         # Whoever adds an entry to an incident locks it first, so their ids are in order.
-        chosen = (incident_id, KINDS, entry_id, MAX_ID, query.limit or STREAM_PAGE)
-        return await database.fetchrow(SQL.timeline_page, *chosen, JSON.name, JSON.separator, False)
+        return await database.fetchrow(
+            SQL.timeline_page,
+            incident_id=incident_id,
+            kinds=KINDS,
+            after=entry_id,
+            up_to=MAX_ID,
+            size=query.limit or STREAM_PAGE,
+            format=JSON.name,
+            separator=JSON.separator,
+            with_incident=False,
+        )
 
     page = await fetch_after(query.after)
     if not page["incident_exists"]:
@@ -2112,9 +2056,9 @@ async def add_note(request: Request) -> Response:
     """Add a note to an incident's timeline."""
     incident_id = parse_incident_id(request)
     new = await parse_body(request, NewNote)
-    row = await run_idempotent(request, SQL.note_create, incident_id, new.note)
+    row = await run_idempotent(request, SQL.note_create, incident_id=incident_id, note=new.note)
     if row["is_replay"]:
-        row = await database.fetchrow(SQL.timeline_entry, row["id"])
+        row = await database.fetchrow(SQL.timeline_entry, entry_id=row["id"])
         return json_response(row, 201, **REPLAYED)
     return json_response(row, 201)
 
@@ -2168,10 +2112,17 @@ async def choose_start(request: Request, query: FeedQuery) -> int:
 
 async def fetch_entries(query: FeedQuery, form: ListFormat, after: int) -> Any:
     """Fetch a page of settled entries; its `position` is the id after which the next one begins."""
-    size = STREAM_PAGE if form is EVENT_STREAM else query.limit
-    chosen = (query.incident, tuple(query.kind or KINDS), after, feed.settled_id, size)
-    shape = (form.name, form.separator, query.include == "incident")
-    return await fetch_from_primary(SQL.timeline_page, *chosen, *shape)
+    return await fetch_from_primary(
+        SQL.timeline_page,
+        incident_id=query.incident,
+        kinds=tuple(query.kind or KINDS),
+        after=after,
+        up_to=feed.settled_id,
+        size=STREAM_PAGE if form is EVENT_STREAM else query.limit,
+        format=form.name,
+        separator=form.separator,
+        with_incident=query.include == "incident",
+    )
 
 
 async def stream_events(query: FeedQuery, position: int) -> AsyncIterator[bytes]:
@@ -2213,7 +2164,9 @@ async def get_stats(request: Request) -> Response:
     if bounds in slow_stats:
         row, counted_at = slow_stats[bounds]
         return json_response(row, Age=str(int(time.monotonic() - counted_at)))
-    row = await database.fetchrow(SQL.stats, *bounds, STATUSES, SOURCES)
+    row = await database.fetchrow(
+        SQL.stats, since=period.since, until=period.until, statuses=STATUSES, sources=SOURCES
+    )
     seconds = row["seconds"]
     counted_at = time.monotonic() - seconds
     if seconds > SLOW_SECONDS and bounds not in slow_stats:
@@ -2230,8 +2183,13 @@ async def apply_event(request: Request) -> Response:
     event = await parse_event(request)
     check_permission(request, authenticate(request, event.routing_key))
     key = event.dedup_key or secrets.token_hex(16)
-    arguments = (key, event.event_action, request.scope["actor"], *describe_event(event, key))
-    row = await database.fetchrow(SQL.event_apply, *arguments)
+    row = await database.fetchrow(
+        SQL.event_apply,
+        key=key,
+        action=event.event_action,
+        actor=request.scope["actor"],
+        **describe_event(event, key),
+    )
     answer = {"status": "success", "message": "Event processed", "dedup_key": key}
     return JSONResponse(answer | {"incident_id": row["incident_id"]}, 202, media_type=JSON_TYPE)
 
@@ -2255,14 +2213,18 @@ async def parse_event(request: Request) -> Event:
 PAYLOAD_LABELS = ("severity", "source", "component", "group", "class")
 
 
-def describe_event(event: Event, key: str) -> tuple[str, str]:
+def describe_event(event: Event, key: str) -> dict[str, str]:
     """Give the description of the incident that an event may open, and its labels as JSON."""
     payload = event.payload or {}
     fields = {name: payload.get(name) for name in PAYLOAD_LABELS} | {"client_url": event.client_url}
     details = payload.get("custom_details")
     details = details if isinstance(details, dict) else {"custom_details": details}
     # PagerDuty demands a summary. Here an event may come without one, so that it is not lost.
-    return choose_description(payload.get("summary"), f"Event {key}"), make_labels(fields, details)
+    description = choose_description(payload.get("summary"), f"Event {key}")
+    return {"description": description, "labels": make_labels(fields, details)}
+
+
+WEBHOOK_PART = 100  # alerts
 
 
 async def apply_alerts(request: Request) -> Response:
@@ -2271,22 +2233,33 @@ async def apply_alerts(request: Request) -> Response:
     # If a fingerprint is there twice, the later alert counts.
     alerts = {alert.fingerprint: alert for alert in group.alerts}
     actions, actor = {"firing": "trigger", "resolved": "resolve"}, request.scope["actor"]
-    calls = [
-        (key, actions[alert.status], actor, *describe_alert(alert)) for key, alert in alerts.items()
-    ]
-    rows = await database.fetch_all(SQL.event_apply, calls)
-    incident_ids = {key: row["incident_id"] for key, row in zip(alerts, rows, strict=True)}
+
+    async def apply_alert(alert: Alert) -> int | None:
+        action, described = actions[alert.status], describe_alert(alert)
+        values = {"key": alert.fingerprint, "action": action, "actor": actor, **described}
+        row = await database.fetchrow(SQL.event_apply, **values)
+        incident_id: int | None = row["incident_id"]
+        return incident_id
+
+    incident_ids: dict[str, int | None] = {}
+    # In parts, so that a large webhook leaves room in the queue. When one part fails, the parts
+    # before it are stored already.
+    for start in range(0, len(alerts), WEBHOOK_PART):
+        part = [*alerts.values()][start : start + WEBHOOK_PART]
+        results = await asyncio.gather(*(apply_alert(alert) for alert in part))
+        incident_ids |= zip((alert.fingerprint for alert in part), results, strict=True)
     return JSONResponse({"incident_ids": incident_ids}, media_type=JSON_TYPE)
 
 
-def describe_alert(alert: Alert) -> tuple[str, str]:
+def describe_alert(alert: Alert) -> dict[str, str]:
     """Give the description of the incident that an alert may open, and its labels as JSON."""
     labels, annotations = alert.labels or {}, alert.annotations or {}
     texts = [to_text(annotations.get(name)) for name in ("summary", "description")]
     text = "\n".join(filter(None, texts))
     pairs = [f"{name}={to_text(value)}" for name, value in [*labels.items()][:MAX_LABELS]]
     description = choose_description(text, ", ".join(pairs), f"Alert {alert.fingerprint}")
-    return description, make_labels({"generatorURL": alert.generatorURL}, labels)
+    link = {"generatorURL": alert.generatorURL}
+    return {"description": description, "labels": make_labels(link, labels)}
 
 
 def to_text(value: Any) -> str:
@@ -2321,7 +2294,7 @@ def make_labels(fields: dict[str, Any], details: dict[str, Any]) -> str:
 async def get_alerts(request: Request) -> Response:
     """Show which key of a monitoring tool points to an incident, and how often it came."""
     incident_id = parse_incident_id(request)
-    row = await database.fetchrow(SQL.incident_alerts, incident_id)
+    row = await database.fetchrow(SQL.incident_alerts, incident_id=incident_id)
     return json_response(row)
 
 
@@ -2379,8 +2352,9 @@ async def count_unresolved() -> None:
         return
     try:
         async with asyncio.timeout(UNRESOLVED_TIMEOUT):
-            statuses = ("open", "in_progress")
-            row = await database.fetchrow(SQL.unresolved_incidents, statuses, SOURCES)
+            row = await database.fetchrow(
+                SQL.unresolved_incidents, statuses=("open", "in_progress"), sources=SOURCES
+            )
     except Exception as error:  # the other metrics matter most when the database is away
         to_problem(error, "for metrics")
         UNRESOLVED.clear()

@@ -1,4 +1,4 @@
--- kind: read, single
+-- read
 --
 -- One page of the incidents to which a dedup_key points, one for each actor that uses the key. They are few, so
 -- the other filters need no index. For the parameters up to the 8th, see incident_page.sql; for the next three,

@@ -1,4 +1,4 @@
--- kind: write, bulk
+-- write, batch
 --
 -- Apply events of monitoring tools. A trigger opens an incident; while the one that its key points to is unresolved, it
 -- is only counted. An acknowledge moves that incident from open to in_progress, a resolve moves it from these two to
@@ -9,8 +9,8 @@
 --   $4 description  text[]   of the incident that a trigger opens
 --   $5 labels       jsonb[]  of that incident
 -- If another process writes the same key, ON CONFLICT waits for it. The incident that it has opened cannot be seen here
--- and counts as unresolved; new_id is then not used. To avoid deadlocks, keys are locked before incidents: the count of
--- counted makes PostgreSQL finish that step first. Incidents are locked in the order of Batcher, sorted as text.
+-- and counts as unresolved; new_id is then not used. An incident that another transaction
+-- holds is passed over (SKIP LOCKED): is_locked is true then, and the event does nothing.
   WITH input AS (
        SELECT key, action, actor, input.description, input.labels, position, incident_id AS old_id, status
          FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::jsonb[])
@@ -34,12 +34,11 @@
          FROM triggers JOIN counted USING (key) WHERE incident_id = new_id AND incident_id IS DISTINCT FROM old_id
        RETURNING id, created_at),
        locked AS (
-       SELECT incident.*, CASE action WHEN 'resolve' THEN 'resolved' ELSE 'in_progress' END AS new_status, actor
-         FROM (SELECT * FROM input WHERE action <> 'trigger' AND (SELECT count(*) FROM counted) >= 0
-                ORDER BY old_id::text COLLATE "C") AS target CROSS JOIN LATERAL (
+       SELECT key, incident.*, CASE action WHEN 'resolve' THEN 'resolved' ELSE 'in_progress' END AS new_status, actor
+         FROM input CROSS JOIN LATERAL (
               SELECT id, status, greatest(updated_at, noted_at, clock_timestamp()) AS changed_at FROM incidents
-               WHERE id = old_id AND (status = 'open' OR status = 'in_progress' AND action = 'resolve')
-                 FOR NO KEY UPDATE) AS incident),
+               WHERE action <> 'trigger' AND id = old_id AND (status = 'open' OR status = 'in_progress' AND action = 'resolve')
+                 FOR NO KEY UPDATE SKIP LOCKED) AS incident),
        moved AS (
        UPDATE incidents SET status = new_status, version = version + 1, updated_at = changed_at
          FROM locked WHERE incidents.id = locked.id),
@@ -47,4 +46,8 @@
        INSERT INTO timeline (incident_id, kind, from_value, to_value, actor, created_at)
        SELECT id, 'created', NULL, NULL, actor, opened.created_at FROM opened JOIN triggers ON id = new_id UNION ALL
        SELECT id, 'status', status, new_status, actor, changed_at FROM locked)
-SELECT coalesce(counted.incident_id, old_id) AS incident_id FROM input LEFT JOIN counted USING (key) ORDER BY position;
+SELECT coalesce(counted.incident_id, old_id) AS incident_id,
+       locked.id IS NULL AND (action = 'acknowledge' AND input.status = 'open'
+                              OR action = 'resolve' AND input.status IN ('open', 'in_progress')) AS is_locked
+  FROM input LEFT JOIN counted USING (key) LEFT JOIN locked USING (key)
+ ORDER BY position;

@@ -1,4 +1,4 @@
--- kind: read, single
+-- read
 --
 -- The dedup_key that points to an incident, who sends it, how many triggers with it came for this incident, and when
 -- the last one came: an array of one, empty when no key points to it. body is null when there is no such incident.

@@ -1,4 +1,4 @@
--- kind: write, batch
+-- write, batch
 --
 -- Change incidents, and write an entry on the timeline for each field and label that gets another value, and one
 -- for a note, which does not change the incident itself. body is null when there is no such incident. is_match is
@@ -11,8 +11,9 @@
 --   $6 actor        text[]
 --   $7 note         text[]    null for none
 --   $8 label_patch  jsonb[]   names and new values, where null removes a label; null to keep all
--- The rows are locked before they are read, so that the old values on the timeline are current. And
--- clock_timestamp(), unlike now(), is later than the change that the lock may have waited for.
+-- The rows are locked before they are read, so that the old values on the timeline are current. SKIP LOCKED: a row
+-- that another transaction holds is passed over, so that it delays no other; is_locked is true then, and nothing is
+-- changed. clock_timestamp(), unlike now(), is later than a change that was committed since this statement began.
   WITH input AS (
        SELECT * FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::jsonb[])
                      WITH ORDINALITY AS input (id, description, source, status, if_match, actor, note, label_patch, position)),
@@ -24,7 +25,7 @@
          FROM input CROSS JOIN LATERAL (
               SELECT id, description, source, status, labels, version, format('"%s"', version) AS etag,
                      incident_json(incidents) AS body, greatest(updated_at, noted_at, clock_timestamp()) AS changed_at
-                FROM incidents WHERE incidents.id = input.id FOR NO KEY UPDATE) AS incident),
+                FROM incidents WHERE incidents.id = input.id FOR NO KEY UPDATE SKIP LOCKED) AS incident),
        compared AS (
        SELECT *, (description, source, status, labels) <> (new_description, new_source, new_status, new_labels) AS is_change
          FROM locked CROSS JOIN LATERAL (
@@ -45,6 +46,7 @@
                UNION ALL VALUES ('status', NULL, status, new_status, NULL), ('note', NULL, NULL, NULL, note))
               AS entry (kind, field, from_value, to_value, entry_note)
         WHERE from_value IS DISTINCT FROM to_value OR entry_note IS NOT NULL)
-SELECT coalesce(changed.body, locked.body)::json AS body, coalesce(changed.etag, locked.etag) AS etag, is_match
+SELECT coalesce(changed.body, locked.body)::json AS body, coalesce(changed.etag, locked.etag) AS etag, is_match,
+       locked.position IS NULL AND EXISTS (SELECT FROM incidents WHERE incidents.id = input.id) AS is_locked
   FROM input LEFT JOIN locked USING (position) LEFT JOIN changed ON changed.id = locked.id
  ORDER BY position;

@@ -1,4 +1,4 @@
--- kind: write, batch
+-- write, batch
 --
 -- Report incidents, each with the first entry of its timeline. A request with an Idempotency-Key is
 -- carried out once: when the key was used before, is_replay is true, id is what the key's first

@@ -1,4 +1,4 @@
--- kind: read, batch
+-- read, batch
 --
 -- Incidents with their entity tags; body and etag are null when there is no such incident.
 -- is_unchanged tells whether If-None-Match has this tag (RFC 9110, 13.1.2: weak tags match too).

@@ -1,4 +1,4 @@
--- kind: read, single
+-- read
 --
 -- One page of the list of incidents, newest first: its lines, and the position of its last incident (its time
 -- and its id), from which the next page goes on. has_more is true when incidents follow.

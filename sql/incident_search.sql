@@ -1,4 +1,4 @@
--- kind: read, search
+-- read, at most 3 s, 3 at once
 --
 -- One page of the incidents whose description contains a text, in any case, or whose labels pass a filter, or both.
 -- For the rest, see incident_page.sql.

@@ -1,4 +1,4 @@
--- kind: read, single
+-- read
 --
 -- Which of these migrations the database lacks, and whether it refuses writes because it is a standby
 -- or was set to read-only.

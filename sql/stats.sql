@@ -1,4 +1,4 @@
--- kind: read, report
+-- read, at most 30 s, 1 at once
 --
 -- How many incidents there are by status and by source, and how many seconds passed from creation to
 -- the first time in progress and to the first time resolved: mean, median and 95th percentile. They

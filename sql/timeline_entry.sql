@@ -1,4 +1,4 @@
--- kind: read, single
+-- read
 --
 -- One entry of a timeline; body is null when there is no such entry.
 --   $1 entry_id  bigint

@@ -1,4 +1,4 @@
--- kind: read, single
+-- read
 --
 -- One page of the timeline, oldest first: its lines, and in position the id after which the next page begins.
 -- has_more is true when entries follow. incident_exists is false when there is no incident $1.

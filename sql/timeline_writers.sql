@@ -1,4 +1,4 @@
--- kind: read, single
+-- read
 --
 -- The id of the newest entry on the timeline that can be seen, and the transactions that may still add
 -- entries with lower ids, each with the process of its session: ids are drawn before the commit.

@@ -1,4 +1,4 @@
--- kind: write, probe
+-- read
 --
 -- Commit a transaction that changes no table, to see whether the database takes writes. It has to wait
 -- for a synchronous standby as any other write does. Logical replication slots get a message, which
