@@ -39,6 +39,7 @@
          FROM (SELECT incident_id, max(created_at) AS created_at FROM created GROUP BY incident_id) AS newest
         WHERE incidents.id = newest.incident_id)
 SELECT id, body, is_replay, is_same_request,
-       incident_id IS NULL AND EXISTS (SELECT FROM incidents WHERE incidents.id = wanted_id) AS is_locked
+       with_ids.incident_id IS NULL
+       AND EXISTS (SELECT FROM incidents WHERE incidents.id = wanted_id) AS is_locked
   FROM with_ids LEFT JOIN created USING (id)
  ORDER BY position;
