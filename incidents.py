@@ -476,6 +476,10 @@ class NoQuery(RequestModel):
     """The query of a route that has no query parameters."""
 
 
+class AnyQuery(BaseModel, extra="ignore"):
+    """The query of a route that ignores it: monitoring tools add parameters of their own."""
+
+
 class Period(RequestModel):
     """When the incidents were created: `since` or later, and before `until`."""
 
@@ -483,7 +487,13 @@ class Period(RequestModel):
     until: Timestamp = OMITTED
 
 
-class ReadinessQuery(RequestModel):
+class StatsQuery(Period):
+    """Which incidents to count, and whether to count each day by itself."""
+
+    by: Annotated[Literal["day"], SingleValue] = OMITTED
+
+
+class ReadinessQuery(BaseModel, extra="ignore"):
     """What the service must be ready for: writes too, or `reads` alone."""
 
     only: Annotated[Literal["reads"], SingleValue] = OMITTED
@@ -1088,7 +1098,6 @@ async def keep_session(connection: Any) -> None:
 FEED_PAUSE = 0.1  # seconds between two looks for new entries
 FEED_PAUSE_PER_LISTENER = 0.0003  # so that a thousand listeners leave most time to the writers
 SETTLE_SECONDS = 0.4  # how long a request waits for the newest entries to settle
-SLOW_WRITER = 5  # seconds after which a transaction that the feed waits for is logged
 
 
 async def fetch_from_primary(statement: Statement, **values: Any) -> Any:
@@ -1120,18 +1129,17 @@ class Feed:
         self.news = asyncio.Event()
         self.listeners = 0  # streams and long polls that wait
         self.watcher: asyncio.Task[None] | None = None
-        # Transactions and their process ids: when each was first seen, and which were logged.
-        self.seen_at: dict[tuple[str, int], float] = {}
-        self.logged: set[tuple[str, int]] = set()
 
     async def update_settled_id(self) -> None:
         """Find a new `settled_id`. This may take hours when a transaction was left open."""
         started_at, pause = time.monotonic(), 0.01
-        newest_id, writers = await self.find_writers()
+        row = await fetch_from_primary(SQL.timeline_writers)
+        newest_id, writers = row["newest_id"], set(row["writers"] or ())
         while writers:
             await asyncio.sleep(pause)
             pause = min(2 * pause, 0.2)
-            writers &= (await self.find_writers())[1]
+            row = await fetch_from_primary(SQL.timeline_writers)
+            writers.intersection_update(row["writers"] or ())
         # Another look may have begun later and ended earlier.
         if started_at > self.settled_at:
             has_news = newest_id != self.settled_id
@@ -1146,21 +1154,6 @@ class Feed:
                 await self.update_settled_id()
                 return True
         return False
-
-    async def find_writers(self) -> tuple[int, set[tuple[str, int]]]:
-        """Give the newest entry's id, and the transactions that may still add entries before it.
-
-        Each transaction comes with the id of its process. Raises `Problem` 503 on a standby.
-        """
-        row = await fetch_from_primary(SQL.timeline_writers)
-        writers = set(zip(row["writers"] or (), row["pids"] or (), strict=True))
-        now = time.monotonic()
-        self.seen_at = {writer: self.seen_at.get(writer, now) for writer in writers}
-        slow = {writer for writer in writers if now > self.seen_at[writer] + SLOW_WRITER}
-        for _, pid in slow - self.logged:
-            log.warning("GET /timeline waits for a transaction of PostgreSQL's process %s", pid)
-        self.logged = slow
-        return row["newest_id"], writers
 
     async def wait_for_entries(self, after: int, seconds: float) -> None:
         """Wait until there may be entries after an id, `seconds` at most."""
@@ -1407,7 +1400,6 @@ MAX_ALERTS = 2 * 1024 * 1024  # bytes; several thousand alerts
 MAX_BODY_SECONDS = 10
 MAX_QUERY_PARAMETERS = 100
 MAX_FIELDS = 20  # of a body, or names in a query; each error costs 10 µs
-MAX_CACHED = 2000  # bytes; a longer query is not cached, and a longer header is cut
 
 CHALLENGE = 'Bearer realm="incidents"'
 
@@ -1470,19 +1462,23 @@ def joined_header(request: Request, name: str) -> str | None:
 
 def parse_query(request: Request, model: type[Model]) -> Model:
     """Parse the query parameters; 422 when one is unknown or wrong."""
-    query_string: bytes = request.scope["query_string"]
-    is_short = len(query_string) <= MAX_CACHED
-    validate_this: Any = validate_query if is_short else validate_query.__wrapped__
-    query: Model = validate_this(query_string, model)
+    query: Model = validate_query(request.scope["query_string"], model)
     return query
 
 
-@functools.lru_cache(1000)  # clients repeat the same queries
+@functools.lru_cache(200)  # clients repeat the same queries, and to parse one takes 30 µs
 def validate_query(query_string: bytes, model: type[Model]) -> Model:
     """Validate a query string; each parameter is a list of the values that were sent."""
-    text = query_string.decode("latin-1")
     try:
-        values = parse_qs(text, keep_blank_values=True, max_num_fields=MAX_QUERY_PARAMETERS)
+        values = parse_qs(
+            query_string.decode(),
+            keep_blank_values=True,
+            errors="strict",
+            max_num_fields=MAX_QUERY_PARAMETERS,
+        )
+    except UnicodeDecodeError:
+        detail = "The query is not UTF-8. Percent-encode text as UTF-8: é is %C3%A9."
+        raise Problem(422, detail) from None
     except ValueError:
         detail = f"There are over {MAX_QUERY_PARAMETERS} query parameters; send fewer."
         raise Problem(422, detail) from None
@@ -1495,7 +1491,7 @@ async def parse_body(request: Request, model: type[Model], max_size: int = MAX_B
         # RFC 9110, 15.5.16: the response names the codings that are taken.
         detail = "Send the body without compression, and without the header Content-Encoding."
         raise Problem(415, detail, {"Accept-Encoding": "identity"})
-    if not is_json(request.headers.get("content-type", "")[:MAX_CACHED]):
+    if not is_json(request.headers.get("content-type", "")):
         raise Problem(415, f"Send JSON in UTF-8 with the header Content-Type: {JSON_TYPE}")
     body = bytearray()
     try:
@@ -1737,7 +1733,7 @@ class ApiRoute(Route):
         endpoint: Any,
         *,
         body: type[BaseModel] | None = None,
-        query: type[RequestModel] = NoQuery,
+        query: type[BaseModel] = NoQuery,
         is_public: bool = False,
         takes_events: bool = False,
         has_routing_key: bool = False,
@@ -1825,7 +1821,9 @@ async def run_idempotent(request: Request, statement: Statement, **values: Any) 
         sent = json.dumps([value for value in values.values() if value is not None])
         digest = hashlib.sha256(sent.encode()).digest()
     actor = request.scope["actor"]
-    row = await database.fetchrow(statement, key=key, digest=digest, actor=actor, **values)
+    row = await database.fetchrow(
+        statement, idempotency_key=key, digest=digest, actor=actor, **values
+    )
     if not row["is_same_request"]:
         raise Problem(422, "This Idempotency-Key came with another request; send a new one.")
     return row
@@ -1841,7 +1839,9 @@ async def create_incident(request: Request) -> Response:
     labels = json.dumps(new.labels, sort_keys=True) if new.labels else None
     values = {"description": new.description, "source": new.source, "labels": labels}
     row = await run_idempotent(request, SQL.incident_create, **values)
-    location = f"/incidents/{row['id']}"
+    # Relative, like all references here, so that the service works under any path of a proxy.
+    is_folder = request.scope["raw_path"].endswith(b"/")
+    location = str(row["id"]) if is_folder else f"incidents/{row['id']}"
     if row["is_replay"]:
         # A statement cannot see a row that was committed while it waited for the key.
         row = await database.fetchrow(SQL.incident_get, incident_id=row["id"], if_none_match=None)
@@ -1885,10 +1885,10 @@ def list_response(
 def choose_format(request: Request, *forms: ListFormat) -> ListFormat:
     """Choose a format by the Accept header; the last one when the header names none of them."""
     accept = joined_header(request, "accept") or "*/*"
-    return match_accept(accept[:MAX_CACHED], forms)
+    return match_accept(accept, forms)
 
 
-@functools.lru_cache(1000)  # clients repeat the same headers
+@functools.lru_cache(100)  # clients repeat the same headers
 def match_accept(accept: str, forms: tuple[ListFormat, ...]) -> ListFormat:
     """Find the format that fits an Accept header best."""
     media_types = {form.media_type.split(";")[0]: form for form in forms}
@@ -1923,10 +1923,14 @@ async def fetch_page(query: ListQuery, form: ListFormat, after: Position | None)
     if not (query.q or query.label or query.dedup_key):
         return await database.fetchrow(SQL.incident_page, **values)
     pattern, has_accents = like_pattern(query.q)
-    values |= {"pattern": pattern, "has_accents": has_accents, "label_filter": query.label}
-    if query.dedup_key:
-        return await database.fetchrow(SQL.dedup_key_page, **values, dedup_key=query.dedup_key)
-    return await database.fetchrow(SQL.incident_search, **values)
+    return await database.fetchrow(
+        SQL.incident_search,
+        **values,
+        pattern=pattern,
+        has_accents=has_accents,
+        label_filter=query.label,
+        dedup_key=query.dedup_key,
+    )
 
 
 def like_pattern(text: str | None) -> tuple[str | None, bool]:
@@ -1957,11 +1961,10 @@ def link_header(request: Request, cursor: str | None) -> str:
     """Make the Link header of a page (RFC 8288): the first and the next page, with all filters."""
     pairs = request.query_params.multi_items()
     filters = [(name, value) for name, value in pairs if name != "after"]
-    path = request.scope["raw_path"].decode("latin-1")  # with its slash at the end, or without
-    first = f'<{path}?{urlencode(filters)}>; rel="first"'
+    first = f'<?{urlencode(filters)}>; rel="first"'
     if cursor is None:
         return first
-    return f'<{path}?{urlencode([*filters, ("after", cursor)])}>; rel="next", {first}'
+    return f'<?{urlencode([*filters, ("after", cursor)])}>; rel="next", {first}'
 
 
 async def get_incident(request: Request) -> Response:
@@ -2151,28 +2154,20 @@ async def stream_events(query: FeedQuery, position: int) -> AsyncIterator[bytes]
         await feed.wait_for_entries(position, sent_at + KEEPALIVE - time.monotonic())
 
 
-SLOW_SECONDS = 0.25
-# By period, the statistics that took longer than that, and when they were counted. They are used
-# again for six times as long, so that clients that ask all the time do not slow the service down.
-slow_stats: dict[tuple[datetime | None, datetime | None], tuple[Any, float]] = {}
+MAX_DAYS = 366
 
 
 async def get_stats(request: Request) -> Response:
     """Count incidents by status and source, and time their way to in progress and resolved."""
-    period = parse_query(request, Period)
-    bounds = (period.since, period.until)
-    if bounds in slow_stats:
-        row, counted_at = slow_stats[bounds]
-        return json_response(row, Age=str(int(time.monotonic() - counted_at)))
-    row = await database.fetchrow(
-        SQL.stats, since=period.since, until=period.until, statuses=STATUSES, sources=SOURCES
-    )
-    seconds = row["seconds"]
-    counted_at = time.monotonic() - seconds
-    if seconds > SLOW_SECONDS and bounds not in slow_stats:
-        slow_stats[bounds] = (row, counted_at)
-        asyncio.get_running_loop().call_later(6 * seconds, slow_stats.pop, bounds)
-    return json_response(row, Age=str(int(seconds)))
+    query = parse_query(request, StatsQuery)
+    since, until = query.since, query.until
+    if query.by:
+        until = until or datetime.now(UTC)
+        if not since or until - since > timedelta(days=MAX_DAYS):
+            detail = f"by=day needs since, at most {MAX_DAYS} days before until (or before now)."
+            raise Problem(422, detail)
+    row = await database.fetchrow(SQL.stats, since=since, until=until, by_day=bool(query.by))
+    return json_response(row)
 
 
 # ── Handlers: events of monitoring tools ──────────────────────────────────────────────────────────
@@ -2311,9 +2306,9 @@ DOCS_FILES = StaticFiles(
 async def get_root(request: Request) -> Response:
     """Say what this service is and where its parts are; lead browsers to the board."""
     if choose_format(request, ListFormat("html", "text/html"), JSON) is not JSON:
-        return Response(status_code=307, headers={"Location": "/board", "Vary": "Accept"})
-    links = {"incidents": "/incidents/", "board": "/board", "docs": "/docs", "redoc": "/redoc"}
-    about = {"message": "Incidents API", **links, "openapi": "/openapi.json"}
+        return Response(status_code=307, headers={"Location": "board", "Vary": "Accept"})
+    links = {"incidents": "incidents/", "board": "board", "docs": "docs", "redoc": "redoc"}
+    about = {"message": "Incidents API", **links, "openapi": "openapi.json"}
     return JSONResponse(about, headers={"Vary": "Accept"}, media_type=JSON_TYPE)
 
 
@@ -2377,19 +2372,27 @@ async def get_openapi(request: Request) -> Response:
     return Response((HERE / "docs/openapi.json").read_bytes(), media_type=JSON_TYPE)
 
 
+def page_response(request: Request, name: str) -> Response:
+    """Reply with a page of docs/pages; its references are relative to the folder of its path."""
+    page = (PAGES / name).read_text("utf-8")
+    if request.scope["raw_path"].endswith(b"/"):  # /board/ is the same page as /board
+        page = page.replace("<head>", '<head><base href="../">')
+    return HTMLResponse(page)
+
+
 async def show_swagger_ui(request: Request) -> Response:
     """Show this API in Swagger UI."""
-    return HTMLResponse((PAGES / "swagger.html").read_bytes())
+    return page_response(request, "swagger.html")
 
 
 async def show_redoc(request: Request) -> Response:
     """Show this API in ReDoc."""
-    return HTMLResponse((PAGES / "redoc.html").read_bytes())
+    return page_response(request, "redoc.html")
 
 
 async def show_board(request: Request) -> Response:
     """Show what is open, live, and let people work on it."""
-    return HTMLResponse((PAGES / "board.html").read_bytes())
+    return page_response(request, "board.html")
 
 
 async def get_docs_file(request: Request) -> Response:
@@ -2414,23 +2417,36 @@ ROUTES = [
     ApiRoute("GET", "/incidents/{incident_id}/alerts", get_alerts),
     ApiRoute("GET", "/timeline", list_timeline, query=FeedQuery),
     ApiRoute(
-        "POST", "/v2/enqueue", apply_event, body=Event, takes_events=True, has_routing_key=True
+        "POST",
+        "/v2/enqueue",
+        apply_event,
+        body=Event,
+        query=AnyQuery,
+        takes_events=True,
+        has_routing_key=True,
     ),
-    ApiRoute("POST", "/webhooks/alertmanager", apply_alerts, body=AlertGroup, takes_events=True),
-    ApiRoute("GET", "/stats", get_stats, query=Period),
-    ApiRoute("GET", "/metrics", get_metrics),
-    ApiRoute("GET", "/health/live", check_liveness, is_public=True),
+    ApiRoute(
+        "POST",
+        "/webhooks/alertmanager",
+        apply_alerts,
+        body=AlertGroup,
+        query=AnyQuery,
+        takes_events=True,
+    ),
+    ApiRoute("GET", "/stats", get_stats, query=StatsQuery),
+    ApiRoute("GET", "/metrics", get_metrics, query=AnyQuery),
+    ApiRoute("GET", "/health/live", check_liveness, query=AnyQuery, is_public=True),
     ApiRoute("GET", "/health/ready", check_readiness, query=ReadinessQuery, is_public=True),
-    ApiRoute("GET", "/", get_root, is_public=True),
-    ApiRoute("GET", "/openapi.json", get_openapi, is_public=True),
-    ApiRoute("GET", "/board", show_board, is_public=True),
-    ApiRoute("GET", "/docs", show_swagger_ui, is_public=True),
-    ApiRoute("GET", "/redoc", show_redoc, is_public=True),
+    ApiRoute("GET", "/", get_root, query=AnyQuery, is_public=True),
+    ApiRoute("GET", "/openapi.json", get_openapi, query=AnyQuery, is_public=True),
+    ApiRoute("GET", "/board", show_board, query=AnyQuery, is_public=True),
+    ApiRoute("GET", "/docs", show_swagger_ui, query=AnyQuery, is_public=True),
+    ApiRoute("GET", "/redoc", show_redoc, query=AnyQuery, is_public=True),
 ]
 # The parts of the pages are not part of the API, so the OpenAPI description leaves them out. Their
 # query parameters are ignored.
 DOCS_FILES_ROUTE = ApiRoute(
-    "GET", "/docs/{file:path}", get_docs_file, query=RequestModel, is_public=True
+    "GET", "/docs/{file:path}", get_docs_file, query=AnyQuery, is_public=True
 )
 
 

@@ -1,11 +1,15 @@
 -- read
 --
--- The dedup_key that points to an incident, who sends it, how many triggers with it came for this incident, and when
--- the last one came: an array of one, empty when no key points to it. body is null when there is no such incident.
+-- The dedup_keys that point to an incident: who sends each, how many triggers with it came for this
+-- incident, and when the last one came. An empty array when no key points to the incident; body is
+-- null when there is no such incident.
 --   $1 incident_id  bigint
 SELECT (SELECT coalesce((
                SELECT json_agg(json_build_object(
-                          'dedup_key', key, 'actor', actor, 'times', times, 'last_seen_at', rfc3339(last_seen_at))
+                          'dedup_key', key,
+                          'actor', actor,
+                          'times', times,
+                          'last_seen_at', rfc3339(last_seen_at))
                           ORDER BY key, actor)
                  FROM dedup_keys
                 WHERE incident_id = $1), '[]')

@@ -1,7 +1,7 @@
 -- read
 --
--- One page of the list of incidents, newest first: its lines, and the position of its last incident (its time
--- and its id), from which the next page goes on. has_more is true when incidents follow.
+-- One page of the list of incidents, newest first: its lines, and in position the time and the id
+-- of its last incident, after which the next page begins. has_more is true when incidents follow.
 --   $1 statuses           text[]       null for no filter, and then $2 must be null too
 --   $2 sources            text[]       null for no filter, and then $1 must be null too
 --   $3 since              timestamptz  created at this time or later, null for no bound
@@ -10,18 +10,20 @@
 --   $6 size               integer      incidents at most
 --   $7 format             text         json, ndjson or csv
 --   $8 separator          text         what stands between two lines
--- Without a filter, the first half of the union walks along one index. With a filter, the second half
--- reads each status and source from its own part of another index, so that a rare one is found
--- without a walk through the rest. One generic plan serves both, because only the parameters decide
--- which half has rows; they are in order, so array_agg() needs no ORDER BY. One row more than asked for
--- is read: it shows whether more incidents follow.
+-- The parameters decide which half of the union has rows, so one generic plan serves both. One row
+-- more than asked for is read: it shows whether more incidents follow.
   WITH page AS (
+       -- Without a filter: walk along the index of creation times.
        (SELECT created_at, id, incident_line(incident, $7) AS line
           FROM incidents_between($3, $4, $5) AS incident
          WHERE $1::text[] IS NULL
          ORDER BY created_at DESC, id DESC
          LIMIT $6::integer + 1)
+
         UNION ALL
+
+       -- With a filter: read each status and source from its own part of another index, so that a
+       -- rare one is found without a walk through the rest.
        (SELECT newest.created_at, newest.id, incident_line(newest.incident, $7)
           FROM unnest($1::text[]) AS wanted_status (status)
                CROSS JOIN unnest($2::text[]) AS wanted_source (source)
@@ -33,9 +35,13 @@
                 LIMIT $6 + 1) AS newest
          ORDER BY newest.created_at DESC, newest.id DESC
          LIMIT $6 + 1)),
+
+       -- The rows of a page are in order already, so array_agg() needs no ORDER BY.
        arrays AS (
        SELECT array_agg(id) AS ids, array_agg(created_at) AS times, array_agg(line) AS lines
          FROM page)
+
 SELECT convert_to(coalesce(array_to_string(lines[:$6], $8), ''), 'UTF8') AS body,
-       coalesce(cardinality(ids) > $6, false) AS has_more, ROW(times[$6], ids[$6]) AS position
+       coalesce(cardinality(ids) > $6, false) AS has_more,
+       ROW(times[$6], ids[$6]) AS position
   FROM arrays;

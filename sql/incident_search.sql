@@ -1,50 +1,89 @@
 -- read, at most 3 s, 3 at once
 --
--- One page of the incidents whose description contains a text, in any case, or whose labels pass a filter, or both.
--- For the rest, see incident_page.sql.
---   $1 statuses           text[]
---   $2 sources            text[]
---   $3 since              timestamptz
---   $4 before_created_at  timestamptz
+-- One page of the incidents whose description contains a text, in any case, or whose labels pass a
+-- filter, or to which a dedup_key points, or all of these. It returns what incident_page.sql does.
+--   $1 statuses           text[]       null for no filter, and then $2 must be null too
+--   $2 sources            text[]       null for no filter, and then $1 must be null too
+--   $3 since              timestamptz  created at this time or later, null for no bound
+--   $4 before_created_at  timestamptz  before this place in the list, null for its beginning
 --   $5 before_id          bigint
---   $6 size               integer
---   $7 format             text
---   $8 separator          text
+--   $6 size               integer      incidents at most
+--   $7 format             text         json, ndjson or csv
+--   $8 separator          text         what stands between two lines
 --   $9 pattern            text         for ILIKE, in the form of search_form(); null for any text
 --   $10 has_accents       boolean      whether that form changes the text itself
 --   $11 label_filter      jsonpath     for the operator @@; null for any labels
--- Only the part of the union that choose_search() has chosen reads rows; the third one serves 'texts' and 'labels'.
--- There, OFFSET 0 makes PostgreSQL fetch the incidents one by one, so that it stops when the page is full. Its index
--- of labels is used only where labels <> '{}' is repeated.
+--   $12 dedup_key         text         of any actor; null for no such filter
+-- Only the part of the union that choice names reads rows.
   WITH choice AS MATERIALIZED (
-       SELECT choose_search($1, $2, $3, $4, $5, $9, $10, $11) AS way),
+       SELECT CASE WHEN $12::text IS NOT NULL THEN 'keys'
+                   ELSE choose_search($1, $2, $3, $4, $5, $9, $10, $11) END AS way),
+
        page AS (
+       -- Many pass the filters: walk along the list.
        (SELECT created_at, id, incident
           FROM incidents_between($3, $4, $5) AS incident
-         WHERE (SELECT way FROM choice) = 'list' AND incident_matches(incident, $1, $2, $9, $10, $11)
-         ORDER BY created_at DESC, id DESC LIMIT $6::integer + 1)
+         WHERE (SELECT way FROM choice) = 'list'
+           AND incident_matches(incident, $1, $2, $9, $10, $11)
+         ORDER BY created_at DESC, id DESC
+         LIMIT $6::integer + 1)
+
         UNION ALL
-        SELECT newest.*
-          FROM unnest($1) AS wanted_status (status) CROSS JOIN unnest($2) AS wanted_source (source) CROSS JOIN LATERAL (
+
+       -- Few have the status and the source, but many of those pass the other filters.
+        SELECT newest.created_at, newest.id, newest.incident
+          FROM unnest($1) AS wanted_status (status)
+               CROSS JOIN unnest($2) AS wanted_source (source)
+               CROSS JOIN LATERAL (
                SELECT created_at, id, incident
                  FROM incidents_between($3, $4, $5) AS incident
-                WHERE (SELECT way FROM choice) = 'chosen' AND incident_matches(incident, NULL, NULL, $9, $10, $11)
+                WHERE (SELECT way FROM choice) = 'chosen'
                   AND status = wanted_status.status AND source = wanted_source.source
-                ORDER BY created_at DESC, id DESC LIMIT $6 + 1) AS newest
+                  AND incident_matches(incident, NULL, NULL, $9, $10, $11)
+                ORDER BY created_at DESC, id DESC
+                LIMIT $6 + 1) AS newest
+
         UNION ALL
+
+       -- Few have the text or the labels: the indexes of incident_texts find them. PostgreSQL uses
+       -- the one of labels only where labels <> '{}' is repeated. OFFSET 0 makes it fetch the
+       -- incidents one by one, so that it stops when the page is full.
        (SELECT hit.created_at, hit.id, incident
-          FROM (SELECT created_at, id FROM incident_texts_between($3, $4, $5)
+          FROM (SELECT created_at, id
+                  FROM incident_texts_between($3, $4, $5)
                  WHERE (SELECT way FROM choice) = 'texts' AND description ILIKE $9
                  UNION ALL
-                SELECT created_at, id FROM incident_texts_between($3, $4, $5)
+                SELECT created_at, id
+                  FROM incident_texts_between($3, $4, $5)
                  WHERE (SELECT way FROM choice) = 'labels' AND labels @@ $11 AND labels <> '{}'
                  ORDER BY created_at DESC, id DESC) AS hit
-               CROSS JOIN LATERAL (SELECT incident FROM incidents AS incident WHERE incident.id = hit.id OFFSET 0) AS found
+               CROSS JOIN LATERAL (
+               SELECT incident
+                 FROM incidents AS incident
+                WHERE incident.id = hit.id
+               OFFSET 0) AS found
          WHERE incident_matches(incident, $1, $2, $9, $10, $11)
-         ORDER BY hit.created_at DESC, hit.id DESC LIMIT $6 + 1)
-        ORDER BY created_at DESC, id DESC LIMIT $6 + 1),
+         ORDER BY hit.created_at DESC, hit.id DESC
+         LIMIT $6 + 1)
+
+        UNION ALL
+
+       -- A dedup_key points to one incident of each actor that uses it.
+        SELECT created_at, id, incident
+          FROM dedup_keys
+               JOIN incidents_between($3, $4, $5) AS incident ON incident.id = incident_id
+         WHERE (SELECT way FROM choice) = 'keys' AND key = $12
+           AND incident_matches(incident, $1, $2, $9, $10, $11)
+
+        ORDER BY created_at DESC, id DESC
+        LIMIT $6 + 1),
+
        arrays AS (
-       SELECT array_agg(id) AS ids, array_agg(created_at) AS times, array_agg(incident_line(incident, $7)) AS lines FROM page)
+       SELECT array_agg(id) AS ids, array_agg(created_at) AS times,
+              array_agg(incident_line(incident, $7)) AS lines
+         FROM page)
+
 SELECT convert_to(coalesce(array_to_string(lines[:$6], $8), ''), 'UTF8') AS body,
-       coalesce(cardinality(ids) > $6, false) AS has_more, ROW(times[$6], ids[$6]) AS position
+       coalesce(cardinality(ids) > $6, false) AS has_more,
+       ROW(times[$6], ids[$6]) AS position
   FROM arrays;

@@ -1,7 +1,7 @@
 -- read
 --
--- Which of these migrations the database lacks, and whether it refuses writes because it is a standby
--- or was set to read-only.
+-- Which of these migrations the database lacks, and whether it refuses writes, because it is a
+-- standby or was set to read-only.
 --   $1 migrations  text[]
 SELECT coalesce(array_agg(name ORDER BY name), '{}') AS missing,
        current_setting('transaction_read_only')::boolean AS is_read_only

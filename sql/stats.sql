@@ -1,44 +1,68 @@
 -- read, at most 30 s, 1 at once
 --
--- How many incidents there are by status and by source, and how many seconds passed from creation to
--- the first time in progress and to the first time resolved: mean, median and 95th percentile. They
--- are null when no incident got there. seconds is how long it took to count all this.
---   $1 since     timestamptz  created at this time or later, null for no bound
---   $2 until     timestamptz  created before this time, null for no bound
---   $3 statuses  text[]       all statuses
---   $4 sources   text[]       all sources
-  WITH chosen AS MATERIALIZED (
-       SELECT status, source, in_progress_at - created_at AS time_to_in_progress, resolved_at - created_at AS time_to_resolved
+-- How many incidents there are by status and by source, and how many seconds passed from creation
+-- to the first time in progress and to the first time resolved: mean, median and 95th percentile,
+-- null when no incident got there. With by_day, also the same for each day in UTC.
+--   $1 since   timestamptz  created at this time or later, null for no bound
+--   $2 until   timestamptz  created before this time, null for no bound
+--   $3 by_day  boolean      since and until must be given too
+  WITH counted AS (
+       -- An incident counts for the whole period, whose day is null, and for its own day.
+       SELECT period.day, status, source,
+              extract(epoch FROM in_progress_at - created_at) AS to_in_progress,
+              extract(epoch FROM resolved_at - created_at) AS to_resolved
          FROM incidents
-        WHERE created_at >= coalesce($1::timestamptz, '-infinity') AND created_at < coalesce($2::timestamptz, 'infinity')),
-       grouped AS (
-       SELECT status, source, count(*) AS incidents
-         FROM chosen
-        GROUP BY status, source),
-       first_times AS (
-       SELECT 'in_progress' AS status, extract(epoch FROM time_to_in_progress) AS seconds
-         FROM chosen
-        WHERE time_to_in_progress IS NOT NULL
+              CROSS JOIN LATERAL (
+              VALUES (NULL), ((created_at AT TIME ZONE 'UTC')::date)) AS period (day)
+        WHERE created_at >= coalesce($1::timestamptz, '-infinity')
+          AND created_at < coalesce($2::timestamptz, 'infinity')
+          AND (period.day IS NULL OR $3::boolean)
+
         UNION ALL
-       SELECT 'resolved', extract(epoch FROM time_to_resolved)
-         FROM chosen
-        WHERE time_to_resolved IS NOT NULL),
-       durations AS (
-       SELECT wanted.status,
+
+       -- A row of nulls for each period, so that one without incidents is there too.
+       SELECT NULL, NULL, NULL, NULL, NULL
+
+        UNION ALL
+
+       SELECT day::date, NULL, NULL, NULL, NULL
+         FROM generate_series(($1 AT TIME ZONE 'UTC')::date,
+                              ($2 AT TIME ZONE 'UTC' - interval '1 microsecond')::date,
+                              interval '1 day') AS day
+        WHERE $3),
+
+       figures AS (
+       SELECT day,
               json_build_object(
-                  'count', count(seconds), 'mean', round(avg(seconds), 6),
-                  'p50', percentile_cont(0.5) WITHIN GROUP (ORDER BY seconds),
-                  'p95', percentile_cont(0.95) WITHIN GROUP (ORDER BY seconds)) AS figures
-         FROM (VALUES ('in_progress'), ('resolved')) AS wanted (status)
-              LEFT JOIN first_times USING (status)
-        GROUP BY wanted.status)
-SELECT json_build_object(
-           'incidents', (SELECT coalesce(sum(incidents), 0) FROM grouped),
-           'by_status', (SELECT json_object_agg(name, (
-                             SELECT coalesce(sum(incidents), 0) FROM grouped WHERE status = name))
-                           FROM unnest($3::text[]) AS name),
-           'by_source', (SELECT json_object_agg(name, (
-                             SELECT coalesce(sum(incidents), 0) FROM grouped WHERE source = name))
-                           FROM unnest($4::text[]) AS name),
-           'seconds_to', (SELECT json_object_agg(status, figures ORDER BY status) FROM durations)) AS body,
-       extract(epoch FROM clock_timestamp() - statement_timestamp())::float AS seconds;
+                  'incidents', count(status),
+                  'by_status', json_build_object(
+                      'open', count(*) FILTER (WHERE status = 'open'),
+                      'in_progress', count(*) FILTER (WHERE status = 'in_progress'),
+                      'resolved', count(*) FILTER (WHERE status = 'resolved'),
+                      'closed', count(*) FILTER (WHERE status = 'closed')),
+                  'by_source', json_build_object(
+                      'operator', count(*) FILTER (WHERE source = 'operator'),
+                      'monitoring', count(*) FILTER (WHERE source = 'monitoring'),
+                      'partner', count(*) FILTER (WHERE source = 'partner')),
+                  'seconds_to', json_build_object(
+                      'in_progress', json_build_object(
+                          'count', count(to_in_progress),
+                          'mean', round(avg(to_in_progress), 6),
+                          'p50', percentile_cont(0.5) WITHIN GROUP (ORDER BY to_in_progress),
+                          'p95', percentile_cont(0.95) WITHIN GROUP (ORDER BY to_in_progress)),
+                      'resolved', json_build_object(
+                          'count', count(to_resolved),
+                          'mean', round(avg(to_resolved), 6),
+                          'p50', percentile_cont(0.5) WITHIN GROUP (ORDER BY to_resolved),
+                          'p95', percentile_cont(0.95) WITHIN GROUP (ORDER BY to_resolved)))) AS body
+         FROM counted
+        GROUP BY day)
+
+SELECT CASE WHEN $3
+            THEN jsonb_set(body::jsonb, '{days}', (
+                     SELECT jsonb_agg(jsonb_build_object('day', day) || body::jsonb ORDER BY day)
+                       FROM figures
+                      WHERE day IS NOT NULL))::json
+            ELSE body END AS body
+  FROM figures
+ WHERE day IS NULL;

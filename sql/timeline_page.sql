@@ -1,7 +1,8 @@
 -- read
 --
--- One page of the timeline, oldest first: its lines, and in position the id after which the next page begins.
--- has_more is true when entries follow. incident_exists is false when there is no incident $1.
+-- One page of the timeline, oldest first: its lines, and in position the id after which the next
+-- page begins. has_more is true when entries follow. incident_exists is false when there is no
+-- incident $1.
 --   $1 incident_id    bigint   only the entries of this incident, null for all
 --   $2 kinds          text[]   only entries of these kinds, each of them once
 --   $3 after          bigint   only entries after this one
@@ -10,21 +11,27 @@
 --   $6 format         text     json, ndjson or sse (Server-Sent Events)
 --   $7 separator      text     what stands between two lines
 --   $8 with_incident  boolean  whether each entry shows its incident, as it is now
--- Only one of the three parts of the union has rows, and each walks along an index of its own: 1. the entries of
--- one incident; 2. those of all incidents, when 'created' is wanted; 3. when it is not, and entries are rarer.
+-- The parameters decide which part of the union has rows; each walks along an index of its own.
   WITH page AS (
+       -- The entries of one incident.
        (SELECT id, entry
           FROM timeline AS entry
          WHERE incident_id = $1 AND kind = ANY ($2::text[]) AND id > $3 AND id <= $4
          ORDER BY id
          LIMIT $5::integer + 1)
+
         UNION ALL
+
+       -- The entries of all incidents. Most are of the kind 'created', so few are passed over.
        (SELECT id, entry
           FROM timeline AS entry
          WHERE $1 IS NULL AND 'created' = ANY ($2) AND kind = ANY ($2) AND id > $3 AND id <= $4
          ORDER BY id
          LIMIT $5 + 1)
+
         UNION ALL
+
+       -- The same without 'created': the other kinds have an index, so that none is passed over.
        (SELECT oldest.id, oldest.entry
           FROM unnest($2) AS wanted (kind)
                CROSS JOIN LATERAL (
@@ -36,15 +43,21 @@
                 LIMIT $5 + 1) AS oldest
          ORDER BY oldest.id
          LIMIT $5 + 1)),
+
        with_incidents AS (
-       SELECT id, entry, ',"incident":' || (SELECT incident_json(incidents) FROM incidents
-                                             WHERE $8 AND incidents.id = (entry).incident_id) AS incident
+       SELECT id, entry,
+              ',"incident":' || (SELECT incident_json(incidents)
+                                   FROM incidents
+                                  WHERE $8 AND incidents.id = (entry).incident_id) AS incident
          FROM page),
+
        arrays AS (
        SELECT array_agg(id) AS ids, array_agg(timeline_line(entry, incident, $6)) AS lines
          FROM with_incidents)
+
 SELECT convert_to(coalesce(array_to_string(lines[:$5], $7), ''), 'UTF8') AS body,
-       coalesce(cardinality(ids) > $5, false) AS has_more, pg_is_in_recovery() AS is_standby,
+       coalesce(cardinality(ids) > $5, false) AS has_more,
+       pg_is_in_recovery() AS is_standby,
        CASE WHEN cardinality(ids) > $5 THEN ids[$5] ELSE greatest($3, $4) END AS position,
        $1 IS NULL OR EXISTS (SELECT FROM timeline WHERE incident_id = $1) AS incident_exists
   FROM arrays;

@@ -1,14 +1,20 @@
 -- read, at most 30 s, 1 at once
 --
--- How many incidents are open or in progress, by source, and how old the oldest open one is, in seconds, or null.
+-- How many incidents are open or in progress, by source, and how old the oldest open one is, in
+-- seconds, or null.
 --   $1 statuses  text[]
 --   $2 sources   text[]
--- All of it is in one index. The incidents themselves are read only as far as they were not vacuumed.
-SELECT array_agg(status) AS statuses, array_agg(source) AS sources, array_agg(number) AS numbers,
-       (extract(epoch FROM now() - min(oldest_at) FILTER (WHERE status = 'open')))::float8 AS oldest_open_seconds
+-- All of it is in one index. The incidents themselves are read only as far as they were not
+-- vacuumed.
+SELECT array_agg(status) AS statuses,
+       array_agg(source) AS sources,
+       array_agg(number) AS numbers,
+       (extract(epoch FROM now() - min(oldest_at) FILTER (WHERE status = 'open')))::float8
+       AS oldest_open_seconds
   FROM unnest($1::text[]) AS wanted_status (status)
        CROSS JOIN unnest($2::text[]) AS wanted_source (source)
        CROSS JOIN LATERAL (
        SELECT count(*) AS number, min(created_at) AS oldest_at
          FROM incidents
-        WHERE incidents.status = wanted_status.status AND incidents.source = wanted_source.source) AS counted;
+        WHERE incidents.status = wanted_status.status
+          AND incidents.source = wanted_source.source) AS counted;

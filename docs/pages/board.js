@@ -123,7 +123,7 @@ function showCards() {
 // The last note is read, with low priority, when its card is on the screen. A live note is newer.
 const noteObserver = new IntersectionObserver(async (changes) => {
   for (const { target: card } of changes.filter((change) => change.isIntersecting)) {
-    const path = `/incidents/${card.incident.id}/timeline`;
+    const path = `incidents/${card.incident.id}/timeline`;
     const timeline = await fetchJson(path, { priority: "low" }).catch(() => null);
     card.note.textContent ||= timeline?.findLast(({ kind }) => kind === "note")?.note ?? "";
     if (timeline) noteObserver.unobserve(card); // or it is read when the card is there again
@@ -177,8 +177,8 @@ async function readAddress() {
 
 async function readIncident(id) {
   // The incident comes first: what changes in between is on the timeline, and If-Match notices it.
-  const incident = await fetchJson(`/incidents/${id}`);
-  const timeline = await fetchJson(`/incidents/${id}/timeline`);
+  const incident = await fetchJson(`incidents/${id}`);
+  const timeline = await fetchJson(`incidents/${id}/timeline`);
   if (Number(location.hash.slice(1)) !== id) return; // another one was opened meanwhile
   if (seen?.incident.id !== id) dialog.querySelectorAll("form").forEach((form) => form.reset());
   seen = { incident, timeline };
@@ -210,7 +210,7 @@ async function changeIncident(method, path, body) {
   const { incident: { id, version }, timeline } = seen;
   const headers = { PATCH: { "If-Match": `"${version}"` }, POST: { "Idempotency-Key": requestKey } };
   try {
-    await send(method, `/incidents/${id}${path}`, { headers: headers[method], body });
+    await send(method, `incidents/${id}${path}`, { headers: headers[method], body });
   } catch (error) {
     if (error.status !== 412) throw error;
     await readIncident(id);
@@ -247,7 +247,7 @@ onSubmit("label-form", ({ name, value }) =>
 
 onSubmit("report-form", async (body) => {
   const headers = { "Idempotency-Key": requestKey };
-  const response = await send("POST", "/incidents/", { headers, body });
+  const response = await send("POST", "incidents/", { headers, body });
   byId("report").close();
   location.hash = (await response.json()).id;
 });
@@ -260,12 +260,12 @@ const pause = () => new Promise((resolve) => setTimeout(resolve, 2000));
 /** Read the board anew. `start` was read before, so that no later change is missed. */
 async function readBoard(start) {
   const recent = `limit=1000&after=${Math.max(0, start - 1000)}`;
-  const moves = await fetchJson(`/timeline?kind=status&include=incident&${recent}`);
-  const unresolved = await fetchJson("/incidents/?status=open,in_progress");
+  const moves = await fetchJson(`timeline?kind=status&include=incident&${recent}`);
+  const unresolved = await fetchJson("incidents/?status=open,in_progress");
   cards.clear();
   [...moves.map(({ incident }) => incident), ...unresolved].forEach(updateCard);
   // A request without a body shows what the token allows: a writer gets 415, a reader 403.
-  const refusal = await send("POST", "/incidents/").catch((error) => error);
+  const refusal = await send("POST", "incidents/").catch((error) => error);
   document.body.classList.toggle("read-only", refusal.status === 403);
   position = start;
   showCards();
@@ -293,7 +293,7 @@ async function readTimeline() {
   let timer = setTimeout(() => { isBuffered = true; stop(); }, isBuffered ? 40000 : 5000);
   try {
     const headers = { Accept: isBuffered ? "application/x-ndjson" : "text/event-stream" };
-    const path = `/timeline?include=incident&wait=25&after=${position}`;
+    const path = `timeline?include=incident&wait=25&after=${position}`;
     const response = await send("GET", path, { headers, signal: controller.signal });
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     for (let text = ""; ;) {
@@ -318,7 +318,7 @@ async function followTimeline() {
     // A browser opens six connections to a host for all tabs, so a hidden one gives up its own.
     while (document.hidden) await pause();
     try {
-      const latest = await send("GET", "/timeline?after=latest");
+      const latest = await send("GET", "timeline?after=latest");
       const newest = Number(latest.headers.get("Timeline-Position"));
       // A position after the newest entry is of another database, such as one before a restore.
       if (position === null || position > newest) await readBoard(newest);
@@ -343,13 +343,10 @@ function drawChart(figure, days, values) {
 }
 
 async function showFigures() {
-  // setHours goes by the local clock, into earlier days too, so days of 23 hours are right.
-  const midnight = (day) => new Date(new Date().setHours(24 * (day - 13), 0, 0, 0)).toISOString();
-  const days = [];
-  for (let day = 0; day < 14; day++) {
-    const stats = await fetchJson(`/stats?since=${midnight(day)}&until=${midnight(day + 1)}`);
-    days.push({ date: new Date(midnight(day)).toLocaleDateString(language), ...stats });
-  }
+  const since = new Date(Date.now() - 13 * 86400000).toISOString().slice(0, 10);
+  const { days } = await fetchJson(`stats?by=day&since=${since}`); // days in UTC
+  const timeZone = "UTC";
+  for (const day of days) day.date = new Date(day.day).toLocaleDateString(language, { timeZone });
   const [reported, started, resolved] = document.querySelectorAll("figure");
   drawChart(reported, days, days.map((day) => day.incidents));
   drawChart(started, days, days.map((day) => day.seconds_to.in_progress.p50 / 60));
