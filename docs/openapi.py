@@ -8,7 +8,7 @@ its answer if there is none yet.
 import json
 import re
 import sys
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -98,6 +98,18 @@ class Stats(BaseModel):
     seconds_to: SecondsTo
 
 
+class StatsOfDay(Stats):
+    """The same figures for the incidents that were created on one day, in UTC."""
+
+    day: date = Field(examples=["2026-01-15"])
+
+
+class StatsOfPeriod(Stats):
+    """Figures of a period; with `by=day`, also those of each of its days."""
+
+    days: Annotated[list[StatsOfDay], Field(description="If asked for.")] = OMITTED
+
+
 class FieldError(BaseModel):
     """One wrong field or query parameter."""
 
@@ -154,14 +166,14 @@ class AlertCount(BaseModel):
 
 
 class ServiceLinks(BaseModel):
-    """The name of the service, and the paths of its parts."""
+    """The name of the service, and where its parts are, relative to this path."""
 
     message: str = Field(examples=["Incidents API"])
-    incidents: str = Field(examples=["/incidents/"])
-    board: str = Field(examples=["/board"])
-    docs: str = Field(examples=["/docs"])
-    redoc: str = Field(examples=["/redoc"])
-    openapi: str = Field(examples=["/openapi.json"])
+    incidents: str = Field(examples=["incidents/"])
+    board: str = Field(examples=["board"])
+    docs: str = Field(examples=["docs"])
+    redoc: str = Field(examples=["redoc"])
+    openapi: str = Field(examples=["openapi.json"])
 
 
 class Health(BaseModel):
@@ -189,7 +201,7 @@ INFO = {
 
 - Every path works with and without its trailing slash, and `HEAD` works wherever `GET` does.
 - Every error is `application/problem+json` and says what to do. A refused request changes nothing.
-- A request whose URL and headers are over 64 KiB gets 431, and one that is not valid HTTP gets 400.
+- A request whose URL and headers are over 16 KiB gets 431, and one that is not valid HTTP gets 400.
 - Every other response has an `X-Request-ID`: the one that you sent, or a new one.
 """,
     "contact": {"name": "The team that runs this service"},
@@ -241,11 +253,7 @@ PARAMETERS = {
     ),
 }
 HEADERS = {
-    "Age": (
-        "How many seconds ago these figures were counted. Figures that took long to count are "
-        "used again for some time.",
-        {"type": "integer", "examples": [3]},
-    ),
+    "Accept-Encoding": ("Sent if the body was compressed.", text("identity")),
     "Allow": ("The methods that this path has.", text("GET, POST")),
     "ETag": ("The version of the incident, for `If-Match` and `If-None-Match`.", ETAG),
     "Idempotent-Replayed": (
@@ -254,9 +262,12 @@ HEADERS = {
     ),
     "Link": (
         "Sent with `limit`: the first page and the next one. The last page has no `next`.",
-        text('</incidents/?limit=50&after=1705314600123456-41-1138a614>; rel="next"'),
+        text('<?limit=50&after=1705314600123456-41-1138a614>; rel="next"'),
     ),
-    "Location": ("The path of the new incident, or of the board.", text("/incidents/1")),
+    "Location": (
+        "Where the new incident or the board is, relative to the path of this request.",
+        text("1"),
+    ),
     "Retry-After": ("Seconds to wait before you try again.", {"type": "integer", "examples": [2]}),
     "Timeline-Position": (
         "The id up to which the answer has looked: the next `after`, also if it found nothing.",
@@ -278,12 +289,13 @@ PROBLEMS: dict[str, tuple[str, ...]] = {  # a sentence, and the headers that are
     "408": ("The body took longer than ten seconds.",),
     "412": ("The incident has changed since you read it.", "ETag"),
     "413": ("The body is larger than 512 KiB, or a group of alerts larger than 2 MiB.",),
-    "415": ("The Content-Type of the body is not JSON.",),
+    "415": ("The body is not JSON by its Content-Type, or it is compressed.", "Accept-Encoding"),
     "422": ("A field or query parameter is missing, unknown or wrong. The errors say which.",),
     "500": ("The service failed, which is a bug. Its log says why, under the request id.",),
     "503": ("The service cannot answer now. Try again after a few seconds.", "Retry-After"),
 }
 QUERY = {
+    "by": "With `day`, also count the incidents of each day, in UTC.",
     "only": "With `reads`, the service is also ready when the database takes no writes.",
     "since": "Only incidents that were created then or later. A date begins at midnight UTC.",
     "until": "Only incidents that were created before then.",
@@ -487,8 +499,9 @@ OPERATIONS: dict[str, Json] = {
     },
     "get_stats": {
         "tags": ["Statistics"],
-        "description": "Of the incidents that were created in a period, or of all.",
-        "responses": {"200": response("Counts and durations.", Stats, "Age")},
+        "description": "Of the incidents that were created in a period, or of all. With `by=day`, "
+        "also of each day: `since` is needed then, and 366 days are the most.",
+        "responses": {"200": response("Counts and durations.", StatsOfPeriod)},
     },
     "get_metrics": {
         "tags": ["Service"],
@@ -556,7 +569,7 @@ def build_description() -> Json:
     return {
         "openapi": "3.1.0",
         "info": INFO,
-        "servers": [{"url": "/"}],
+        "servers": [{"url": "."}],
         "tags": [{"name": name, "description": words} for name, words in TAGS.items()],
         "paths": resolve_types(paths),
         "components": build_components(),
