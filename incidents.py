@@ -1494,7 +1494,8 @@ def validate_query(query_string: bytes, model: type[Model]) -> Model:
 
 async def parse_body(request: Request, model: type[Model], max_size: int = MAX_BODY) -> Model:
     """Parse the JSON body; 400, 408, 413, 415 or 422 when the model does not take it."""
-    if request.headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
+    coding = joined_header(request, "content-encoding") or "identity"
+    if coding.lower() != "identity":
         # RFC 9110, 15.5.16: the response names the codings that are taken.
         detail = "Send the body without compression, and without the header Content-Encoding."
         raise Problem(415, detail, {"Accept-Encoding": "identity"})
@@ -1629,7 +1630,8 @@ def problem_response(problem: Problem, request_id: str) -> Response:
     if isinstance(problem, InvalidEvent):
         texts = [f"{error['pointer']}: {error['detail']}" for error in problem.errors]
         body = {"status": "invalid event", "message": "Event object is invalid"}
-        return JSONResponse(body | {"errors": texts or [problem.detail]}, status)
+        body |= {"errors": texts or [problem.detail]}
+        return JSONResponse(body, status, media_type=JSON_TYPE)
     if problem.errors:
         body["errors"] = problem.errors
     if status >= 500:
