@@ -731,10 +731,10 @@ class PendingCall:
                 future.set_result(row)
 
 
-def time_out(future: asyncio.Future[Any]) -> None:
-    """Raise TimeoutError at a caller that still waits."""
+def time_out(future: asyncio.Future[Any], error: Exception) -> None:
+    """Raise an error at a caller that still waits."""
     if not future.done():
-        future.set_exception(TimeoutError())
+        future.set_exception(error)
 
 
 class Batcher:
@@ -771,17 +771,20 @@ class Batcher:
         Raises `Problem` 503 when too many calls wait or another transaction holds the incident, and
         `TimeoutError` when the database does not answer in time.
         """
-        loop = asyncio.get_running_loop()
-        deadline, pause = loop.time() + self.statement.seconds, 0.01
-        while (row := await self.wait_for_row(arguments, deadline)).get("is_locked"):
-            if loop.time() + pause > deadline:
-                raise Problem(503, LOCKED_ADVICE, {"Retry-After": "2"})
+        deadline, pause = asyncio.get_running_loop().time() + self.statement.seconds, 0.01
+        row = await self.wait_for_row(arguments, deadline, TimeoutError())
+        while row.get("is_locked"):
+            # Pauses stay short, so that new calls do not always come before those that wait.
             await asyncio.sleep(pause)
-            pause = min(2 * pause, 0.2)
+            pause = min(2 * pause, 0.05)
+            held = Problem(503, LOCKED_ADVICE, {"Retry-After": "2"})
+            row = await self.wait_for_row(arguments, deadline, held)
         return row
 
-    async def wait_for_row(self, arguments: tuple[Any, ...], deadline: float) -> Any:
-        """Put a call into the queue and wait for its row."""
+    async def wait_for_row(
+        self, arguments: tuple[Any, ...], deadline: float, late_error: Exception
+    ) -> Any:
+        """Put a call into the queue and wait for its row; raise `late_error` after the deadline."""
         if len(self.waiting) >= MAX_WAITING:
             raise Problem(503, "Too many requests wait; try again soon.", {"Retry-After": "1"})
         loop, statement = asyncio.get_running_loop(), self.statement
@@ -796,7 +799,7 @@ class Batcher:
         if is_worker_needed and len(self.workers) < statement.workers:
             self.workers.add(loop.create_task(self.run_worker()))
         # asyncio.timeout costs five times as much, and would add a tenth to each request.
-        timer = loop.call_at(deadline, time_out, future)
+        timer = loop.call_at(deadline, time_out, future, late_error)
         try:
             return await future
         except Exception as error:
@@ -1475,7 +1478,8 @@ def validate_query(query_string: bytes, model: type[Model]) -> Model:
 
 async def parse_body(request: Request, model: type[Model], max_size: int = MAX_BODY) -> Model:
     """Parse the JSON body; 400, 408, 413, 415 or 422 when the model does not take it."""
-    if request.headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
+    coding = joined_header(request, "content-encoding") or "identity"
+    if coding.lower() != "identity":
         # RFC 9110, 15.5.16: the response names the codings that are taken.
         detail = "Send the body without compression, and without the header Content-Encoding."
         raise Problem(415, detail, {"Accept-Encoding": "identity"})
@@ -1609,7 +1613,8 @@ def problem_response(problem: Problem, request_id: str) -> Response:
     if isinstance(problem, InvalidEvent):
         texts = [f"{error['pointer']}: {error['detail']}" for error in problem.errors]
         body = {"status": "invalid event", "message": "Event object is invalid"}
-        return JSONResponse(body | {"errors": texts or [problem.detail]}, status)
+        body |= {"errors": texts or [problem.detail]}
+        return JSONResponse(body, status, media_type=JSON_TYPE)
     if problem.errors:
         body["errors"] = problem.errors
     if status >= 500:
