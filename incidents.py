@@ -49,6 +49,7 @@ import mimeparse
 import psycopg
 import uvicorn
 import yoyo
+import zttp
 from dotenv.parser import parse_stream
 from prometheus_client import REGISTRY, Gauge, Histogram, generate_latest
 from prometheus_client.core import HistogramMetricFamily
@@ -66,11 +67,7 @@ from starlette.routing import Match, Route, Router
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import LOGGING_CONFIG
-from uvicorn.protocols.http.httptools_impl import (
-    STATUS_LINE,
-    HttpToolsProtocol,
-    RequestResponseCycle,
-)
+from uvicorn.protocols.http.zttp_impl import ZttpProtocol
 from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
 from yoyo.connections import parse_uri
 
@@ -2558,25 +2555,19 @@ def add_cors_headers(origins: list[str]) -> None:
     )
 
 
-MAX_HEAD = 64 * 1024  # bytes of a request that are not its body; up to PARSED_AT_ONCE more may pass
 MAX_HEAD_SECONDS = 10
-PARSED_AT_ONCE = 2048  # bytes; parsed requests take about a hundred times as much memory
 
 
-class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol, with limits on what a client may send before a handler runs.
+class LimitedProtocol(ZttpProtocol):
+    """uvicorn's HTTP protocol, with a limit on time, and problems as its refusals.
 
-    - 431 for over 64 KiB of URL and headers, and 400 for what is not HTTP, as problem documents.
+    - zttp takes URLs and headers of up to 16 KiB each, and 99 headers; above that comes a 431.
     - A connection is closed when a request's URL and headers are not there within ten seconds.
-    - A client may send requests before it has its answers (pipelining). At most 2 KiB of them are
-      parsed ahead; the rest is not read until those are answered.
+    - A client may send requests before it has its answers (pipelining); they wait unread.
     """
 
-    unparsed = b""
-    overhead = 0  # bytes of the newest request that are not its body
     head_timer: asyncio.TimerHandle | None = None
-    refusal: Problem | None = None
-    running: RequestResponseCycle | None = None
+    is_refused = False
 
     def connection_made(self, transport: Any) -> None:
         """Wait for the first request."""
@@ -2584,95 +2575,62 @@ class LimitedProtocol(HttpToolsProtocol):
         self.update_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell all requests; uvicorn tells only the newest one, and others would still write."""
+        """Stop the timer."""
         super().connection_lost(exc)
         if self.head_timer:
             self.head_timer.cancel()
-        for cycle in (self.running, *(cycle for cycle, _ in self.pipeline)):
-            if cycle:
-                cycle.disconnected = True
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        """Remember the request that is being answered; uvicorn calls this."""
-        self.running = cycle
-        super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
-        """Parse up to the end of a request, whose answer must come before the next one."""
-        data, position = self.unparsed + data, 0
-        while position < len(data) and not self.refusal and not self.transport.is_closing():
-            if self.cycle and not self.cycle.response_complete and not self.cycle.more_body:
-                break
-            part = data[position : position + PARSED_AT_ONCE]
-            position += len(part)
-            if self.overhead + len(part) > MAX_HEAD + PARSED_AT_ONCE:
-                parts = "URL and headers, with the sizes of chunks and the trailers"
-                self.refuse(Problem(431, f"There are over {MAX_HEAD} bytes of {parts}."))
-                break
-            super().data_received(part)
-            self.overhead += len(part)
-        self.unparsed = b"" if self.refusal else data[position:]
-        if self.unparsed:
-            # uvicorn resumes reading after each answer, if its flow control knows of the pause.
-            self.transport.pause_reading()
-            self.flow.read_paused = False
-        if self.head_timer or self.is_idle():
-            self.update_head_timer()
-
-    def on_message_begin(self) -> None:
-        """Count the bytes of each request from 0 on; the parser calls this."""
-        super().on_message_begin()
-        self.overhead = 0
-
-    def on_body(self, body: bytes) -> None:
-        """Do not count the body, which `parse_body` limits; the parser calls this."""
-        super().on_body(body)
-        self.overhead -= len(body)
-
-    def on_response_complete(self) -> None:
-        """Go on with what has waited for this answer."""
-        super().on_response_complete()
-        if self.refusal:
-            self.refuse(self.refusal)
-        elif self.unparsed:
-            self.data_received(b"")
-            if not self.unparsed:
-                self.transport.resume_reading()
-
-    def is_idle(self) -> bool:
-        """Whether all requests whose headers came were answered."""
-        return self.cycle is None or self.cycle.response_complete
+        """Parse what has come, unless the connection is to be closed."""
+        if self.is_refused:
+            return
+        if self.cycle and not self.cycle.more_body and not self.cycle.response_complete:
+            self.flow.pause_reading()  # until the request is answered, when uvicorn resumes
+        super().data_received(data)
+        self.update_head_timer()
 
     def update_head_timer(self) -> None:
         """Start the timer when the next request is waited for, and stop it when that is there."""
-        if self.is_idle() and not self.head_timer:
+        is_idle = self.cycle is None or self.cycle.response_complete
+        if is_idle and not self.head_timer:
             self.head_timer = self.loop.call_later(MAX_HEAD_SECONDS, self.transport.close)
-        elif not self.is_idle() and self.head_timer:
+        elif not is_idle and self.head_timer:
             self.head_timer.cancel()
             self.head_timer = None
 
-    def send_400_response(self, msg: str) -> None:
-        """Refuse bytes that are not HTTP; uvicorn calls this."""
-        hint = "In a URL, percent-encode blanks and letters outside ASCII (curl: --data-urlencode)."
-        self.refuse(Problem(400, f"This is not an HTTP request. {hint}"))
+    def _should_upgrade(self) -> bool:
+        """Ignore `Upgrade`, as a server may (RFC 9110, 7.8)."""
+        return False
 
-    def refuse(self, problem: Problem) -> None:
-        """Answer with a problem, after the requests before it, and close the connection."""
-        self.refusal, cycle = problem, self.cycle
-        if self.transport.is_closing():
-            return
-        if cycle and cycle.more_body and not cycle.response_started and not self.pipeline:
-            cycle.disconnected = True  # Its handler waits for a body that will not come.
-            cycle.message_event.set()
-        elif not self.is_idle():
-            return
+    def handle_events(self, event: zttp.Event) -> None:
+        """Start the handler of a request, or hand over its body; refuse a path outside ASCII."""
+        try:
+            super().handle_events(event)
+        except UnicodeDecodeError:
+            self.handle_remote_protocol_error()
+
+    def handle_remote_protocol_error(self) -> None:
+        """Refuse bytes that are not HTTP, and close the connection; uvicorn calls this."""
+        self.is_refused = True
+        hint = "In a URL, percent-encode blanks and letters outside ASCII (curl: --data-urlencode)."
+        problem = Problem(400, f"This is not an HTTP request. {hint}")
+        if "size limit" in str(sys.exception()):
+            problem = Problem(431, "The URL or the headers are too long; send less.")
         response = problem_response(problem, "")
         headers = [*self.server_state.default_headers, *response.raw_headers, *SECURITY_HEADERS]
-        lines = [b"%b: %b\r\n" % header for header in [*headers, (b"connection", b"close")]]
-        head = STATUS_LINE[problem.status_code] + b"".join(lines) + b"\r\n"
-        self.transport.write(head + bytes(response.body))
+        try:
+            self.conn.send_response(response.status_code, [*headers, (b"connection", b"close")])
+        except zttp.LocalProtocolError:  # The response has begun, so nothing can be added to it.
+            return self.transport.close()
+        self.conn.send_data(response.body)
+        self.conn.end_message()
+        if self.cycle:  # Its handler may wait for a body that will not come.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.transport.write(self.conn.data_to_send())
         # To close at once would reset the connection, and a client that is still sending would not
         # see the answer. What it sends meanwhile is thrown away.
+        self.flow.resume_reading()
         self.transport.write_eof()
         self.loop.call_later(2, self.transport.close)
 
@@ -2728,6 +2686,7 @@ def main() -> None:
         server_header=False,
         proxy_headers=False,  # the client's address is not used
         timeout_graceful_shutdown=3,
+        timeout_keep_alive=75,  # proxies keep connections for 60 seconds
     )
     server = OrderlyServer(config)
     for number in END_SIGNALS:
