@@ -13,7 +13,6 @@ route" shows all that a new route needs.
 import asyncio
 import contextlib
 import functools
-import gc
 import hashlib
 import hmac
 import io
@@ -28,7 +27,6 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import unicodedata
@@ -48,6 +46,7 @@ import mimeparse
 import psycopg
 import uvicorn
 import yoyo
+import zttp
 from dotenv.parser import parse_stream
 from prometheus_client import Gauge, Histogram, generate_latest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -55,6 +54,7 @@ from pydantic import BaseModel, FailFast, Field, ValidationError, ValidationInfo
 from pydantic.functional_validators import AfterValidator, BeforeValidator
 from pydantic_core import from_json, to_json
 from pydantic_settings import BaseSettings
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -64,11 +64,7 @@ from starlette.routing import Match, Route, Router
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import LOGGING_CONFIG
-from uvicorn.protocols.http.httptools_impl import (
-    STATUS_LINE,
-    HttpToolsProtocol,
-    RequestResponseCycle,
-)
+from uvicorn.protocols.http.zttp_impl import ZttpProtocol
 from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
 from yoyo.connections import parse_uri
 
@@ -1654,36 +1650,67 @@ class RequestMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         self.in_flight += 1
-        started_at, request_id = time.perf_counter(), choose_request_id(scope)
-        path, status = scope["path"], None
+        started_at, scope["request_id"] = time.perf_counter(), choose_request_id(scope)
+        path = scope["path"]
+        if path.startswith("http://"):  # a whole URL, which is also a way to ask (RFC 9112, 3.2.2)
+            path = "/" + path[7:].partition("/")[2]
+        scope["sent_path"], scope["status"] = path, None
         scope["path"] = path.removesuffix("/") or "/"  # each path works with and without it
-        scope["app"] = self  # makes the router raise an unknown path's 404, rather than answer it
+        scope["app"] = self  # With this, Starlette's router raises the 404 of an unknown path.
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
-                observe_request(scope, status, time.perf_counter() - started_at)
-                add_headers(scope, message["headers"], request_id)
+                scope["status"] = message["status"]
+                observe_request(scope, scope["status"], time.perf_counter() - started_at)
+                add_headers(scope, message["headers"])
             await send(message)
 
         try:
-            if scope["path"].endswith("\n"):  # `$` in the routes' regexes also matches before it
-                raise HTTPException(404)
-            await self.app(scope, receive, send_with_headers)
-        except Exception as error:
-            problem = to_problem(error, f"{request_id}: {scope['method']} {path!r}")
-            if status is None:  # otherwise uvicorn cuts off the response that has begun
-                await problem_response(problem, request_id)(scope, receive, send_with_headers)
+            await self.answer_with_cors(scope, receive, send_with_headers)
         finally:
             self.in_flight -= 1
             if get_settings().access_log or get_settings().debug:
-                log_access(scope, request_id, path, status, time.perf_counter() - started_at)
+                log_access(scope, time.perf_counter() - started_at)
+
+    @functools.cached_property
+    def answer_with_cors(self) -> ASGIApp:
+        """Choose how to answer, at the first request: the settings are known only then."""
+        return ExplainedCors(self.answer) if get_settings().cors_origins else self.answer
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the router answer, and answer its errors with a problem."""
+        try:
+            if scope["path"].endswith("\n"):  # `$` in the routes' regexes also matches before it
+                raise HTTPException(404)
+            await self.app(scope, receive, send)
+        except Exception as error:
+            request_id = scope["request_id"]
+            problem = to_problem(error, f"{request_id}: {scope['method']} {scope['sent_path']!r}")
+            if scope["status"] is None:  # otherwise uvicorn cuts off the response that has begun
+                await problem_response(problem, request_id)(scope, receive, send)
 
 
-def add_headers(scope: Scope, headers: list[tuple[bytes, bytes]], request_id: str) -> None:
+class ExplainedCors(CORSMiddleware):
+    """Lets the web pages of CORS_ORIGINS call the API, and answers the others with a problem."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        origins = get_settings().cors_origins
+        super().__init__(app, origins, ["*"], ["*"], expose_headers=["*"])
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Answer a browser that asks whether a page may send a request; Starlette calls this."""
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        reason = bytes(response.body).decode()  # for example "Disallowed CORS origin"
+        return problem_response(
+            Problem(403, f"{reason}: CORS_ORIGINS lists who may call this."), ""
+        )
+
+
+def add_headers(scope: Scope, headers: list[tuple[bytes, bytes]]) -> None:
     """Add the headers that all responses have. Those of private routes are not to be stored."""
-    headers += [(b"x-request-id", request_id.encode()), *SECURITY_HEADERS]
+    headers += [(b"x-request-id", scope["request_id"].encode()), *SECURITY_HEADERS]
     if "actor" in scope:
         headers.append(NO_STORE)
 
@@ -1699,13 +1726,11 @@ def observe_request(scope: Scope, status: int, seconds: float) -> None:
     request_seconds(path, method, status).observe(seconds)
 
 
-def log_access(
-    scope: Scope, request_id: str, path: str, status: int | None, seconds: float
-) -> None:
+def log_access(scope: Scope, seconds: float) -> None:
     """Log a request as a line of JSON. A status of None means that nothing was sent."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    line = {"time": now, "request_id": request_id, "actor": scope.get("actor")}
-    line |= {"method": scope["method"], "path": path, "status": status}
+    line = {"time": now, "request_id": scope["request_id"], "actor": scope.get("actor")}
+    line |= {"method": scope["method"], "path": scope["sent_path"], "status": scope["status"]}
     access_log.info(json.dumps(line | {"ms": round(1000 * seconds, 1)}))
 
 
@@ -2070,9 +2095,10 @@ async def list_timeline(request: Request) -> Response:
         events = iter(()) if request.method == "HEAD" else stream_events(query, after)
         headers = {"X-Accel-Buffering": "no", "Vary": "Accept"}  # otherwise nginx would buffer it
         return StreamingResponse(events, headers=headers, media_type=form.media_type)
-    deadline = time.monotonic() + query.wait
+    wait = 0 if request.method == "HEAD" else query.wait
+    deadline = time.monotonic() + wait
     page = await fetch_entries(query, form, after)
-    if not (page["has_more"] or query.wait):
+    if not (page["has_more"] or wait):
         # Nobody may have looked for entries lately, so look now, and read again.
         await feed.update_settled_id_soon()
         page = await fetch_entries(query, form, after)
@@ -2448,25 +2474,20 @@ DOCS_FILES_ROUTE = ApiRoute(
 async def lifespan(_: Any) -> AsyncIterator[None]:
     """Start the embedded database if none is set, open the pool and migrate; close at the end."""
     sys.tracebacklimit = 0  # of a failed start, uvicorn prints only the line that says why
-    settings = get_settings()
+    settings, loop = get_settings(), asyncio.get_running_loop()
     with contextlib.ExitStack() as stack:
         url = settings.database_url or stack.enter_context(embedded_postgres(settings.data_dir))
         # A start may wait minutes for the database, and uvicorn acts on a signal only after it. But
         # the embedded server must be shut down properly.
-        ends_at_once = replace_signal_handlers(lambda handler: signal.SIG_DFL)
+        ends_at_once = call_at_signals(lambda: os._exit(0))
         with ends_at_once if settings.database_url else contextlib.nullcontext():
             await database.open(url)
             await ensure_migrated()
         del sys.tracebacklimit
         log_start(settings)
-        if settings.cors_origins:
-            add_cors_headers(settings.cors_origins)
-        # What exists now stays for good, so no garbage collection needs to look at it; and requests
-        # leave little garbage behind, so fewer collections give about 5 % more requests per second.
-        gc.freeze()
-        gc.set_threshold(20_000, 20, 50)
         try:
-            with replace_signal_handlers(close_feed_first):
+            # uvicorn waits for all responses, and long polls and streams do not end by themselves.
+            with call_at_signals(lambda: loop.call_soon_threadsafe(feed.close)):
                 yield
         finally:
             if feed.watcher:
@@ -2482,16 +2503,16 @@ END_SIGNALS = [getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal,
 
 
 @contextlib.contextmanager
-def replace_signal_handlers(choose: Callable[[Any], Any]) -> Iterator[None]:
-    """Replace the handlers of END_SIGNALS, and restore them at the end.
-
-    `choose` takes a handler and gives the one to use in its place. Ignored signals stay ignored.
-    """
+def call_at_signals(function: Callable[[], Any]) -> Iterator[None]:
+    """Call a function at a signal that ends the service, before its handler; not if ignored."""
     handlers = {n: handler for n in END_SIGNALS if callable(handler := signal.getsignal(n))}
-    if threading.current_thread() is not threading.main_thread():
-        handlers.clear()  # only the main thread may have handlers
-    for number, handler in handlers.items():
-        signal.signal(number, choose(handler))
+
+    def handle(number: int, frame: Any) -> None:
+        function()
+        handlers[number](number, frame)
+
+    for number in handlers:
+        signal.signal(number, handle)
     try:
         yield
     finally:
@@ -2499,23 +2520,12 @@ def replace_signal_handlers(choose: Callable[[Any], Any]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def close_feed_first(handler: Any) -> Any:
-    """Make a handler that also ends long polls and streams: uvicorn waits for all responses."""
-    loop = asyncio.get_running_loop()
-
-    def handle(number: int, frame: Any) -> None:
-        loop.call_soon_threadsafe(feed.close)
-        handler(number, frame)
-
-    return handle
-
-
 def log_start(settings: Settings) -> None:
     """Log where the data is, and that everybody may write when there are no tokens."""
     place = database.server if settings.database_url else settings.data_dir.resolve()
     log.info("The data is in %s", place)
     if not settings.api_tokens:
-        is_local = settings.api_host in ("127.0.0.1", "::1", "localhost")
+        is_local = settings.api_host.strip("[]") in ("127.0.0.1", "::1", "localhost")
         level = logging.INFO if is_local else logging.WARNING
         log.log(level, "API_TOKENS is not set: whoever reaches this may read and write")
 
@@ -2528,142 +2538,83 @@ app = Router(
 )
 
 
-def add_cors_headers(origins: list[str]) -> None:
-    """Let the web pages of these origins call the API; at the start, when the settings are read."""
-    app.middleware_stack = CORSMiddleware(
-        app.middleware_stack,
-        allow_origins=origins,
-        allow_methods="*",
-        allow_headers="*",
-        expose_headers="*",
-    )
-
-
-MAX_HEAD = 64 * 1024  # bytes of a request that are not its body; up to PARSED_AT_ONCE more may pass
 MAX_HEAD_SECONDS = 10
-PARSED_AT_ONCE = 2048  # bytes; parsed requests take about a hundred times as much memory
 
 
-class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol, with limits on what a client may send before a handler runs.
+class LimitedProtocol(ZttpProtocol):
+    """uvicorn's HTTP protocol, with a limit on time, and with problems as its refusals.
 
-    - 431 for over 64 KiB of URL and headers, and 400 for what is not HTTP, as problem documents.
-    - A connection is closed when a request's URL and headers are not there within ten seconds.
-    - A client may send requests before it has its answers (pipelining). At most 2 KiB of them are
-      parsed ahead; the rest is not read until those are answered.
+    zttp itself refuses more than 99 headers, and over 16 KiB in one of them or in the URL.
     """
 
-    unparsed = b""
-    overhead = 0  # bytes of the newest request that are not its body
     head_timer: asyncio.TimerHandle | None = None
-    refusal: Problem | None = None
-    running: RequestResponseCycle | None = None
+    is_refused = False
 
     def connection_made(self, transport: Any) -> None:
-        """Wait for the first request."""
+        """Wait ten seconds for the first request."""
         super().connection_made(transport)
-        self.update_head_timer()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Tell all requests; uvicorn tells only the newest one, and others would still write."""
-        super().connection_lost(exc)
-        if self.head_timer:
-            self.head_timer.cancel()
-        for cycle in (self.running, *(cycle for cycle, _ in self.pipeline)):
-            if cycle:
-                cycle.disconnected = True
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        """Remember the request that is being answered; uvicorn calls this."""
-        self.running = cycle
-        super()._start_asgi_task(cycle, app)
+        self.head_timer = self.loop.call_later(MAX_HEAD_SECONDS, transport.close)
 
     def data_received(self, data: bytes) -> None:
-        """Parse up to the end of a request, whose answer must come before the next one."""
-        data, position = self.unparsed + data, 0
-        while position < len(data) and not self.refusal and not self.transport.is_closing():
-            if self.cycle and not self.cycle.response_complete and not self.cycle.more_body:
-                break
-            part = data[position : position + PARSED_AT_ONCE]
-            position += len(part)
-            if self.overhead + len(part) > MAX_HEAD + PARSED_AT_ONCE:
-                parts = "URL and headers, with the sizes of chunks and the trailers"
-                self.refuse(Problem(431, f"There are over {MAX_HEAD} bytes of {parts}."))
-                break
-            super().data_received(part)
-            self.overhead += len(part)
-        self.unparsed = b"" if self.refusal else data[position:]
-        if self.unparsed:
-            # uvicorn resumes reading after each answer, if its flow control knows of the pause.
-            self.transport.pause_reading()
-            self.flow.read_paused = False
-        if self.head_timer or self.is_idle():
-            self.update_head_timer()
-
-    def on_message_begin(self) -> None:
-        """Count the bytes of each request from 0 on; the parser calls this."""
-        super().on_message_begin()
-        self.overhead = 0
-
-    def on_body(self, body: bytes) -> None:
-        """Do not count the body, which `parse_body` limits; the parser calls this."""
-        super().on_body(body)
-        self.overhead -= len(body)
-
-    def on_response_complete(self) -> None:
-        """Go on with what has waited for this answer."""
-        super().on_response_complete()
-        if self.refusal:
-            self.refuse(self.refusal)
-        elif self.unparsed:
-            self.data_received(b"")
-            if not self.unparsed:
-                self.transport.resume_reading()
-
-    def is_idle(self) -> bool:
-        """Whether all requests whose headers came were answered."""
-        return self.cycle is None or self.cycle.response_complete
-
-    def update_head_timer(self) -> None:
-        """Start the timer when the next request is waited for, and stop it when that is there."""
-        if self.is_idle() and not self.head_timer:
+        """Parse what has come. The rest of a URL and its headers must come within ten seconds."""
+        if self.is_refused:
+            return
+        if self.cycle and not self.cycle.more_body and not self.cycle.response_complete:
+            self.flow.pause_reading()  # The next request waits until uvicorn has sent this answer.
+        if self.cycle is None and data.startswith(b"\x16\x03"):  # TLS: the client means https://
+            self.handle_remote_protocol_error()
+        else:
+            super().data_received(data)
+        is_waiting = self.cycle is None or self.cycle.response_complete
+        if is_waiting and not self.head_timer:
             self.head_timer = self.loop.call_later(MAX_HEAD_SECONDS, self.transport.close)
-        elif not self.is_idle() and self.head_timer:
+        elif self.head_timer and not is_waiting:
             self.head_timer.cancel()
             self.head_timer = None
 
-    def send_400_response(self, msg: str) -> None:
-        """Refuse bytes that are not HTTP; uvicorn calls this."""
-        hint = "In a URL, percent-encode blanks and letters outside ASCII (curl: --data-urlencode)."
-        self.refuse(Problem(400, f"This is not an HTTP request. {hint}"))
+    def _should_upgrade(self) -> bool:
+        """Ignore `Upgrade` (RFC 9110, 7.8); uvicorn asks this before it starts a request.
 
-    def refuse(self, problem: Problem) -> None:
-        """Answer with a problem, after the requests before it, and close the connection."""
-        self.refusal, cycle = problem, self.cycle
-        if self.transport.is_closing():
-            return
-        if cycle and cycle.more_body and not cycle.response_started and not self.pipeline:
-            cycle.disconnected = True  # Its handler waits for a body that will not come.
-            cycle.message_event.set()
-        elif not self.is_idle():
-            return
+        uvicorn and zttp disagree whether `head` is a HEAD, so such methods are refused here.
+        """
+        if not self.scope["method"].isupper():
+            raise zttp.RemoteProtocolError
+        return False
+
+    def handle_events(self, event: zttp.Event) -> None:
+        """Start requests. uvicorn fails at a path that is not ASCII, so that is refused."""
+        try:
+            super().handle_events(event)
+        except UnicodeDecodeError:
+            self.handle_remote_protocol_error()
+
+    def handle_remote_protocol_error(self) -> None:
+        """Refuse what is not HTTP or too long, and close the connection; uvicorn calls this."""
+        hint = "In a URL, percent-encode blanks and letters outside ASCII (curl: --data-urlencode)."
+        problem = Problem(400, f"This is not an HTTP request. {hint}")
+        if "size limit" in str(sys.exception()):
+            problem = Problem(431, "The URL or the headers are too long; send less.")
         response = problem_response(problem, "")
         headers = [*self.server_state.default_headers, *response.raw_headers, *SECURITY_HEADERS]
-        lines = [b"%b: %b\r\n" % header for header in [*headers, (b"connection", b"close")]]
-        head = STATUS_LINE[problem.status_code] + b"".join(lines) + b"\r\n"
-        self.transport.write(head + bytes(response.body))
+        self.is_refused = True
+        if self.cycle:  # Its handler may wait for a body that will not come.
+            self.cycle.disconnected, self.cycle.waiting_for_100_continue = True, False
+            self.cycle.message_event.set()
+        try:
+            self.conn.send_response(response.status_code, [*headers, (b"connection", b"close")])
+            self.conn.send_data(response.body)
+        except zttp.LocalProtocolError:  # Another response has begun, or this one has no body.
+            return self.transport.close()
+        self.transport.write(self.conn.data_to_send())
         # To close at once would reset the connection, and a client that is still sending would not
         # see the answer. What it sends meanwhile is thrown away.
+        self.flow.resume_reading()
         self.transport.write_eof()
         self.loop.call_later(2, self.transport.close)
 
 
 class OrderlyServer(uvicorn.Server):
-    """uvicorn's server, for which a second Ctrl-C is like the first.
-
-    uvicorn itself would cut requests off then. It would also raise the signal again at its end, and
-    the exit code would not be 0.
-    """
+    """uvicorn's server, for which a second Ctrl-C is like the first, and the exit code is 0."""
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Finish the requests that were read, close the database, then end."""
@@ -2675,9 +2626,13 @@ MAX_UNREAD_SECONDS = 60
 
 def open_listener(host: str, port: int) -> socket.socket:
     """Listen on an address and print it; exit code 1 when that cannot be done."""
+    host = host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    takes_both = host == "::" and socket.has_dualstack_ipv6()  # IPv6 and IPv4
     try:
-        listener = socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server(
+            (host, port), family=family, backlog=2048, dualstack_ipv6=takes_both
+        )
     except OSError as error:
         sys.exit(f"Cannot listen on {host}:{port}: {error.strerror}. Set API_PORT or API_HOST.")
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux, which hands this on to each connection
@@ -2690,7 +2645,7 @@ def open_listener(host: str, port: int) -> socket.socket:
 
 
 def main() -> None:
-    """Run the service until Ctrl-C or SIGTERM. Exit code 2: a setting is wrong; 1: no start."""
+    """Run the service until a signal. Exit code 2: a setting is wrong; 1: it did not start."""
     try:
         settings = get_settings()
     except ValueError as error:
@@ -2708,6 +2663,7 @@ def main() -> None:
         access_log=False,  # RequestMiddleware writes it
         server_header=False,
         proxy_headers=False,  # the client's address is not used
+        timeout_keep_alive=75,  # proxies keep idle connections for 60 seconds
         timeout_graceful_shutdown=3,
     )
     server = OrderlyServer(config)
