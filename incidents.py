@@ -1305,7 +1305,8 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         with lock(data_dir) as starting:
             run = functools.partial(run_program, data_dir, choose_user(data_dir))
-            start_server(run, data_dir, starting)
+            if failure := start_server(run, data_dir, locks=starting):
+                raise RuntimeError(f"DATA_DIR={data_dir} cannot be used: {failure}")
             using = stack.enter_context(lock(data_dir / "base", is_shared=True))
         try:
             path = stack.enter_context(short_path(data_dir))
@@ -1316,20 +1317,21 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
             with lock(data_dir) as stopping, contextlib.suppress(BlockingIOError):
                 if sys.platform != "win32":  # refused while another process uses the server
                     fcntl.flock(using[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-                try:
-                    run("pg_ctl", "stop", "-m", "fast", locks=stopping)
-                except RuntimeError as error:  # It may have ended by itself.
-                    log.warning("%s", error)
+                if failure := run("pg_ctl", "stop", "-m", "fast", locks=stopping):
+                    log.warning("The embedded PostgreSQL was not stopped: %s", failure)
 
 
-def start_server(run: Callable[..., None], data_dir: Path, locks: list[int]) -> None:
-    """Make an empty database if there is none, and start the server if it does not run."""
+def start_server(run: Callable[..., str | None], data_dir: Path, locks: list[int]) -> str | None:
+    """Start the server if it does not run, and say why that failed, if it did.
+
+    The server must not have the locks, because it would keep them as long as it runs.
+    """
     if not (data_dir / "PG_VERSION").exists():
-        run("initdb", "-U", "postgres", "-A", "trust", "-E", "UTF8", locks=locks)
-    try:
-        run("pg_ctl", "status")
-    except RuntimeError:
-        run("pg_ctl", "start", "-o", EMBEDDED_SETTINGS)  # which would keep a lock for ever
+        failure = run("initdb", "-U", "postgres", "-A", "trust", "-E", "UTF8", locks=locks)
+        if failure:
+            return failure
+    is_stopped = run("pg_ctl", "status") is not None
+    return run("pg_ctl", "start", "-o", EMBEDDED_SETTINGS) if is_stopped else None
 
 
 @contextlib.contextmanager
@@ -1351,8 +1353,8 @@ def lock(folder: Path, *, is_shared: bool = False) -> Iterator[list[int]]:
 
 def run_program(
     data_dir: Path, user: dict[str, Any], program: str, *arguments: str, locks: Sequence[int] = ()
-) -> None:
-    """Run a program of PostgreSQL. `RuntimeError` says why it failed, in the program's words.
+) -> str | None:
+    """Run a program of PostgreSQL, and say in its own words why it failed, if it did.
 
     It gets nothing from the environment. It keeps `locks` even if this process is killed.
     """
@@ -1369,9 +1371,10 @@ def run_program(
         )
         output.seek(0)
         text = output.read().decode(errors="replace")
-    if done.returncode:
-        reasons = re.findall("(?:error|FATAL|PANIC): .*", text) or ["see its folder logs"]
-        raise RuntimeError(f"{program} failed in DATA_DIR={data_dir}: {reasons[0]}")
+    if done.returncode == 0:
+        return None
+    reason = re.search("(?:error|FATAL|PANIC): +(.*)", text)
+    return f"{program}: {reason[1] if reason else 'see the newest file in its folder logs'}"
 
 
 def find_programs() -> Path:
@@ -1397,8 +1400,9 @@ def choose_user(data_dir: Path) -> dict[str, Any]:
     if data_dir.stat().st_uid == 0 and not any(data_dir.iterdir()):
         os.chown(data_dir, user.pw_uid, user.pw_gid)
     if data_dir.stat().st_uid != user.pw_uid:
-        raise RuntimeError(f"DATA_DIR={data_dir} does not belong to the user {POSTGRES_USER}")
-    for folder in {*data_dir.parents, *find_programs().parents}:
+        reason = f"it belongs to another user than {POSTGRES_USER}; name another folder"
+        raise RuntimeError(f"DATA_DIR={data_dir} cannot be used: {reason}")
+    for folder in (*data_dir.parents, *find_programs().parents):
         if not folder.stat().st_mode & 0o001:
             log.warning("chmod o+x %s, so that PostgreSQL can reach its files", folder)
             folder.chmod(folder.stat().st_mode | 0o001)
