@@ -405,7 +405,7 @@ def parse_start(text: str) -> int | str:
     return text if text == "latest" else parse_id(text)
 
 
-def only_value(values: list[str]) -> str:
+def take_single_value(values: list[str]) -> str:
     """Give the value of a query parameter that may be sent once."""
     if len(values) > 1:
         raise ValueError("it is given more than once; give it once")
@@ -440,7 +440,7 @@ def make_label_filter(filters: list[str]) -> str:
 
 
 # BeforeValidators run from right to left, so SingleValue comes first.
-SingleValue = BeforeValidator(only_value)
+SingleValue = BeforeValidator(take_single_value)
 CommaSeparated = BeforeValidator(split_values)
 Limit = Annotated[int, Field(ge=1, le=1000), SingleValue]
 Id = Annotated[int, Field(ge=0), BeforeValidator(parse_id), SingleValue]
@@ -574,14 +574,14 @@ def is_unavailable(error: BaseException) -> bool:
     return isinstance(error, CONNECTION_ERRORS)
 
 
-def is_of_pooler(error: BaseException) -> bool:
+def is_pooler_error(error: BaseException) -> bool:
     """Whether an error comes from a pooler in transaction mode."""
     return getattr(error, "sqlstate", None) in POOLER_SQLSTATES
 
 
-def one_line(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Give an error's message on one line, without PostgreSQL's DETAIL: it may hold a row."""
-    if is_of_pooler(error):
+    if is_pooler_error(error):
         return POOLER_REMEDY
     if isinstance(error, asyncpg.TooManyConnectionsError):
         return f"{error}; lower DB_POOL_SIZE, or raise the server's max_connections"
@@ -605,6 +605,7 @@ UNRESOLVED = Gauge(
     "incidents_unresolved", "Incidents that are open or in progress.", ["status", "source"]
 )
 OLDEST_OPEN = Gauge("incidents_oldest_open_seconds", "Age of the oldest open incident, or 0.")
+UNRESOLVED_TIMEOUT = 8  # seconds; Prometheus gives up a scrape after 10
 
 
 REQUEST_SECONDS = Histogram(
@@ -619,6 +620,23 @@ REQUEST_SECONDS = Histogram(
 def request_seconds(route: str, method: str, status: int) -> Histogram:
     """Find the histogram for the requests of a route that were answered with this status."""
     return REQUEST_SECONDS.labels(route, method, status)
+
+
+async def count_unresolved() -> None:
+    """Bring the metrics of unresolved incidents up to date, or say that they are not known."""
+    try:
+        async with asyncio.timeout(UNRESOLVED_TIMEOUT):
+            row = await database.fetchrow(
+                SQL.unresolved_incidents, statuses=("open", "in_progress"), sources=SOURCES
+            )
+    except Exception as error:  # the other metrics matter most when the database is away
+        to_problem(error, "for metrics")  # logs the error if it is a bug
+        UNRESOLVED.clear()
+        OLDEST_OPEN.set(math.nan)
+        return
+    for status, source, number in zip(row["statuses"], row["sources"], row["numbers"], strict=True):
+        UNRESOLVED.labels(status, source).set(number)
+    OLDEST_OPEN.set(row["oldest_open_seconds"] or 0)
 
 
 # ── Statements ────────────────────────────────────────────────────────────────────────────────────
@@ -723,7 +741,7 @@ class PendingCall:
                 future.set_result(row)
 
 
-def time_out(future: asyncio.Future[Any], error: Exception) -> None:
+def raise_timeout(future: asyncio.Future[Any], error: Exception) -> None:
     """Raise an error at a caller that still waits."""
     if not future.done():
         future.set_exception(error)
@@ -791,7 +809,7 @@ class Batcher:
         if is_worker_needed and len(self.workers) < statement.workers:
             self.workers.add(loop.create_task(self.run_worker()))
         # asyncio.timeout costs five times as much, and would add a tenth to each request.
-        timer = loop.call_at(deadline, time_out, future, late_error)
+        timer = loop.call_at(deadline, raise_timeout, future, late_error)
         try:
             return await future
         except Exception as error:
@@ -878,7 +896,7 @@ class Batcher:
         except asyncpg.InterfaceError as error:
             if connection.is_closed():
                 raise
-            reason = f"sql/{self.statement.name}.sql cannot be run: {one_line(error)}"
+            reason = f"sql/{self.statement.name}.sql cannot be run: {describe_error(error)}"
             raise RuntimeError(reason) from None
         if len(rows) != len(calls):
             raise RuntimeError(
@@ -963,7 +981,7 @@ class Database:
             except Exception as error:
                 if not (isinstance(error, asyncpg.PostgresError) or is_unavailable(error)):
                     raise
-                reason = one_line(error)
+                reason = describe_error(error)
             log.warning("Try %d of %d: cannot connect to %s: %s", attempt, tries, self, reason)
             await asyncio.sleep(pause if attempt < tries else 0)
         raise RuntimeError(f"the database at {self} did not answer; check DATABASE_URL")
@@ -1022,7 +1040,7 @@ class Database:
         """Log that the database cannot serve: when that begins, and then once a minute."""
         self.failed_at = time.monotonic()
         if self.failed_at > self.logged_at + 60:
-            log.warning("The database at %s cannot serve: %s", self, one_line(error))
+            log.warning("The database at %s cannot serve: %s", self, describe_error(error))
             self.logged_at = self.failed_at
 
     def log_write(self, started_at: float) -> None:
@@ -1404,7 +1422,7 @@ async def ensure_migrated() -> None:
     except psycopg.Error as error:
         still_missing = (await fetch_readiness())["missing"]
         applied = ", ".join(name for name in missing if name not in still_missing) or "nothing"
-        reason = f"a migration failed: {one_line(error)}; before it, {applied} was applied"
+        reason = f"a migration failed: {describe_error(error)}; before it, {applied} was applied"
         raise RuntimeError(reason) from None
     if missing := (await fetch_readiness())["missing"]:
         raise RuntimeError(f"the database lacks the migrations {', '.join(missing)}")
@@ -1473,7 +1491,7 @@ def parse_incident_id(request: Request) -> int:
     return int(text)
 
 
-def joined_header(request: Request, name: str) -> str | None:
+def join_header_lines(request: Request, name: str) -> str | None:
     """Join repeated header lines with commas (RFC 9110, 5.3); None when there is none."""
     lines = request.headers.getlist(name)
     return ", ".join(lines).strip(" \t") if lines else None
@@ -1506,7 +1524,7 @@ def validate_query(query_string: bytes, model: type[Model]) -> Model:
 
 async def parse_body(request: Request, model: type[Model], max_size: int = MAX_BODY) -> Model:
     """Parse the JSON body; 400, 408, 413, 415 or 422 when the model does not take it."""
-    coding = joined_header(request, "content-encoding") or "identity"
+    coding = join_header_lines(request, "content-encoding") or "identity"
     if coding.lower() != "identity":
         # RFC 9110, 15.5.16: the response names the codings that are taken.
         detail = "Send the body without compression, and without the header Content-Encoding."
@@ -1569,14 +1587,14 @@ def validation_problem(error: ValidationError, noun: str, model: type[BaseModel]
         if len(path) > 2 and path[-1] == "[key]":  # Pydantic's mark of a wrong name of a label
             path = path[:-1]
             detail = "A label's name has 1 to 100 characters, not only blanks, and no colon or NUL."
-        errors.append({"pointer": json_pointer(path), "detail": detail})
+        errors.append({"pointer": make_json_pointer(path), "detail": detail})
     first = f"{errors[0]['pointer']}: {errors[0]['detail']}".removeprefix("#: ")
     problem = Problem(422, f"Correct this and send it again. {first}")
     problem.errors = errors
     return problem
 
 
-def json_pointer(path: Iterable[str | int]) -> str:
+def make_json_pointer(path: Iterable[str | int]) -> str:
     """Make a JSON pointer in its URI form (RFC 6901, section 6): `#/description`."""
     keys = (str(key)[:100].replace("~", "~0").replace("/", "~1") for key in path)
     return "#" + "".join("/" + quote(key.encode("utf-8", "replace"), safe="~") for key in keys)
@@ -1621,14 +1639,14 @@ def to_problem(error: Exception, request_line: str) -> Problem:
         detail = f"The database cannot serve this now ({type(error).__name__}); try again soon."
         return Problem(503, detail, {"Retry-After": "2"})
     if isinstance(error, asyncpg.DataError):
-        return Problem(422, f"A value cannot be taken: {one_line(error)}.")
+        return Problem(422, f"A value cannot be taken: {describe_error(error)}.")
     if isinstance(error, ClientDisconnect):
         return Problem(400, "The body ended too early; send it again.")
     if isinstance(error, HTTPException):  # raised by the router and by StaticFiles
         return Problem(404, "There is nothing at this path; /docs lists what there is.")
     # Not exc_info: it would log the whole text of PostgreSQL's errors, which may hold a row.
     stack = "".join(traceback.format_tb(error.__traceback__))
-    reason = f"{type(error).__name__}: {one_line(error)}"
+    reason = f"{type(error).__name__}: {describe_error(error)}"
     log.error("Request %s failed: %s\n%s", request_line, reason, stack)
     return Problem(500, "The service failed on this request; its log says why.")
 
@@ -1848,7 +1866,9 @@ CSV = ListFormat(
     "\ufeffid,description,status,source,created_at,updated_at,version,labels\r\n".encode(),
 )
 EVENT_STREAM = ListFormat("sse", "text/event-stream; charset=utf-8")
-LIST_FORMATS: dict[str, ListFormat] = {form.name: form for form in (JSON, NDJSON, CSV)}
+LIST_FORMATS: dict[str, ListFormat] = {
+    list_format.name: list_format for list_format in (JSON, NDJSON, CSV)
+}
 
 
 async def run_idempotent(request: Request, statement: Statement, **values: Any) -> Any:
@@ -1901,15 +1921,15 @@ async def create_incident(request: Request) -> Response:
 async def list_incidents(request: Request) -> Response:
     """List incidents, newest first."""
     query = parse_query(request, ListQuery)
-    form = LIST_FORMATS.get(query.format) or choose_format(request, CSV, NDJSON, JSON)
-    fetch_after = functools.partial(fetch_page, query, form)
+    list_format = LIST_FORMATS.get(query.format) or choose_format(request, CSV, NDJSON, JSON)
+    fetch_after = functools.partial(fetch_page, query, list_format)
     page = await fetch_after(query.after)
-    return list_response(request, form, query.limit, page, encode_cursor, fetch_after)
+    return list_response(request, list_format, query.limit, page, encode_cursor, fetch_after)
 
 
 def list_response(
     request: Request,
-    form: ListFormat,
+    list_format: ListFormat,
     limit: int | None,
     page: Any,
     encode: Callable[[Any], str],
@@ -1925,31 +1945,33 @@ def list_response(
         cursor = encode(page["position"]) if page["has_more"] else None
         headers["Link"] = link_header(request, cursor)
     elif page["has_more"] and fetch_after:
-        pages = iter(()) if request.method == "HEAD" else stream_pages(form, page, fetch_after)
-        return StreamingResponse(pages, headers=headers, media_type=form.media_type)
-    body = form.opening + page["body"] + form.closing
-    return Response(body, headers=headers, media_type=form.media_type)
+        pages = (
+            iter(()) if request.method == "HEAD" else stream_pages(list_format, page, fetch_after)
+        )
+        return StreamingResponse(pages, headers=headers, media_type=list_format.media_type)
+    body = list_format.opening + page["body"] + list_format.closing
+    return Response(body, headers=headers, media_type=list_format.media_type)
 
 
-def choose_format(request: Request, *forms: ListFormat) -> ListFormat:
+def choose_format(request: Request, *formats: ListFormat) -> ListFormat:
     """Choose a format by the Accept header; the last one when the header names none of them."""
-    accept = joined_header(request, "accept") or "*/*"
-    return match_accept(accept, forms)
+    accept = join_header_lines(request, "accept") or "*/*"
+    return match_accept(accept, formats)
 
 
 @functools.lru_cache(100)  # clients repeat the same headers
-def match_accept(accept: str, forms: tuple[ListFormat, ...]) -> ListFormat:
+def match_accept(accept: str, formats: tuple[ListFormat, ...]) -> ListFormat:
     """Find the format that fits an Accept header best."""
-    media_types = {form.media_type.split(";")[0]: form for form in forms}
+    media_types = {list_format.media_type.split(";")[0]: list_format for list_format in formats}
     try:
         # mimeparse gives the last of several that fit equally well.
         best = mimeparse.best_match(list(media_types), accept.lower())
     except mimeparse.MimeTypeParseException:
         best = ""
-    return media_types.get(best, forms[-1])
+    return media_types.get(best, formats[-1])
 
 
-async def fetch_page(query: ListQuery, form: ListFormat, after: Position | None) -> Any:
+async def fetch_page(query: ListQuery, list_format: ListFormat, after: Position | None) -> Any:
     """Fetch the page of the list that follows a position, or the first one."""
     statuses, sources = None, None
     if query.status or query.source:
@@ -1966,8 +1988,8 @@ async def fetch_page(query: ListQuery, form: ListFormat, after: Position | None)
         "before_created_at": created_at,
         "before_id": incident_id,
         "size": query.limit or STREAM_PAGE,
-        "format": form.name,
-        "separator": form.separator,
+        "format": list_format.name,
+        "separator": list_format.separator,
     }
     if not (query.q or query.label or query.dedup_key):
         return await database.fetchrow(SQL.incident_page, **values)
@@ -1992,18 +2014,18 @@ def like_pattern(text: str | None) -> tuple[str | None, bool]:
 
 
 async def stream_pages(
-    form: ListFormat, page: Any, fetch_after: FetchAfter
+    list_format: ListFormat, page: Any, fetch_after: FetchAfter
 ) -> AsyncIterator[bytes]:
     """Yield the whole list from its first page on.
 
     Each page is a query of its own, so a slow reader holds no connection. When a read fails, the
     response breaks off, so that a part of the list never looks complete.
     """
-    yield form.opening
+    yield list_format.opening
     while page["has_more"]:
-        yield page["body"] + form.separator.encode()
+        yield page["body"] + list_format.separator.encode()
         page = await fetch_after(page["position"])
-    yield page["body"] + form.closing
+    yield page["body"] + list_format.closing
 
 
 def link_header(request: Request, cursor: str | None) -> str:
@@ -2018,7 +2040,7 @@ def link_header(request: Request, cursor: str | None) -> str:
 async def get_incident(request: Request) -> Response:
     """Show an incident."""
     incident_id = parse_incident_id(request)
-    etags = joined_header(request, "if-none-match")
+    etags = join_header_lines(request, "if-none-match")
     row = await database.fetchrow(SQL.incident_get, incident_id=incident_id, if_none_match=etags)
     if row["is_unchanged"]:
         return Response(None, 304, {"ETag": row["etag"]})
@@ -2059,7 +2081,7 @@ async def apply_change(
         description=description,
         source=source,
         status=status,
-        if_match=joined_header(request, "if-match"),
+        if_match=join_header_lines(request, "if-match"),
         actor=request.scope["actor"],
         note=note,
         label_patch=json.dumps(labels) if labels else None,
@@ -2121,28 +2143,28 @@ KEEPALIVE = 15  # seconds; proxies close a connection on which nothing comes for
 async def list_timeline(request: Request) -> Response:
     """Show what happened to all incidents, oldest first, and wait for more or follow it live."""
     query = parse_query(request, FeedQuery)
-    form = choose_format(request, EVENT_STREAM, NDJSON, JSON)
+    list_format = choose_format(request, EVENT_STREAM, NDJSON, JSON)
     after = await choose_start(request, query)
-    if form is EVENT_STREAM:
+    if list_format is EVENT_STREAM:
         events = iter(()) if request.method == "HEAD" else stream_events(query, after)
         headers = {"X-Accel-Buffering": "no", "Vary": "Accept"}  # otherwise nginx would buffer it
-        return StreamingResponse(events, headers=headers, media_type=form.media_type)
+        return StreamingResponse(events, headers=headers, media_type=list_format.media_type)
     wait = 0 if request.method == "HEAD" else query.wait
     deadline = time.monotonic() + wait
-    page = await fetch_entries(query, form, after)
+    page = await fetch_entries(query, list_format, after)
     if not (page["has_more"] or wait):
         # Nobody may have looked for entries lately, so look now, and read again.
         await feed.update_settled_id_soon()
-        page = await fetch_entries(query, form, after)
+        page = await fetch_entries(query, list_format, after)
     while not page["body"] and time.monotonic() < deadline:
         seconds = min(deadline - time.monotonic(), LOOK_SECONDS)
         await feed.wait_for_entries(page["position"], seconds)
         if feed.is_closing or await request.is_disconnected():
             break
         if feed.settled_id > page["position"]:
-            page = await fetch_entries(query, form, page["position"])
+            page = await fetch_entries(query, list_format, page["position"])
     headers = {"Timeline-Position": str(page["position"])}
-    return list_response(request, form, query.limit, page, str, None, **headers)
+    return list_response(request, list_format, query.limit, page, str, None, **headers)
 
 
 async def choose_start(request: Request, query: FeedQuery) -> int:
@@ -2162,7 +2184,7 @@ async def choose_start(request: Request, query: FeedQuery) -> int:
     return after
 
 
-async def fetch_entries(query: FeedQuery, form: ListFormat, after: int) -> Any:
+async def fetch_entries(query: FeedQuery, list_format: ListFormat, after: int) -> Any:
     """Fetch a page of settled entries; its `position` is the id after which the next one begins."""
     return await fetch_from_primary(
         SQL.timeline_page,
@@ -2170,9 +2192,9 @@ async def fetch_entries(query: FeedQuery, form: ListFormat, after: int) -> Any:
         kinds=tuple(query.kind or KINDS),
         after=after,
         up_to=feed.settled_id,
-        size=STREAM_PAGE if form is EVENT_STREAM else query.limit,
-        format=form.name,
-        separator=form.separator,
+        size=STREAM_PAGE if list_format is EVENT_STREAM else query.limit,
+        format=list_format.name,
+        separator=list_format.separator,
         with_incident=query.include == "incident",
     )
 
@@ -2382,32 +2404,6 @@ async def check_readiness(request: Request) -> Response:
             raise Problem(503, detail, {"Retry-After": "10"})
         await database.fetchrow(SQL.write_check)
     return JSONResponse({"status": "ok"}, media_type=JSON_TYPE)
-
-
-UNRESOLVED_SECONDS = 5
-UNRESOLVED_TIMEOUT = 8  # seconds; Prometheus gives up a scrape after 10
-unresolved_counted_at = float("-inf")
-
-
-async def count_unresolved() -> None:
-    """Bring the metrics of unresolved incidents up to date, at most every 5 seconds."""
-    global unresolved_counted_at
-    if time.monotonic() < unresolved_counted_at + UNRESOLVED_SECONDS:
-        return
-    try:
-        async with asyncio.timeout(UNRESOLVED_TIMEOUT):
-            row = await database.fetchrow(
-                SQL.unresolved_incidents, statuses=("open", "in_progress"), sources=SOURCES
-            )
-    except Exception as error:  # the other metrics matter most when the database is away
-        to_problem(error, "for metrics")
-        UNRESOLVED.clear()
-        OLDEST_OPEN.set(math.nan)
-        return
-    for status, source, number in zip(row["statuses"], row["sources"], row["numbers"], strict=True):
-        UNRESOLVED.labels(status, source).set(number)
-    OLDEST_OPEN.set(row["oldest_open_seconds"] or 0)
-    unresolved_counted_at = time.monotonic()
 
 
 async def get_metrics(request: Request) -> Response:
