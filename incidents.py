@@ -1866,9 +1866,7 @@ CSV = ListFormat(
     "\ufeffid,description,status,source,created_at,updated_at,version,labels\r\n".encode(),
 )
 EVENT_STREAM = ListFormat("sse", "text/event-stream; charset=utf-8")
-LIST_FORMATS: dict[str, ListFormat] = {
-    list_format.name: list_format for list_format in (JSON, NDJSON, CSV)
-}
+LIST_FORMATS: dict[str, ListFormat] = {each.name: each for each in (JSON, NDJSON, CSV)}
 
 
 async def run_idempotent(request: Request, statement: Statement, **values: Any) -> Any:
