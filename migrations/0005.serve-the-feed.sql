@@ -12,7 +12,8 @@ CREATE INDEX CONCURRENTLY timeline_kind_id_idx ON timeline (kind, id) WHERE kind
 -- An entry as one line of a page in this format: 'json', 'ndjson', or 'sse', which is an event of Server-Sent
 -- Events (HTML standard, 9.2). incident is a field to add, with its comma in front, or null.
 CREATE OR REPLACE FUNCTION timeline_line(entry timeline, incident text, format text) RETURNS text
-    LANGUAGE sql STABLE PARALLEL SAFE
-    RETURN CASE format WHEN 'sse' THEN E'id: ' || (entry).id || E'\nevent: ' || (entry).kind || E'\ndata: ' ELSE '' END
+    LANGUAGE sql STABLE PARALLEL SAFE AS $$
+    SELECT CASE format WHEN 'sse' THEN E'id: ' || (entry).id || E'\nevent: ' || (entry).kind || E'\ndata: ' ELSE '' END
         || left(timeline_json(entry)::text, -1) || coalesce(incident, '') || '}'
         || CASE format WHEN 'sse' THEN E'\n\n' WHEN 'ndjson' THEN E'\n' ELSE '' END;
+$$;

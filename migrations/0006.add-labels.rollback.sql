@@ -7,20 +7,22 @@ DROP FUNCTION incident_matches;
 DROP FUNCTION incident_texts_between, incidents_between;
 
 CREATE OR REPLACE FUNCTION incident_json(incident incidents) RETURNS text
-    LANGUAGE sql STABLE PARALLEL SAFE
-    RETURN '{"id":' || (incident).id || ',"description":' || to_json((incident).description)::text
+    LANGUAGE sql STABLE PARALLEL SAFE AS $$
+    SELECT '{"id":' || (incident).id || ',"description":' || to_json((incident).description)::text
         || ',"status":"' || (incident).status || '","source":"' || (incident).source
         || '","created_at":"' || rfc3339((incident).created_at)
         || '","updated_at":"' || rfc3339((incident).updated_at)
         || '","version":' || (incident).version || '}';
+$$;
 
 CREATE OR REPLACE FUNCTION incident_csv(incident incidents) RETURNS text
-    LANGUAGE sql STABLE PARALLEL SAFE
-    RETURN format(
+    LANGUAGE sql STABLE PARALLEL SAFE AS $$
+    SELECT format(
         '%s,"%s%s",%s,%s,%s,%s,%s',
         (incident).id, CASE WHEN (incident).description ~ '^[=+@\t\r\n-]' THEN '''' END,
         replace((incident).description, '"', '""'), (incident).status, (incident).source,
         rfc3339((incident).created_at), rfc3339((incident).updated_at), (incident).version);
+$$;
 
 CREATE OR REPLACE TRIGGER incidents_copy_changed_description
     AFTER UPDATE ON incidents

@@ -115,10 +115,11 @@ CREATE OR REPLACE FUNCTION incident_texts_between(since timestamptz, before_crea
 CREATE OR REPLACE FUNCTION incident_matches(
     incident incidents, statuses text[], sources text[], pattern text, has_accents boolean, label_filter jsonpath)
     RETURNS boolean
-    LANGUAGE sql STABLE PARALLEL SAFE
-    RETURN (statuses IS NULL OR (incident).status = ANY (statuses) AND (incident).source = ANY (sources))
+    LANGUAGE sql STABLE PARALLEL SAFE AS $$
+    SELECT (statuses IS NULL OR (incident).status = ANY (statuses) AND (incident).source = ANY (sources))
        AND (pattern IS NULL OR contains_text((incident).description, pattern, has_accents))
        AND (label_filter IS NULL OR (incident).labels @@ label_filter);
+$$;
 
 -- How incident_search.sql should look for incidents. This counts how many of the newest 1,000 between the bounds pass
 -- each filter. Ten that pass fill a page of 50 within 5,000. A text of one or two letters ('%ab%') has no trigram, so
@@ -163,20 +164,22 @@ $$;
 -- ── Rows as text ─────────────────────────────────────────────────────────────────────────────────
 
 CREATE OR REPLACE FUNCTION incident_json(incident incidents) RETURNS text
-    LANGUAGE sql STABLE PARALLEL SAFE
-    RETURN '{"id":' || (incident).id || ',"description":' || to_json((incident).description)::text
+    LANGUAGE sql STABLE PARALLEL SAFE AS $$
+    SELECT '{"id":' || (incident).id || ',"description":' || to_json((incident).description)::text
         || ',"status":"' || (incident).status || '","source":"' || (incident).source
         || '","labels":' || (incident).labels::text
         || ',"created_at":"' || rfc3339((incident).created_at)
         || '","updated_at":"' || rfc3339((incident).updated_at)
         || '","version":' || (incident).version || '}';
+$$;
 
 -- labels is the last column, so that programs that count columns still find the others.
 CREATE OR REPLACE FUNCTION incident_csv(incident incidents) RETURNS text
-    LANGUAGE sql STABLE PARALLEL SAFE
-    RETURN format(
+    LANGUAGE sql STABLE PARALLEL SAFE AS $$
+    SELECT format(
         '%s,"%s%s",%s,%s,%s,%s,%s,"%s"',
         (incident).id, CASE WHEN (incident).description ~ '^[=+@\t\r\n-]' THEN '''' END,
         replace((incident).description, '"', '""'), (incident).status, (incident).source,
         rfc3339((incident).created_at), rfc3339((incident).updated_at), (incident).version,
         replace((incident).labels::text, '"', '""'));
+$$;

@@ -171,6 +171,20 @@ def test_each_migration_says_what_it_is_for() -> None:
         assert re.fullmatch(r"-- [A-Z].{30,}", comment), name
 
 
+def test_no_function_keeps_a_column_from_being_added(
+    migrated: str, new_database: NewDatabase
+) -> None:
+    # PostgreSQL's minor releases of autumn 2026 refuse ADD COLUMN with a default while a function
+    # with an SQL-standard body (RETURN ...) takes a row of the table.
+    hindering = """
+        SELECT oid::regprocedure::text
+          FROM pg_proc
+         WHERE pronamespace = 'public'::regnamespace AND prosqlbody IS NOT NULL AND EXISTS (
+               SELECT FROM pg_type WHERE oid = ANY (proargtypes) AND typtype = 'c')"""
+
+    assert fetch(new_database(template=migrated), hindering) == []
+
+
 # ── Applied, rolled back, and run twice ───────────────────────────────────────────────────────────
 
 
