@@ -66,8 +66,6 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import LOGGING_CONFIG
 from uvicorn.protocols.http.zttp_impl import ZttpProtocol
-from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
-from yoyo.connections import parse_uri
 
 if sys.platform != "win32":
     import fcntl
@@ -1346,58 +1344,38 @@ MIGRATION_FILES = sorted(file.stem for file in HERE.glob("migrations/*.sql"))
 MIGRATIONS = tuple(name for name in MIGRATION_FILES if not name.endswith(".rollback"))
 
 
-class MigrationBackend(PostgresqlPsycopgBackend):  # type: ignore[misc]
-    """yoyo's connection, on which a statement waits for a lock for three seconds at most.
-
-    Whoever wants the same table later has to wait behind it. So a migration that waits for a long
-    report, or for pg_dump, would stop the whole service.
-    """
-
-    def init_connection(self, connection: Any) -> None:
-        """Set up a connection; yoyo calls this."""
-        super().init_connection(connection)
-        connection.execute("SET lock_timeout = '3s'")
-
-
 def migrate(url: str, tries: int = 100, pause: float = 3) -> None:
     """Apply the missing migrations with yoyo, one process at a time.
 
-    Raises `psycopg.errors.LockNotAvailable` when a table was in use at each try, for ten minutes.
+    A migration waits for a table that is in use for three seconds, and is tried again. Raises
+    `psycopg.errors.LockNotAvailable` when the table was in use at each try, for ten minutes.
     """
     os.environ.setdefault("USER", "incidents")  # yoyo asks for it, and a container has no user name
     with psycopg.connect(url, autocommit=True) as session:
         # Not the blocking form of this lock: to wait in a statement would hold a snapshot, and a
         # CREATE INDEX CONCURRENTLY in the other process would wait for that snapshot to end.
         try_lock = "SELECT pg_try_advisory_lock(hashtext('migrations of incidents'))"
-        for attempt in itertools.count(1):
-            if session.execute(try_lock).fetchone() == (True,):
-                break
-            if attempt == 30:
-                log.info("Another process migrates the database; waiting for it")
+        while session.execute(try_lock).fetchone() != (True,):
             time.sleep(0.1)
         # yoyo hides the reason when it may not create its tables. This shows it.
         with session.transaction(force_rollback=True):
             session.execute("CREATE TABLE may_a_table_be_made ()")
-        # As parameters only: yoyo's own URL parser does not know several hosts or sockets.
-        address = f"postgresql+psycopg://?{urlencode(conninfo_to_dict(url))}"
         for attempt in range(1, tries + 1):
             try:
-                return apply_migrations(address)
+                return apply_migrations(url)
             except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
                 if attempt == tries:
                     raise
-            text = "Try %d of %d: a migration waits for a table that a transaction uses"
-            log.warning(text, attempt, tries)
+            log.warning("Try %d of %d: a migration waits for a table in use", attempt, tries)
             time.sleep(pause)
 
 
-def apply_migrations(address: str) -> None:
+def apply_migrations(url: str) -> None:
     """Apply the missing migrations; the caller holds the advisory lock."""
-    with MigrationBackend(parse_uri(address), yoyo.default_migration_table) as backend:
-        backend.init_database()
-        # yoyo's own lock is a row, which a killed process leaves behind. Only the holder of the
-        # advisory lock gets here, so the row can be removed.
-        backend.break_lock()
+    # As parameters only: yoyo's own URL parser does not know several hosts or sockets.
+    address = f"postgresql+psycopg://?{urlencode(conninfo_to_dict(url))}"
+    with yoyo.get_backend(address) as backend:
+        backend.break_lock()  # a row that a killed process has left behind
         with backend.lock():
             migrations = yoyo.read_migrations(str(HERE / "migrations"))
             backend.apply_migrations(backend.to_apply(migrations))
@@ -1413,17 +1391,13 @@ async def fetch_readiness() -> Any:
 
 async def ensure_migrated() -> None:
     """Apply missing migrations. When none is missing, the role need not own the schema."""
-    missing = (await fetch_readiness())["missing"]
     try:
-        if missing:
+        if (await fetch_readiness())["missing"]:
             # To the server that answered: libpq would first wait for those that are silent.
             url = make_conninfo(database.url, **(database.server or Server(None, None))._asdict())
             await asyncio.to_thread(migrate, url)
     except psycopg.Error as error:
-        still_missing = (await fetch_readiness())["missing"]
-        applied = ", ".join(name for name in missing if name not in still_missing) or "nothing"
-        reason = f"a migration failed: {describe_error(error)}; before it, {applied} was applied"
-        raise RuntimeError(reason) from None
+        raise RuntimeError(f"a migration failed: {describe_error(error)}") from None
     if missing := (await fetch_readiness())["missing"]:
         raise RuntimeError(f"the database lacks the migrations {', '.join(missing)}")
 
