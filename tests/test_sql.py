@@ -194,7 +194,7 @@ async def test_a_batch_of_reads_gives_its_rows_in_the_order_of_the_calls(connect
 
 async def test_a_batch_of_writes_gives_its_rows_in_the_order_of_the_calls(connection: Any) -> None:
     keys, digests = ["c", None, "a", "b"], [b"c", None, b"a", b"b"]
-    sent = {"key": keys, "digest": digests, "actor": ["anonymous"] * 4}
+    sent: dict[str, list[Any]] = {"key": keys, "digest": digests, "actor": ["anonymous"] * 4}
     texts, sources = ["third", "none", "first", "second"], ["partner"] * 4
     create, note = incidents.SQL.incident_create, incidents.SQL.note_create
     change = incidents.SQL.incident_change
