@@ -694,10 +694,12 @@ class Statement:
 
         Every value must be hashable: a tuple, not a list.
         """
-        if values.keys() != set(self.parameters):
-            wanted, given = ", ".join(self.parameters), ", ".join(values)
-            raise TypeError(f"sql/{self.name}.sql takes ({wanted}), but was given ({given})")
-        return tuple([values[name] for name in self.parameters])
+        if tuple(values) != self.parameters:  # Most calls have them in order, which is quicker.
+            if values.keys() != set(self.parameters):
+                wanted, given = ", ".join(self.parameters), ", ".join(values)
+                raise TypeError(f"sql/{self.name}.sql takes ({wanted}), but was given ({given})")
+            values = {name: values[name] for name in self.parameters}
+        return tuple(values.values())
 
 
 SQL = SimpleNamespace(**{file.stem: Statement.load(file) for file in HERE.glob("sql/*.sql")})
