@@ -2502,11 +2502,13 @@ MAX_HEAD_SECONDS = 10
 class LimitedProtocol(ZttpProtocol):
     """uvicorn's HTTP protocol, with a limit on time, and with problems as its refusals.
 
-    zttp itself refuses more than 99 headers, and over 16 KiB in one of them or in the URL.
+    zttp itself refuses more than 99 headers, and over 16 KiB in one of them or in the URL. A client
+    may send requests before it has its answers (pipelining): they wait, most of them unread.
     """
 
     head_timer: asyncio.TimerHandle | None = None
     is_refused = False
+    is_paused = False
 
     def connection_made(self, transport: Any) -> None:
         """Wait ten seconds for the first request."""
@@ -2517,8 +2519,9 @@ class LimitedProtocol(ZttpProtocol):
         """Parse what has come. The rest of a URL and its headers must come within ten seconds."""
         if self.is_refused:
             return
-        if self.cycle and not self.cycle.more_body and not self.cycle.response_complete:
-            self.flow.pause_reading()  # The next request waits until uvicorn has sent this answer.
+        if self.is_answering():
+            self.is_paused = True
+            self.transport.pause_reading()
         if self.cycle is None and data.startswith(b"\x16\x03"):  # TLS: the client means https://
             self.handle_remote_protocol_error()
         else:
@@ -2529,6 +2532,18 @@ class LimitedProtocol(ZttpProtocol):
         elif self.head_timer and not is_waiting:
             self.head_timer.cancel()
             self.head_timer = None
+
+    def is_answering(self) -> bool:
+        """Whether a request has come to its end, and its answer has not."""
+        cycle = self.cycle
+        return cycle is not None and not cycle.more_body and not cycle.response_complete
+
+    def on_response_complete(self) -> None:
+        """Start the next request, if it has come already, or read on; uvicorn calls this."""
+        super().on_response_complete()
+        if self.is_paused and not self.is_answering() and not self.transport.is_closing():
+            self.is_paused = False
+            self.transport.resume_reading()
 
     def _should_upgrade(self) -> bool:
         """Ignore `Upgrade` (RFC 9110, 7.8); uvicorn asks this before it starts a request.
@@ -2566,7 +2581,7 @@ class LimitedProtocol(ZttpProtocol):
         self.transport.write(self.conn.data_to_send())
         # To close at once would reset the connection, and a client that is still sending would not
         # see the answer. What it sends meanwhile is thrown away.
-        self.flow.resume_reading()
+        self.transport.resume_reading()
         self.transport.write_eof()
         self.loop.call_later(2, self.transport.close)
 

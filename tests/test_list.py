@@ -125,9 +125,9 @@ def ids_of(response: httpx.Response) -> list[int]:
 
 
 def link_of(response: httpx.Response, relation: str) -> str | None:
-    """Give the target of a relation in the Link header."""
-    link: str | None = response.links.get(relation, {}).get("url")
-    return link
+    """Give the target of a relation in the Link header, which is relative to the request's URL."""
+    link = response.links.get(relation, {}).get("url")
+    return None if link is None else str(response.url.join(link))
 
 
 def cursor_of(response: httpx.Response) -> str:
