@@ -26,8 +26,8 @@ def insert_incident(
 ) -> None:
     """Insert an incident that was created at noon, so many days after START.
 
-    Each of its changes is a number of seconds after its creation, and the new status. The trigger
-    of migration 0003 sees each of them.
+    Each of its changes is a number of seconds after its creation, and the new status. The
+    trigger that sets the first times sees each of them.
     """
     created_at = START + timedelta(days=day)
     [(incident_id,)] = sql(
