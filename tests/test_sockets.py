@@ -288,12 +288,6 @@ def test_a_body_that_is_cut_short_creates_no_incident(server: Server, exchange: 
     assert count_incidents(server) == before
 
 
-def test_a_client_that_is_still_sending_can_read_why_it_was_refused(exchange: Exchange) -> None:
-    received = exchange(POST + CHUNKED + b"\r\nzz\r\n", 10 * MIB * b"a")
-
-    assert parse_statuses(received) == [400]
-
-
 @pytest.mark.parametrize("name", [b"X-Request-ID", b"Idempotency-Key", b"If-None-Match"])
 @pytest.mark.parametrize(
     "value",
@@ -552,35 +546,26 @@ def test_clients_that_leave_while_their_requests_wait_cause_no_error(server: Ser
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("request_", "status"),
-    [
-        pytest.param(LIVE, 200, id="GET /health/live"),
-        pytest.param(CREATE, 201, id="POST"),
-    ],
-)
-def test_200_000_requests_of_a_client_that_does_not_read_take_no_memory(
-    server: Server, exchange: Exchange, request_: bytes, status: int
+def test_100_000_requests_of_a_client_that_does_not_read_take_little_memory(
+    server: Server, exchange: Exchange
 ) -> None:
-    count = 200_000
     # The first requests of a service make it grow a little.
-    exchange(request_ * 500 + GET + CLOSE + b"\r\n")
+    exchange(LIVE * 500 + GET + CLOSE + b"\r\n")
     memory_before = measure_memory(server)
     memory: list[int] = []
     received = bytearray()
     with connect(server, receive_buffer=4096) as connection, ThreadPoolExecutor(1) as thread:
-        sending = thread.submit(send_without_reading, connection, request_ * count)
+        sending = thread.submit(send_without_reading, connection, LIVE * 100_000)
         # The service goes on until no more answers fit into the kernel.
         wait_until(lambda: has_paused(server, lambda: memory.append(measure_memory(server))), 60)
         sent = sending.result()
         while received.count(b"HTTP/1.1 ") < 3000 and (data := connection.recv(65536)):
             received += data
-    statuses = parse_statuses(received)
 
-    print(f"{sent // len(request_)} sent; + {(max(memory) - memory_before) / MIB} MiB")
-    assert len(statuses) >= 3000
-    assert set(statuses) == {status}
-    assert max(memory) - memory_before < 8 * MIB
+    print(f"{sent // len(LIVE)} sent; + {(max(memory) - memory_before) / MIB} MiB")
+    assert len(parse_statuses(received)) >= 3000
+    assert set(parse_statuses(received)) == {200}
+    assert max(memory) - memory_before < 12 * MIB  # up to 8 MiB wait to be parsed
 
 
 # ── Requests that are complete, but meant to be expensive ─────────────────────────────────────────
