@@ -2500,32 +2500,23 @@ MAX_HEAD_SECONDS = 10
 
 
 class LimitedProtocol(ZttpProtocol):
-    """uvicorn's HTTP protocol, with a limit on time, and with problems as its refusals.
+    """uvicorn's HTTP protocol, with ten seconds for a head, and with problems as its refusals.
 
-    zttp itself refuses more than 99 headers, and over 16 KiB in one of them or in the URL. A client
-    may send requests before it has its answers (pipelining): they wait, most of them unread.
+    zttp itself refuses more than 99 headers, and over 16 KiB in one of them or in the URL.
     """
 
     head_timer: asyncio.TimerHandle | None = None
-    is_refused = False
-    is_paused = False
 
     def connection_made(self, transport: Any) -> None:
-        """Wait ten seconds for the first request."""
+        """Wait for the first request."""
         super().connection_made(transport)
         self.head_timer = self.loop.call_later(MAX_HEAD_SECONDS, transport.close)
 
     def data_received(self, data: bytes) -> None:
         """Parse what has come. The rest of a URL and its headers must come within ten seconds."""
-        if self.is_refused:
-            return
-        if self.is_answering():
-            self.is_paused = True
-            self.transport.pause_reading()
         if self.cycle is None and data.startswith(b"\x16\x03"):  # TLS: the client means https://
-            self.handle_remote_protocol_error()
-        else:
-            super().data_received(data)
+            return self.handle_remote_protocol_error()
+        super().data_received(data)
         is_waiting = self.cycle is None or self.cycle.response_complete
         if is_waiting and not self.head_timer:
             self.head_timer = self.loop.call_later(MAX_HEAD_SECONDS, self.transport.close)
@@ -2533,23 +2524,8 @@ class LimitedProtocol(ZttpProtocol):
             self.head_timer.cancel()
             self.head_timer = None
 
-    def is_answering(self) -> bool:
-        """Whether a request has come to its end, and its answer has not."""
-        cycle = self.cycle
-        return cycle is not None and not cycle.more_body and not cycle.response_complete
-
-    def on_response_complete(self) -> None:
-        """Start the next request, if it has come already, or read on; uvicorn calls this."""
-        super().on_response_complete()
-        if self.is_paused and not self.is_answering() and not self.transport.is_closing():
-            self.is_paused = False
-            self.transport.resume_reading()
-
     def _should_upgrade(self) -> bool:
-        """Ignore `Upgrade` (RFC 9110, 7.8); uvicorn asks this before it starts a request.
-
-        uvicorn and zttp disagree whether `head` is a HEAD, so such methods are refused here.
-        """
+        """Ignore `Upgrade` (RFC 9110, 7.8). uvicorn and zttp disagree whether `head` is a HEAD."""
         if not self.scope["method"].isupper():
             raise zttp.RemoteProtocolError
         return False
@@ -2569,21 +2545,13 @@ class LimitedProtocol(ZttpProtocol):
             problem = Problem(431, "The URL or the headers are too long; send less.")
         response = problem_response(problem, "")
         headers = [*self.server_state.default_headers, *response.raw_headers, *SECURITY_HEADERS]
-        self.is_refused = True
         if self.cycle:  # Its handler may wait for a body that will not come.
-            self.cycle.disconnected, self.cycle.waiting_for_100_continue = True, False
-            self.cycle.message_event.set()
-        try:
+            self.cycle.disconnected = True
+        with contextlib.suppress(zttp.LocalProtocolError):  # Another response may have begun.
             self.conn.send_response(response.status_code, [*headers, (b"connection", b"close")])
             self.conn.send_data(response.body)
-        except zttp.LocalProtocolError:  # Another response has begun, or this one has no body.
-            return self.transport.close()
-        self.transport.write(self.conn.data_to_send())
-        # To close at once would reset the connection, and a client that is still sending would not
-        # see the answer. What it sends meanwhile is thrown away.
-        self.transport.resume_reading()
-        self.transport.write_eof()
-        self.loop.call_later(2, self.transport.close)
+            self.transport.write(self.conn.data_to_send())
+        self.transport.close()
 
 
 MAX_UNREAD_SECONDS = 60
