@@ -1375,7 +1375,8 @@ def run_program(
     if done.returncode == 0:
         return None
     reason = re.search("(?:: error|FATAL|PANIC): +(.*)", text)
-    return f"{program}: {reason[1] if reason else 'see the newest file in its folder logs'}"
+    words = reason[1] if reason else " ".join(text.splitlines()[-2:]).removeprefix(f"{program}: ")
+    return f"{program}: {words}"
 
 
 def find_programs() -> Path:
