@@ -614,6 +614,16 @@ def test_the_embedded_database_listens_on_no_network_address(embedded: tuple[Pat
     assert postmaster.net_connections("unix")
 
 
+def test_the_embedded_server_knows_letters_of_every_alphabet_and_their_case(
+    embedded: tuple[Path, str],
+) -> None:
+    with psycopg.connect(embedded[1], autocommit=True) as session:
+        session.execute("CREATE EXTENSION pg_trgm")
+        query = "SELECT show_trgm('Сбой') = show_trgm('СБОЙ'), cardinality(show_trgm('Сбой'))"
+
+        assert session.execute(query).fetchone() == (True, 5)
+
+
 def test_the_embedded_server_logs_errors_but_no_text_of_an_incident_and_no_statement(
     embedded: tuple[Path, str],
 ) -> None:
