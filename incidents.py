@@ -1993,11 +1993,12 @@ class Database:
             self.logged_at = self.failed_at
 
     def log_write(self, started_at: float) -> None:
-        """Log that the database serves again, when a write has begun after the last failure.
+        """Log that the database serves again, when a write has begun a second after a failure.
 
-        Only a write shows that: reads also work on a standby, and while the disk is full.
+        Only a write shows that: reads also work on a standby, and while the disk is full. And at a
+        limit of connections, some calls fail while others succeed.
         """
-        if self.failed_at and started_at > self.failed_at:
+        if self.failed_at and started_at > self.failed_at + 1:
             log.warning("The database at %s serves again", self)
             self.failed_at, self.logged_at = None, float("-inf")
 
