@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import hashlib
 import hmac
 import importlib.util
@@ -2510,7 +2511,7 @@ MAX_HEAD_SECONDS = 10
 class LimitedProtocol(ZttpProtocol):
     """uvicorn's HTTP protocol, with ten seconds for a head, and with problems as its refusals.
 
-    zttp itself refuses more than 99 headers, and over 16 KiB in one of them or in the URL.
+    zttp itself refuses over 16 KiB in the URL or in a header, 64 KiB in all, and 99 headers.
     """
 
     head_timer: asyncio.TimerHandle | None = None
@@ -2626,6 +2627,10 @@ async def lifespan(_: Any) -> AsyncIterator[None]:
             await ensure_migrated()
         del sys.tracebacklimit
         log_start(settings)
+        # What exists now stays for good, so no garbage collection needs to look at it; and requests
+        # leave little garbage behind, so fewer collections give about 5 % more requests per second.
+        gc.freeze()
+        gc.set_threshold(20_000, 20, 50)
         try:
             # uvicorn waits for all responses, and long polls and streams do not end by themselves.
             with call_at_signals(lambda: loop.call_soon_threadsafe(feed.close)):

@@ -296,14 +296,18 @@ async def test_head_has_the_headers_of_a_page_and_no_body(client: httpx.AsyncCli
 
 
 @pytest.mark.usefixtures("history")
-async def test_head_of_an_event_stream_ends_at_once(client: httpx.AsyncClient) -> None:
+async def test_head_of_an_event_stream_or_a_long_poll_ends_at_once(
+    client: httpx.AsyncClient,
+) -> None:
     async with asyncio.timeout(5):
         response = await client.head("/timeline", headers=EVENT_STREAM)
+        long_poll = await client.head("/timeline?after=latest&wait=30")
 
     assert response.status_code == 200
     assert response.content == b""
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert response.headers["x-accel-buffering"] == "no"
+    assert long_poll.status_code == 200
     assert response.headers["cache-control"] == "no-store"
 
 
