@@ -725,10 +725,15 @@ def test_an_unprivileged_user_can_run_the_service(serve_as_nobody: Serve, checko
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("closed/data", "PermissionError: [Errno 13] Permission denied: '"),
         ("full", 'initdb: directory "." exists but is not empty'),
-        ("file", "FileExistsError: [Errno 17] File exists: '"),
-        pytest.param("of root", "initdb: could not change permissions of", marks=needs_root),
+        *(
+            pytest.param(name, reason, marks=[pytest.mark.slow, needs_root])
+            for name, reason in (
+                ("closed/data", "PermissionError: [Errno 13] Permission denied: '"),
+                ("file", "FileExistsError: [Errno 17] File exists: '"),
+                ("of root", "initdb: could not change permissions of"),
+            )
+        ),
     ],
 )
 def test_a_data_dir_that_cannot_be_used_is_refused_with_a_line(
