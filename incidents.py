@@ -189,7 +189,10 @@ class IncidentChange(
 
     description: Text = OMITTED
     source: Source = OMITTED
-    labels: dict[LabelName, LabelValue | None] = OMITTED
+    # A change may remove all labels and add as many others.
+    labels: Annotated[dict[LabelName, LabelValue | None], Field(max_length=2 * MAX_LABELS)] = (
+        OMITTED
+    )
     status: Status = OMITTED
     note: Text = OMITTED
 

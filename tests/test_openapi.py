@@ -422,16 +422,18 @@ async def test_a_timeline_entry_has_no_field_that_is_not_described(
 async def test_the_statistics_have_the_fields_described_and_no_more(
     client: httpx.AsyncClient,
 ) -> None:
-    stats = (await client.get("/stats")).json()
-    described = COMPONENTS["schemas"]["Stats"]["properties"]
+    stats = (await client.get("/stats?by=day&since=2999-01-01&until=2999-01-02")).json()
+    [day] = stats.pop("days")
+    described = COMPONENTS["schemas"]["StatsOfPeriod"]["properties"]
 
-    assert stats.keys() == described.keys()
+    assert stats.keys() | {"days"} == described.keys()
+    assert day.keys() == COMPONENTS["schemas"]["StatsOfDay"]["properties"].keys()
     assert stats["by_status"].keys() == described["by_status"]["properties"].keys()
     assert stats["by_source"].keys() == described["by_source"]["properties"].keys()
     assert stats["seconds_to"].keys() == openapi.SecondsTo.model_fields.keys()
     for durations in stats["seconds_to"].values():
         assert durations.keys() == openapi.Durations.model_fields.keys()
-    openapi.Stats.model_validate(stats)
+    openapi.StatsOfPeriod.model_validate(stats)
 
 
 @pytest.mark.parametrize("name", ["get_root", "check_liveness", "check_readiness"])
