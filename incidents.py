@@ -2384,8 +2384,9 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
     data_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         with lock_folder(data_dir) as starting:
-            run = functools.partial(run_program, data_dir, choose_user(data_dir))
-            if failure := start_server(run, data_dir, locks=starting):
+            options = {"cwd": data_dir, **choose_user(data_dir)}
+            run: Callable[..., str | None] = functools.partial(run_program, **options)
+            if failure := start_server(run, data_dir, starting):
                 raise RuntimeError(f"DATA_DIR={data_dir} cannot be used: {failure}")
             using = stack.enter_context(lock_folder(data_dir / "base", is_shared=True))
         try:
@@ -2397,18 +2398,18 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
             with lock_folder(data_dir) as stopping, contextlib.suppress(BlockingIOError):
                 if sys.platform != "win32":  # refused while another process uses the server
                     fcntl.flock(using[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if failure := run("pg_ctl", "stop", "-m", "fast", locks=stopping):
+                if failure := run("pg_ctl", "stop", "-m", "fast", pass_fds=stopping):
                     log.warning("The embedded PostgreSQL was not stopped: %s", failure)
 
 
 def start_server(run: Callable[..., str | None], data_dir: Path, locks: list[int]) -> str | None:
     """Start the server if it does not run, and say why that failed, if it did.
 
-    The server must not have the locks, because it would keep them as long as it runs.
+    If this process is killed, initdb keeps the locks. The server itself must not have them.
     """
     failure = None
     if not (data_dir / "PG_VERSION").exists():
-        failure = run("initdb", *INITDB_OPTIONS.split(), locks=locks)
+        failure = run("initdb", *INITDB_OPTIONS.split(), pass_fds=locks)
     if not failure and run("pg_ctl", "status"):  # It fails when the server does not run.
         failure = run("pg_ctl", "start", "-o", EMBEDDED_SETTINGS)
     return failure
@@ -2431,24 +2432,17 @@ def lock_folder(folder: Path, *, is_shared: bool = False) -> Iterator[list[int]]
         os.close(descriptor)
 
 
-def run_program(
-    data_dir: Path, user: dict[str, Any], program: str, *arguments: str, locks: Sequence[int] = ()
-) -> str | None:
-    """Run a program of PostgreSQL, and say in its own words why it failed, if it did.
-
-    It keeps the locks until it ends, even if this process is killed before.
-    """
+def run_program(program: str, *arguments: str, **options: Any) -> str | None:
+    """Run a program of PostgreSQL, and say in its own words why it failed, if it did."""
     with tempfile.TemporaryFile() as output:  # not a pipe, which the server would keep open
         done = subprocess.run(
             [find_programs() / program, "-D", ".", *arguments],
-            cwd=data_dir,
             # Nothing else from this process's environment. Windows needs SYSTEMROOT.
             env={"LC_ALL": "C", "SYSTEMROOT": os.environ.get("SYSTEMROOT", "")},
             stdout=output,
             stderr=output,
-            pass_fds=locks,
             start_new_session=True,  # A Ctrl-C is for the service, which stops the server itself.
-            **user,
+            **options,
         )
         output.seek(0)
         text = output.read().decode(errors="replace")
@@ -2468,10 +2462,9 @@ def find_programs() -> Path:
 
 
 def choose_user(data_dir: Path) -> dict[str, Any]:
-    """Give the options of `subprocess.run` for the user that runs PostgreSQL's programs.
+    """Give the options of `subprocess.run` for PostgreSQL's user: it refuses to run as root.
 
-    PostgreSQL refuses to run as root. So root gets a user for it, who owns the data folder and may
-    pass the folders above it and above the programs.
+    Root makes that user, gives it the data folder, and lets it pass the folders above its files.
     """
     if sys.platform == "win32" or os.geteuid() != 0:
         return {}
@@ -2482,8 +2475,7 @@ def choose_user(data_dir: Path) -> dict[str, Any]:
     if data_dir.stat().st_uid == 0 and not any(data_dir.iterdir()):
         os.chown(data_dir, user.pw_uid, user.pw_gid)
     if data_dir.stat().st_uid != user.pw_uid:
-        reason = f"it belongs to another user than {POSTGRES_USER}; name another folder"
-        raise RuntimeError(f"DATA_DIR={data_dir} cannot be used: {reason}")
+        raise RuntimeError(f"DATA_DIR={data_dir} belongs to another user; name another folder")
     for folder in (*data_dir.parents, *find_programs().parents):
         if not folder.stat().st_mode & 0o001:
             log.warning("chmod o+x %s, so that PostgreSQL can reach its files", folder)
