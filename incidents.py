@@ -53,6 +53,7 @@ from prometheus_client import Gauge, Histogram, generate_latest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pydantic import BaseModel, FailFast, Field, ValidationError, ValidationInfo, WithJsonSchema
 from pydantic.functional_validators import AfterValidator, BeforeValidator
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import from_json, to_json
 from pydantic_settings import BaseSettings
 from starlette.exceptions import HTTPException
@@ -388,7 +389,7 @@ class AlertGroup(MonitoringModel):
     """A webhook of Prometheus Alertmanager (version 4) or of Grafana: a group of alerts."""
 
     # What is not an alert is kept as it is, so that it does not stop the others.
-    alerts: list[Annotated[Alert | Any, Field(union_mode="left_to_right")]] = Field(
+    alerts: list[Annotated[Alert | SkipJsonSchema[Any], Field(union_mode="left_to_right")]] = Field(
         max_length=10_000, examples=[[{"status": "firing", "fingerprint": "a5d6f0c2b3e49871"}]]
     )
 
@@ -1420,7 +1421,7 @@ async def ensure_migrated() -> None:
 JSON_TYPE = "application/json; charset=utf-8"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Some clients begin a body with it.
 MAX_BODY = 512 * 1024  # bytes; PagerDuty's limit for an event, and enough for 32 long labels
-MAX_WEBHOOK = 2 * 1024 * 1024  # bytes; several thousand alerts
+MAX_ALERTS = 2 * 1024 * 1024  # bytes; several thousand alerts
 MAX_BODY_SECONDS = 10
 MAX_QUERY_PARAMETERS = 100
 MAX_FIELDS = 20  # of a body, or names in a query; each error costs 10 µs
@@ -2269,7 +2270,7 @@ async def apply_event(request: Request) -> Response:
 async def apply_alerts(request: Request) -> Response:
     """Take a webhook of Prometheus Alertmanager or Grafana: each of its alerts by itself."""
     advice = "send fewer alerts at once, with max_alerts in Alertmanager"
-    group = await parse_body(request, AlertGroup, MAX_WEBHOOK, advice)
+    group = await parse_body(request, AlertGroup, MAX_ALERTS, advice)
     alerts, ignored = {}, []
     for index, alert in enumerate(group.alerts):
         if isinstance(alert, Alert):
