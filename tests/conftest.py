@@ -32,6 +32,7 @@ from helpers import (
     Sql,
     free_port,
     in_database,
+    insert_incident,
     open_client,
     wait_until,
 )
@@ -219,8 +220,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
 @pytest.fixture
 def one_incident(sql: Sql) -> None:
     """Insert incident 1, of which the examples speak and which a refused request could change."""
-    sql("INSERT INTO incidents (description, source) VALUES ('Нет света', 'operator')")
-    sql("INSERT INTO timeline (incident_id, kind, actor) VALUES (1, 'created', 'anonymous')")
+    insert_incident(sql)
 
 
 @pytest.fixture

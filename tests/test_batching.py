@@ -1,9 +1,10 @@
 """Group commit: calls are sent to the server together, but each succeeds or fails on its own."""
 
 import asyncio
+import dataclasses
 import json
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import pytest
 from helpers import Rows, Sql, async_wait_until, find_inconsistencies
 
 from incidents import (
-    LIMITS,
+    BATCH_SIZE,
     MAX_WAITING,
+    QUERY_TIMEOUT,
     SQL,
+    WORKERS,
     Batcher,
     Database,
     Problem,
@@ -24,8 +27,6 @@ from incidents import (
 )
 
 pytestmark = pytest.mark.anyio
-
-BATCH_SIZE, WORKERS = LIMITS["batch"].batch_size, LIMITS["batch"].workers
 
 
 @pytest.fixture
@@ -43,16 +44,18 @@ async def database(database_url: str) -> AsyncIterator[Database]:
     await asyncio.wait_for(database.pool.close(), 10)
 
 
-async def create_incident(database: Database, description: str) -> int:
+async def create_incident(database: Database, description: str, key: str | None = None) -> int:
     """Report an incident, and give its id."""
-    arguments = (None, None, "test", description, "operator", None)
-    return int((await database.fetchrow(SQL.incident_create, *arguments))["id"])
+    values = {"key": key, "digest": b"" if key else None, "actor": "test", "labels": None}
+    values |= {"description": description, "source": "operator"}
+    return int((await database.fetchrow(SQL.incident_create, **values))["id"])
 
 
 async def change_status(database: Database, incident_id: int, status: str) -> dict[str, Any]:
     """Change an incident's status, and give the incident."""
-    arguments = (incident_id, None, None, status, None, "test", None, None)
-    row = await database.fetchrow(SQL.incident_change, *arguments)
+    values = dict.fromkeys(SQL.incident_change.parameters)
+    values |= {"incident_id": incident_id, "status": status, "actor": "test"}
+    row = await database.fetchrow(SQL.incident_change, **values)
     incident: dict[str, Any] = json.loads(row["body"])
     return incident
 
@@ -128,7 +131,8 @@ async def test_a_read_sees_everything_that_was_acknowledged_before_it(database: 
             await create_incident(database, "x")
             acknowledged += 1
             at_least = acknowledged
-            stats = await database.fetchrow(SQL.stats, None, None, ("open",), ("operator",))
+            values = {"since": None, "until": None, "statuses": ("open",), "sources": ("operator",)}
+            stats = await database.fetchrow(SQL.stats, **values)
             assert json.loads(stats["body"])["incidents"] >= at_least
 
     async with asyncio.timeout(60):
@@ -173,30 +177,26 @@ async def test_nothing_is_run_twice_after_a_lost_connection(
     await async_wait_until(lambda: is_idle(database))
 
 
-@pytest.mark.parametrize("position", [0, 7])
+@pytest.mark.parametrize("position", [1, 8])
 async def test_a_deadlock_of_a_batch_with_another_session_fails_no_call(
     database: Database, database_url: str, sql: Sql, position: int
 ) -> None:
-    ids = [await create_incident(database, f"{number}") for number in range(1, 10)]
     [(name,)] = sql("SELECT current_database()")
     sql(f"ALTER DATABASE {name} SET deadlock_timeout = '200ms'")
-    await database.pool.expire_connections()
-    lock = "SELECT FROM incidents WHERE id = %s FOR UPDATE"
+    claim = "INSERT INTO idempotency_keys (actor, key, digest, made_id) VALUES ('test', %s, '', 0)"
     with psycopg.connect(database_url) as session:
         # The session waits longer than the batch, so PostgreSQL ends the batch.
         session.execute("SET deadlock_timeout = '30s'")
-        session.execute(lock, (ids[-1],))
-        calls = asyncio.gather(
-            *(change_status(database, incident_id, "closed") for incident_id in ids)
-        )
+        session.execute(claim, ("9",))
+        calls = asyncio.gather(*(create_incident(database, "x", str(n)) for n in range(1, 10)))
         await async_wait_until(lambda: find_lock_waiters(sql))
-        await asyncio.to_thread(session.execute, lock, (ids[position],))
+        await asyncio.to_thread(session.execute, claim, (str(position),))
         session.rollback()
-        changed = await asyncio.wait_for(calls, 10)
+        ids = await asyncio.wait_for(calls, 10)
 
     sql(f"ALTER DATABASE {name} RESET deadlock_timeout")  # which the other tests share
 
-    assert [incident["version"] for incident in changed] == [2] * len(ids)
+    assert sql("SELECT id FROM incidents") == [(incident_id,) for incident_id in sorted(ids)]
     assert find_inconsistencies(sql) == []
 
 
@@ -204,8 +204,9 @@ async def test_a_call_ends_in_five_seconds_when_the_server_does_not_answer(
     database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The test does not wait as long as a client does, but adds the difference.
-    seconds_saved = LIMITS["batch"].seconds - 0.5
-    monkeypatch.setitem(LIMITS, "batch", LIMITS["batch"]._replace(seconds=0.5))
+    seconds_saved = QUERY_TIMEOUT - 0.5
+    quick = dataclasses.replace(SQL.incident_create, seconds=0.5)
+    monkeypatch.setattr(database.batchers["incident_create"], "statement", quick)
     started_at = asyncio.get_running_loop().time()
     with psycopg.connect(database_url) as session:
         session.execute("LOCK TABLE incidents IN EXCLUSIVE MODE")
@@ -258,7 +259,9 @@ async def test_a_caller_that_leaves_a_shared_read_does_not_disturb_the_others(
 ) -> None:
     incident_id = await create_incident(database, "x")
     reads = [
-        asyncio.create_task(database.fetchrow(SQL.incident_get, incident_id, None))
+        asyncio.create_task(
+            database.fetchrow(SQL.incident_get, incident_id=incident_id, if_none_match=None)
+        )
         for _ in range(10)
     ]
     await asyncio.sleep(0)  # lets the reads join the queue
@@ -308,41 +311,34 @@ async def test_ten_thousand_answered_refused_and_cancelled_calls_all_end(
 # ── What a statement's file declares ──────────────────────────────────────────────────────────────
 
 
-# Statements that show how often they were run. One has the words of a write in it and one has not,
-# because only the declaration counts.
-COUNTED_RUN = "SELECT nextval('incidents_id_seq') AS run, $1::int AS argument"
-COUNTED_DELETE = f"WITH deleted AS (DELETE FROM incidents WHERE id = $1) {COUNTED_RUN}"
-
-
-@pytest.mark.parametrize("text", [COUNTED_RUN, COUNTED_DELETE])
-async def test_identical_calls_of_a_declared_read_are_run_once_for_all_that_wait(
-    database: Database, tmp_path: Path, text: str
+@pytest.mark.parametrize(
+    ("first_line", "runs"),
+    [
+        ("-- read", [1, 2]),
+        ("-- read, batch", [1, 2]),
+        ("-- read, at most 5 s, 1 at once", [1, 2]),
+        ("-- write", range(1, 101)),
+        ("-- write, batch", range(1, 101)),
+    ],
+)
+async def test_identical_calls_of_a_read_that_wait_are_run_once_and_those_of_a_write_are_each_run(
+    database: Database, tmp_path: Path, first_line: str, runs: Sequence[int]
 ) -> None:
-    batcher = Batcher(database, load_statement(tmp_path, f"-- kind: read, single\n{text}"))
+    # Each run changes the sequence: only the first line counts.
+    argument = "$1::int[]" if "batch" in first_line else "ARRAY[$1::int]"
+    run = f"SELECT nextval('incidents_id_seq') AS run, argument FROM unnest({argument}) AS argument"
+    batcher = Batcher(database, load_statement(tmp_path, f"{first_line}\n{run}"))
     rows = await gather_outcomes([batcher.run((number % 2,)) for number in range(100)])
 
     assert [row["argument"] for row in rows] == [0, 1] * 50
-    assert {row["run"] for row in rows} == {1, 2}
+    assert sorted({row["run"] for row in rows}) == list(runs)
 
 
-@pytest.mark.parametrize("text", [COUNTED_RUN, COUNTED_DELETE])
-async def test_identical_calls_of_a_declared_write_are_each_run(
-    database: Database, tmp_path: Path, text: str
-) -> None:
-    batcher = Batcher(database, load_statement(tmp_path, f"-- kind: write, single\n{text}"))
-    rows = await gather_outcomes([batcher.run((7,)) for _ in range(100)])
-
-    assert sorted(row["run"] for row in rows) == list(range(1, 101))
-
-
-@pytest.mark.parametrize(
-    ("kind", "runs"),
-    [("read, single", [1, 1, 1]), ("read, batch", [1, 1, 1]), ("write, single", [1, 2, 3])],
-)
+@pytest.mark.parametrize(("first_line", "runs"), [("-- read", [1, 1, 1]), ("-- write", [1, 2, 3])])
 async def test_a_statement_may_have_no_parameters(
-    database: Database, tmp_path: Path, kind: str, runs: list[int]
+    database: Database, tmp_path: Path, first_line: str, runs: list[int]
 ) -> None:
-    text = f"-- kind: {kind}\nSELECT nextval('incidents_id_seq') AS run"
+    text = f"{first_line}\nSELECT nextval('incidents_id_seq') AS run"
     batcher = Batcher(database, load_statement(tmp_path, text))
     rows = await gather_outcomes([batcher.run(()) for _ in range(3)])
 
@@ -351,18 +347,18 @@ async def test_a_statement_may_have_no_parameters(
 
 
 @pytest.mark.parametrize(
-    ("kind", "text", "returned"),
+    ("first_line", "text", "returned"),
     [
-        ("read, single", "SELECT $1::int WHERE false", "0 rows for 1 calls"),
-        ("read, single", "SELECT $1::int FROM generate_series(1, 2)", "2 rows for 1 calls"),
-        ("read, batch", "SELECT unnest($1::int[]) LIMIT 0", "0 rows for 1 calls"),
-        ("write, batch", "SELECT unnest($1::int[] || 1)", "2 rows for 1 calls"),
+        ("-- read", "SELECT $1::int WHERE false", "0 rows for 1 calls"),
+        ("-- read", "SELECT $1::int FROM generate_series(1, 2)", "2 rows for 1 calls"),
+        ("-- read, batch", "SELECT unnest($1::int[]) LIMIT 0", "0 rows for 1 calls"),
+        ("-- write, batch", "SELECT unnest($1::int[] || 1)", "2 rows for 1 calls"),
     ],
 )
 async def test_a_statement_with_another_number_of_rows_than_calls_names_its_file_and_the_rule(
-    database: Database, tmp_path: Path, kind: str, text: str, returned: str
+    database: Database, tmp_path: Path, first_line: str, text: str, returned: str
 ) -> None:
-    batcher = Batcher(database, load_statement(tmp_path, f"-- kind: {kind}\n{text}"))
+    batcher = Batcher(database, load_statement(tmp_path, f"{first_line}\n{text}"))
 
     with pytest.raises(RuntimeError) as error:
         await batcher.run((1,))
@@ -375,7 +371,7 @@ async def test_a_statement_with_another_number_of_rows_than_calls_names_its_file
 async def test_every_call_of_a_batch_with_a_wrong_number_of_rows_fails_and_none_hangs(
     database: Database, tmp_path: Path
 ) -> None:
-    text = "-- kind: read, batch\nSELECT unnest($1::int[]) LIMIT 1"
+    text = "-- read, batch\nSELECT unnest($1::int[]) LIMIT 1"
     batcher = Batcher(database, load_statement(tmp_path, text))
     calls = [batcher.run((number,)) for number in range(WORKERS * BATCH_SIZE)]
     outcomes = await gather_outcomes(calls)
@@ -390,30 +386,65 @@ async def test_every_call_of_a_batch_with_a_wrong_number_of_rows_fails_and_none_
     [
         "",
         "SELECT 1",
-        "-- Gives one.\n-- kind: read, single\nSELECT 1",
-        "-- kind: read\nSELECT 1",
-        "-- kind: delete, single\nSELECT 1",
-        "-- kind: read, batched\nSELECT 1",
-        "-- kind: read, single, fast\nSELECT 1",
-        "-- kind: read, slow search\nSELECT 1",
+        "-- Gives one.\n-- read\nSELECT 1",
+        "-- kind: read, single\nSELECT 1",
+        "-- delete\nSELECT 1",
+        "-- read, batched\nSELECT 1",
+        "-- read, at most 30 s\nSELECT 1",
     ],
 )
-def test_a_file_that_does_not_begin_with_its_kind_is_refused_by_its_name(
+def test_a_file_that_does_not_say_first_how_it_is_run_is_refused_by_its_name(
     tmp_path: Path, text: str
 ) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=r"sql/example\.sql must begin with a line like '-- read'"):
         load_statement(tmp_path, text)
 
-    assert str(error.value) == (
-        "sql/example.sql must begin with a line like '-- kind: read, single' "
-        "(or write; or batch, bulk, search, report, probe)"
+
+@pytest.mark.parametrize(
+    ("first_line", "declared"),
+    [
+        ("-- read", (True, False, False, QUERY_TIMEOUT, WORKERS)),
+        ("-- write", (False, False, False, QUERY_TIMEOUT, WORKERS)),
+        ("-- read, batch", (True, True, False, QUERY_TIMEOUT, WORKERS)),
+        ("-- write, batch", (False, True, False, QUERY_TIMEOUT, WORKERS)),
+        ("-- read, at most 30 s, 1 at once", (True, False, True, 30, 1)),
+    ],
+)
+def test_a_file_says_how_its_statement_is_run_and_names_its_parameters(
+    tmp_path: Path, first_line: str, declared: tuple[Any, ...]
+) -> None:
+    text = f"{first_line}\n--   $1 key  text  null for none\n--   $2 id   bigint\nSELECT 1"
+    statement = load_statement(tmp_path, text)
+
+    is_read, is_batch, is_slow, seconds, workers = declared
+    assert statement == Statement(
+        name="example",
+        text=text,
+        is_read=is_read,
+        is_batch=is_batch,
+        is_slow=is_slow,
+        seconds=seconds,
+        workers=workers,
+        parameters=("key", "id"),
     )
 
 
-@pytest.mark.parametrize("access", ["read", "write"])
-@pytest.mark.parametrize("kind", ["single", "batch", "search", "report", "probe"])
-def test_a_file_declares_how_its_statement_is_run(tmp_path: Path, access: str, kind: str) -> None:
-    text = f"-- kind: {access}, {kind}\nSELECT 1"
-    statement = load_statement(tmp_path, text)
+@pytest.mark.parametrize(
+    "names", [[], ["incident_id"], ["incident_id", "etag"], ["incident_id", "if_none_match", "x"]]
+)
+async def test_a_call_with_a_missing_or_unknown_name_fails_at_once_and_names_the_file(
+    database: Database, names: list[str]
+) -> None:
+    with pytest.raises(TypeError) as error:
+        await database.fetchrow(SQL.incident_get, **dict.fromkeys(names))
 
-    assert statement == Statement(name="example", text=text, is_read=access == "read", kind=kind)
+    taken = "sql/incident_get.sql takes (incident_id, if_none_match)"
+    assert str(error.value) == f"{taken}, but was given ({', '.join(names)})"
+    assert not database.batchers["incident_get"].waiting
+
+
+async def test_values_may_be_given_in_any_order(database: Database) -> None:
+    incident_id = await create_incident(database, "x")
+    row = await database.fetchrow(SQL.incident_get, if_none_match=None, incident_id=incident_id)
+
+    assert json.loads(row["body"])["id"] == incident_id

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
@@ -367,96 +368,33 @@ def owned_url(new_database: NewDatabase, server_url: str, limited_role: str) -> 
     run_sql(server_url, f"DROP DATABASE {name} WITH (FORCE)")
 
 
-@contextlib.asynccontextmanager
-async def open_database(url: str) -> AsyncIterator[incidents.Database]:
-    """Open a database as the service does."""
-    database = incidents.Database()
-    await database.open(url, tries=1)
-    try:
-        yield database
-    finally:
-        await asyncio.wait_for(database.pool.close(), 10)
-
-
 def set_limit(server_url: str, role: str, limit: int) -> None:
     """Limit the connections of a role; -1 lifts the limit."""
     run_sql(server_url, f"ALTER ROLE {role} CONNECTION LIMIT {limit}")
 
 
+@pytest.fixture
+def nothing_logged_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget failures of the tests before."""
+    monkeypatch.setattr(incidents.database, "failed_at", None)
+    monkeypatch.setattr(incidents.database, "logged_at", float("-inf"))
+
+
 @pytest.mark.slow
-async def test_two_services_at_a_limit_of_six_connections_fail_no_request(
-    serve: Serve, owned_url: str, server_url: str, limited_role: str
+async def test_two_services_whose_pools_fit_a_limit_of_six_connections_fail_no_request(
+    serve: Serve, owned_url: str
 ) -> None:
-    servers = [await start(serve, DATABASE_URL=owned_url) for _ in range(2)]
+    settings = {"DATABASE_URL": owned_url, "DB_POOL_SIZE": "3"}
+    servers = [await start(serve, **settings) for _ in range(2)]
     traffic = await Traffic().run(servers, clients=32, rounds=30)
-    sessions = f"SELECT count(*) FROM pg_stat_activity WHERE usename = '{limited_role}'"
-    [(count,)] = run_sql(server_url, sessions)
 
     traffic.assert_none_failed()
-    assert count == 6
     assert [find_lines(server, "cannot serve") for server in servers] == [[], []]
 
 
-@pytest.mark.parametrize("limit", [1, 2])
-async def test_a_pool_that_gets_few_connections_serves_all_calls_and_grows_when_it_may(
-    owned_url: str, server_url: str, limited_role: str, limit: int
-) -> None:
-    await asyncio.to_thread(incidents.migrate, owned_url)
-    set_limit(server_url, limited_role, limit)
-
-    async def call(number: int) -> Any:
-        arguments = (None, None, "test", f"number {number}", "operator", None)
-        return await database.fetchrow(incidents.SQL.incident_create, *arguments)
-
-    async with open_database(owned_url) as database:
-        rows: list[Any] = []
-        deadline = time.monotonic() + 30
-        # PostgreSQL may still count the session that migrated, so the pool may grow a second later.
-        while len(rows) < 5 * 600 or database.pool.get_size() < limit:
-            assert time.monotonic() < deadline, "the pool does not grow to its limit"
-            calls = [call(number) for number in range(300)]
-            reads = [database.fetchrow(incidents.SQL.incident_get, n, None) for n in range(1, 300)]
-            # Each statement has a worker, so three of them want more than the limit.
-            reads.append(database.fetchrow(incidents.SQL.readiness, incidents.MIGRATIONS))
-            rows += await asyncio.gather(*calls, *reads)
-        most = database.pool.get_size()
-        single = await asyncio.wait_for(call(0), 1)  # all open connections are idle
-        set_limit(server_url, limited_role, -1)
-        # At a limit, a connection is tried for only once in a second.
-        await async_wait_until(lambda: time.monotonic() > database.connection_limit_at + 1)
-        async with contextlib.AsyncExitStack() as borrowed:
-            for _ in range(limit + 1):
-                await borrowed.enter_async_context(database.borrow_connection())
-            grown = database.pool.get_size()
-
-    assert None not in rows
-    assert most == limit
-    assert single is not None
-    assert grown == limit + 1
-
-
-async def test_a_call_waits_for_one_of_the_connections_when_no_further_one_can_be_opened(
-    owned_url: str, server_url: str, limited_role: str
-) -> None:
-    await asyncio.to_thread(incidents.migrate, owned_url)
-    set_limit(server_url, limited_role, 2)
-    async with open_database(owned_url) as database:
-        async with database.borrow_connection(), database.borrow_connection():
-            calls = [
-                asyncio.create_task(database.fetchrow(incidents.SQL.incident_get, n, None))
-                for n in range(100)
-            ]
-            finished, _ = await asyncio.wait(calls, timeout=0.5)
-        rows = await asyncio.wait_for(asyncio.gather(*calls), 2)
-        idle = database.pool.get_idle_size()
-
-    assert not finished
-    assert len(rows) == 100
-    assert idle == 2  # none is lost
-
-
-async def test_when_the_pool_has_no_connection_at_a_limit_a_request_gets_a_503_at_once(
-    owned_url: str, server_url: str, limited_role: str
+@pytest.mark.usefixtures("nothing_logged_yet")
+async def test_at_a_limit_of_connections_a_request_gets_503_at_once_and_the_log_names_the_setting(
+    owned_url: str, server_url: str, limited_role: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with open_client(owned_url) as client:
         pool = incidents.database.pool
@@ -469,10 +407,56 @@ async def test_when_the_pool_has_no_connection_at_a_limit_a_request_gets_a_503_a
         set_limit(server_url, limited_role, 6)
         served = await client.get("/incidents/")
 
-    assert {response.status_code for response in refused} == {503}
+    for response in refused:
+        assert_problem(response, 503)
     assert "TooManyConnectionsError" in refused[0].json()["detail"]
     assert seconds < 2
     assert served.status_code == 200
+    [line] = [line for line in caplog.messages if "cannot serve" in line]
+    assert "too many connections for role" in line
+    assert "lower DB_POOL_SIZE" in line
+
+
+# ── The log ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.usefixtures("nothing_logged_yet")
+async def test_the_log_says_when_the_database_fails_once_a_minute_and_when_a_write_has_succeeded(
+    client: httpx.AsyncClient,
+    database_unavailable: Callable[[], contextlib.AbstractContextManager[None]],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    clock = SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter)
+    monkeypatch.setattr(incidents, "time", clock)
+    logged: list[tuple[float, str]] = []
+
+    async def note_lines(*requests: tuple[str, str]) -> None:
+        for method, path in requests:
+            await client.request(method, path, json=new_incident() if method == "POST" else None)
+            logged.extend((now, line) for line in caplog.messages)
+            caplog.clear()
+
+    read, write = ("GET", "/incidents/1"), ("POST", "/incidents/")
+    with database_unavailable():
+        for seconds in (0, 30, 60, 61, 121, 122):
+            now = 1000 + seconds
+            await note_lines(read, write)
+    now = 1123
+    await note_lines(read, read)
+    now = 1124
+    await note_lines(write, write, read)
+    with database_unavailable():
+        await note_lines(write, read)
+
+    assert [(at, re.findall("cannot serve|serves again", line)) for at, line in logged] == [
+        (1000, ["cannot serve"]),
+        (1061, ["cannot serve"]),
+        (1122, ["cannot serve"]),
+        (1124, ["serves again"]),
+        (1124, ["cannot serve"]),
+    ]
 
 
 # ── PgBouncer ─────────────────────────────────────────────────────────────────────────────────────
@@ -613,7 +597,7 @@ async def test_when_only_standbys_answer_a_start_that_wants_a_primary_says_so(
         await async_wait_until(server.is_live, 10)
 
     [line] = find_lines(server, "Try 1 of 30")
-    assert f"127.0.0.1:{relay.port}: only standbys answer" in line
+    assert f"127.0.0.1:{relay.port}: None of the hosts match" in line and "read-write" in line
     assert "Traceback" not in server.printed()
 
 

@@ -60,12 +60,15 @@ def no_slow_stats() -> None:
     incidents.slow_stats.clear()
 
 
-async def explain(url: str, name: str, arguments: tuple[Any, ...]) -> list[dict[str, Any]]:
+async def explain(
+    url: str, statement: incidents.Statement, values: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Run a statement in a session of the service, and give all nodes of its plan."""
+    arguments = statement.order_values(values)
     connection = await asyncpg.connect(url)
     try:
         await incidents.prepare_session(connection)
-        await connection.execute(f"PREPARE it AS {getattr(incidents.SQL, name).text}")
+        await connection.execute(f"PREPARE it AS {statement.text}")
         [literals] = await connection.fetch(
             f"SELECT {', '.join(f'quote_nullable(${n + 1}::text)' for n in range(len(arguments)))}",
             *(to_text(argument) for argument in arguments),
@@ -110,8 +113,9 @@ async def test_the_statistics_of_a_day_read_that_day_only_at_any_size(
     for count in (30_000, 300_000):
         url = fill(new_database(template=migrated), count)
         for days, period in ((1, DAY), (7, WEEK)):
-            bounds = [incidents.parse_timestamp(bound) for bound in period.values()]
-            nodes = await explain(url, "stats", (*bounds, incidents.STATUSES, incidents.SOURCES))
+            values: dict[str, Any] = {"statuses": incidents.STATUSES, "sources": incidents.SOURCES}
+            values |= {name: incidents.parse_timestamp(time) for name, time in period.items()}
+            nodes = await explain(url, incidents.SQL.stats, values)
             assert count_rows(nodes) == days * PER_DAY, (count, days)
             buffers[count, days] = nodes[0]["Shared Hit Blocks"] + nodes[0]["Shared Read Blocks"]
     print(f"buffers by incidents and days: {buffers}")
@@ -158,7 +162,7 @@ def find_lock_waiters(sql: Sql) -> int:
     return int(count)
 
 
-async def test_all_who_ask_while_a_report_is_on_its_way_get_that_report(
+async def test_reports_run_one_at_a_time_and_identical_ones_that_wait_share_one(
     client: httpx.AsyncClient, database_url: str, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count_executions(sql, monkeypatch)
@@ -168,31 +172,14 @@ async def test_all_who_ask_while_a_report_is_on_its_way_get_that_report(
         tasks = [asyncio.create_task(client.get("/stats"))]
         await async_wait_until(lambda: find_lock_waiters(sql))
         tasks += [asyncio.create_task(client.get("/stats")) for _ in range(200)]
-        await async_wait_until(lambda: sum(len(c.futures) for c in batcher.waiting.values()) == 200)
-        running = find_lock_waiters(sql)
-    responses = await asyncio.gather(*tasks)
-
-    assert {response.status_code for response in responses} == {200}
-    assert len({response.content for response in responses}) == 1
-    assert running == 1
-    assert sql("SELECT last_value FROM executions") == [(1,)]
-
-
-async def test_reports_of_different_periods_run_one_at_a_time(
-    client: httpx.AsyncClient, database_url: str, sql: Sql
-) -> None:
-    batcher = incidents.database.batchers["stats"]
-    with psycopg.connect(database_url) as session:
-        session.execute("LOCK TABLE incidents IN ACCESS EXCLUSIVE MODE")
-        tasks = [asyncio.create_task(client.get("/stats"))]
-        await async_wait_until(lambda: find_lock_waiters(sql))
-        tasks.append(asyncio.create_task(client.get("/stats", params=DAY)))
-        await async_wait_until(lambda: batcher.waiting or find_lock_waiters(sql) == 2)
+        tasks += [asyncio.create_task(client.get("/stats", params=DAY)) for _ in range(200)]
+        await async_wait_until(lambda: sum(len(c.futures) for c in batcher.waiting.values()) == 400)
         workers, running = len(batcher.workers), find_lock_waiters(sql)
     responses = await asyncio.gather(*tasks)
 
-    assert (workers, running) == (1, 1)
     assert {response.status_code for response in responses} == {200}
+    assert (workers, running) == (1, 1)
+    assert sql("SELECT last_value FROM executions") == [(3,)]
 
 
 async def test_a_slow_report_is_used_again_with_its_age_and_then_counted_anew(
@@ -263,7 +250,7 @@ RUNNING = """
     SELECT coalesce(max(extract(epoch FROM clock_timestamp() - query_start)), 0)::float
       FROM pg_stat_activity
      WHERE datname = current_database() AND state = 'active'
-       AND query LIKE '-- kind: read, search%'"""
+       AND query LIKE '-- read, at most 3 s%'"""
 
 
 @pytest.fixture
@@ -276,9 +263,9 @@ async def searches(
         "INSERT INTO incidents (description, source)"
         " SELECT 'сервер ' || number, 'partner' FROM generate_series(1, 2000) AS number"
     )
-    slow = incidents.LIMITS["slow search"]._replace(seconds=1)
-    monkeypatch.setitem(incidents.LIMITS, "slow search", slow)
     async with open_client(database_url) as client:
+        batcher = incidents.database.batchers["incident_search"]
+        monkeypatch.setattr(batcher, "statement", replace(batcher.statement, seconds=1))
         await client.get("/incidents/", params={"q": "сервер 77", "limit": 5})
         yield client
 
@@ -316,49 +303,38 @@ async def test_a_search_that_takes_too_long_gets_advice_and_ends_on_the_server(
 
     for seconds, response in results:
         assert_problem(response, 503)
-        assert response.json()["detail"] == incidents.SEARCH_ADVICE
+        assert response.json()["detail"] == incidents.SLOW_ADVICE
         assert int(response.headers["retry-after"]) > 0
-        assert seconds < 0.5 + 1 + 1
+        assert seconds < 1 + 1
     assert 0.3 < max(running) < 1 + 1
 
 
-# With two slow searches, one of the three workers is free; with five, all are taken twice.
-@pytest.mark.parametrize(("count", "longest"), [(2, 0.25), (3, 0.9), (5, 1.4)])
-async def test_a_quick_search_is_quick_while_slow_ones_run(
+# With two slow searches, one of the three workers is free; with five, none is for a second.
+@pytest.mark.parametrize(("count", "longest"), [(2, 0.25), (5, 1.4)])
+async def test_a_quick_search_is_answered_while_slow_ones_run(
     searches: httpx.AsyncClient, count: int, longest: float
 ) -> None:
-    texts = ["ъ", "🦄", "ъъ", "ыъ", "щъ", "эъ", "юъ", "яъ"][:count]
-    slow = [asyncio.create_task(time_search(searches, text)) for text in texts]
+    slow = [
+        asyncio.create_task(time_search(searches, text))
+        for text in ["ъ", "🦄", "ъъ", "ыъ", "щъ"][:count]
+    ]
     quick = []
     while not all(task.done() for task in slow):
         await asyncio.sleep(0.03)
         quick.append(await time_search(searches, "сервер 77"))
-    slow_seconds = [(await task)[0] for task in slow]
-    times = sorted(seconds for seconds, _ in quick)
-    print(f"{count} slow: {max(slow_seconds):.2f} s; quick: up to {times[-1]:.2f} s")
 
-    assert min(slow_seconds) > 1
+    print(f"{count} slow; quick: up to {max(seconds for seconds, _ in quick):.2f} s")
+    assert {(await task)[1].status_code for task in slow} == {503}
     assert {response.status_code for _, response in quick} == {200}
-    assert times[len(times) // 2] < 0.2
-    assert times[-1] < longest
+    assert max(seconds for seconds, _ in quick) < longest
 
 
-async def test_a_quick_search_that_comes_together_with_slow_ones_is_answered(
-    searches: httpx.AsyncClient,
-) -> None:
-    texts = ("ъ", "🦄", "ъъ", "сервер 77")
-    results = await asyncio.gather(*(time_search(searches, text) for text in texts))
+async def search_values(**query: str) -> dict[str, Any]:
+    """Give the values with which the service would run a search."""
+    sent: list[dict[str, Any]] = []
 
-    assert [response.status_code for _, response in results] == [503, 503, 503, 200]
-    assert results[-1][0] < 1
-
-
-async def search_arguments(**query: str) -> tuple[Any, ...]:
-    """Give the arguments with which the service would run a search."""
-    sent: list[tuple[Any, ...]] = []
-
-    async def record(_: incidents.Statement, *arguments: Any) -> None:
-        sent.append(arguments)
+    async def record(_: incidents.Statement, **values: Any) -> None:
+        sent.append(values)
 
     parsed = incidents.validate_query(urlencode(query).encode(), incidents.ListQuery)
     with pytest.MonkeyPatch.context() as patch:
@@ -381,8 +357,8 @@ async def test_only_a_text_with_trigrams_uses_their_index(
     loops = {}
     long_texts = ["провод", "10.0.0.1", "я я"]
     for text in [*SHORT_TEXTS, *long_texts]:
-        arguments = await search_arguments(q=text, **filters)
-        nodes = await explain(database_url, "incident_search", arguments)
+        values = await search_values(q=text, **filters)
+        nodes = await explain(database_url, incidents.SQL.incident_search, values)
         index = "incident_texts_description_idx"
         loops[text] = [node["Actual Loops"] for node in nodes if node.get("Index Name") == index]
 
@@ -402,24 +378,7 @@ async def test_a_search_for_a_short_text_finds_what_a_search_by_hand_finds(
         " FROM unnest(%s::text[]) WITH ORDINALITY AS _ (text, number)",
         wanted,
     )
-    texts = [
-        "ж",
-        "Ы",
-        "🔥",
-        "👩",
-        "לו",
-        "ا",
-        "%",
-        "_",
-        "\\",
-        "%_",
-        "\\\\",
-        "C%",
-        "É",
-        "a🔥",
-        "ъ",
-        "0Ж",
-    ]
+    texts = [*"жЫ🔥👩ا%_\\É", "לו", "%_", "\\\\", "C%", "a🔥", "ъ", "0Ж"]
     for text, query in itertools.product(texts, [{}, {"status": "open"}]):
         response = await client.get("/incidents/", params={"q": text} | query)
         found = sorted(incident["description"] for incident in response.json())

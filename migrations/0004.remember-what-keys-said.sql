@@ -1,8 +1,9 @@
--- depends: 0007.add-dedup-keys
+-- depends: 0003.take-over-replaced-incidents
 --
 -- What each key said last, for event_apply.sql, which changes an incident only where a sender says
 -- something else than before. The columns are null until a key has spoken for the first time since
 -- this migration.
+SET lock_timeout = '3s';
 ALTER TABLE dedup_keys
     -- What its newest trigger said.
     ADD COLUMN IF NOT EXISTS description text,

@@ -1,0 +1,55 @@
+-- Make room for the tables of 0001. The replaced system (FastAPI, SQLAlchemy) has a table called
+-- "incidents" too; it is renamed, and 0003 copies its rows. Somebody else's tables are left alone.
+SET lock_timeout = '3s';
+DO $$
+DECLARE
+    columns text;
+    unknown record;
+    foreign_table text;
+BEGIN
+    IF to_regproc('cursor_after') IS NOT NULL THEN
+        RAISE EXCEPTION 'this database was made by a version from before release 1.0: save its '
+            'incidents with that version (GET /incidents/?format=ndjson), then use a new database';
+    END IF;
+
+    -- The tables are ours if this domain is there. 0001 makes all of them at once, but the version
+    -- before made them step by step, and dedup_keys last.
+    IF to_regtype('timeline_note') IS NOT NULL THEN
+        IF to_regclass('dedup_keys') IS NULL THEN
+            RAISE EXCEPTION 'this database stands between two versions; it was left as it is: '
+                'start the service of commit 5d17a7d on it once, then this one';
+        END IF;
+        RETURN;
+    END IF;
+
+    SELECT string_agg(attname || ' ' || format_type(atttypid, NULL), ', ' ORDER BY attnum)
+      INTO columns
+      FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid AND relkind = 'r'
+     WHERE attrelid = to_regclass('incidents') AND attnum > 0 AND NOT attisdropped;
+    IF columns = 'id integer, description character varying, status incidentstatus, '
+                 'source incidentsource, created_at timestamp with time zone' THEN
+        -- What 0003 could not copy is refused here, while the replaced system can still run.
+        SELECT id, status, source INTO unknown
+          FROM incidents
+         WHERE upper(status::text) NOT IN ('OPEN', 'IN_PROGRESS', 'RESOLVED', 'CLOSED')
+            OR upper(source::text) NOT IN ('OPERATOR', 'MONITORING', 'PARTNER')
+         LIMIT 1;
+        IF FOUND THEN
+            RAISE EXCEPTION 'incident % has an unknown status (%) or source (%), so nothing was '
+                'changed: correct it, then start again', unknown.id, unknown.status, unknown.source;
+        END IF;
+        ALTER TABLE incidents RENAME TO incidents_replaced;
+        ALTER INDEX IF EXISTS incidents_pkey RENAME TO incidents_replaced_pkey;
+        ALTER SEQUENCE IF EXISTS incidents_id_seq RENAME TO incidents_replaced_id_seq;
+    END IF;
+
+    -- CREATE TABLE IF NOT EXISTS in 0001 would take these for its own.
+    SELECT name INTO foreign_table
+      FROM unnest('{incidents,timeline,incident_texts,idempotency_keys,dedup_keys}'::text[]) AS name
+     WHERE to_regclass(name) IS NOT NULL;
+    IF FOUND THEN
+        RAISE EXCEPTION 'the database has a table "%" that is not of this service; '
+            'it was left as it is: rename it, or use another database', foreign_table;
+    END IF;
+END
+$$;

@@ -1,0 +1,251 @@
+-- depends: 0001.schema
+-- The functions and triggers. The body of an SQL function takes the place of its call, so indexes
+-- serve it. Where a function takes a row, its body is between $$: since autumn 2026, PostgreSQL
+-- refuses to add a column with a default to a table beside such a function with RETURN.
+SET lock_timeout = '3s';
+-- The triggers of the version before go with their functions. This locks incidents first, as every
+-- statement of the service does that writes: another order could end in a deadlock.
+DROP FUNCTION IF EXISTS copy_new_descriptions, copy_changed_description CASCADE;
+
+-- A timestamp as RFC 3339 in UTC. PostgreSQL's own text differs only by a blank in its middle (the
+-- service sets DateStyle to ISO). to_char() would make a page a sixth slower.
+CREATE OR REPLACE FUNCTION rfc3339(value timestamptz) RETURNS text
+    LANGUAGE sql STABLE PARALLEL SAFE
+    RETURN replace((value AT TIME ZONE 'UTC')::text, ' ', 'T') || 'Z';
+
+-- An incident as JSON. Joining strings takes half the time of json_build_object(), and this is most
+-- of what a page costs. status and source need no escaping, because their domains allow only words.
+CREATE OR REPLACE FUNCTION incident_json(incident incidents) RETURNS text
+    LANGUAGE sql STABLE PARALLEL SAFE AS $$
+    SELECT '{"id":' || (incident).id || ',"description":' || to_json((incident).description)::text
+        || ',"status":"' || (incident).status || '","source":"' || (incident).source
+        || '","labels":' || (incident).labels::text
+        || ',"created_at":"' || rfc3339((incident).created_at)
+        || '","updated_at":"' || rfc3339((incident).updated_at)
+        || '","version":' || (incident).version || '}'
+$$;
+
+-- An incident as a record of CSV (RFC 4180), without a line end. An apostrophe keeps spreadsheets
+-- from running a description that begins with =, +, -, @, a tab or a line break as a formula.
+CREATE OR REPLACE FUNCTION incident_csv(incident incidents) RETURNS text
+    LANGUAGE sql STABLE PARALLEL SAFE AS $$
+    SELECT format('%s,"%s%s",%s,%s,%s,%s,%s,"%s"',
+        (incident).id, CASE WHEN (incident).description ~ '^[=+@\t\r\n-]' THEN '''' END,
+        replace((incident).description, '"', '""'), (incident).status, (incident).source,
+        rfc3339((incident).created_at), rfc3339((incident).updated_at), (incident).version,
+        replace((incident).labels::text, '"', '""'))
+$$;
+
+-- An incident as one line of a list in this format: 'json', 'ndjson' or 'csv'.
+CREATE OR REPLACE FUNCTION incident_line(incident incidents, format text) RETURNS text
+    LANGUAGE sql STABLE PARALLEL SAFE AS $$
+    SELECT CASE format WHEN 'json' THEN incident_json(incident)
+                       WHEN 'ndjson' THEN incident_json(incident) || E'\n'
+                       ELSE incident_csv(incident) || E'\r\n' END
+$$;
+
+-- A timeline entry as JSON. What does not apply to its kind is left out.
+CREATE OR REPLACE FUNCTION timeline_json(entry timeline) RETURNS json
+    LANGUAGE sql STABLE PARALLEL SAFE AS $$
+    SELECT json_strip_nulls(json_build_object(
+        'id', (entry).id, 'incident_id', (entry).incident_id, 'kind', (entry).kind,
+        'field', (entry).field, 'from', (entry).from_value, 'to', (entry).to_value,
+        'note', (entry).note, 'actor', (entry).actor, 'created_at', rfc3339((entry).created_at)))
+$$;
+
+-- An entry as one line of a page: 'json', 'ndjson', or 'sse' (Server-Sent Events, HTML standard,
+-- 9.2). incident is a field to add, with its comma in front, or null.
+CREATE OR REPLACE FUNCTION timeline_line(entry timeline, incident text, format text) RETURNS text
+    LANGUAGE sql STABLE PARALLEL SAFE AS $$
+    SELECT CASE format WHEN 'sse' THEN E'id: ' || (entry).id || E'\nevent: ' || (entry).kind
+                                       || E'\ndata: ' ELSE '' END
+        || left(timeline_json(entry)::text, -1) || coalesce(incident, '') || '}'
+        || CASE format WHEN 'sse' THEN E'\n\n' WHEN 'ndjson' THEN E'\n' ELSE '' END
+$$;
+
+-- The incidents from `since` on, up to a place in the list (a time and an id); null for no bound.
+CREATE OR REPLACE FUNCTION incidents_between(
+    since timestamptz, before_created_at timestamptz, before_id bigint)
+    RETURNS SETOF incidents LANGUAGE sql STABLE PARALLEL SAFE AS $$
+    SELECT * FROM incidents
+     WHERE created_at >= coalesce(since, '-infinity')
+       AND (created_at, id) < (coalesce(before_created_at, 'infinity'), coalesce(before_id, 0))
+$$;
+
+-- The same for the copies to search in.
+CREATE OR REPLACE FUNCTION incident_texts_between(
+    since timestamptz, before_created_at timestamptz, before_id bigint)
+    RETURNS SETOF incident_texts LANGUAGE sql STABLE PARALLEL SAFE AS $$
+    SELECT * FROM incident_texts
+     WHERE created_at >= coalesce(since, '-infinity')
+       AND (created_at, id) < (coalesce(before_created_at, 'infinity'), coalesce(before_id, 0))
+$$;
+
+-- The form in which texts are compared (Unicode's NFC, which most texts have): a letter with an
+-- accent is one character. A database with another encoding than UTF-8 cannot normalize.
+CREATE OR REPLACE FUNCTION search_form(value text) RETURNS text
+    LANGUAGE sql STABLE PARALLEL SAFE
+    RETURN CASE WHEN getdatabaseencoding() <> 'UTF8' OR value IS NFC NORMALIZED THEN value
+                ELSE normalize(value) END;
+
+-- Whether a description has a text, a pattern for ILIKE. To find its search_form() takes longest.
+CREATE OR REPLACE FUNCTION contains_text(description text, pattern text, has_accents boolean)
+    RETURNS boolean LANGUAGE sql STABLE PARALLEL SAFE
+    RETURN (has_accents OR description ILIKE pattern) AND search_form(description) ILIKE pattern;
+
+-- Whether an incident passes the filters of a list; null stands for one that is not given.
+CREATE OR REPLACE FUNCTION incident_matches(
+    incident incidents, statuses text[], sources text[], pattern text, has_accents boolean,
+    label_filter jsonpath) RETURNS boolean LANGUAGE sql STABLE PARALLEL SAFE AS $$
+    SELECT (statuses IS NULL
+            OR (incident).status = ANY (statuses) AND (incident).source = ANY (sources))
+       AND (pattern IS NULL OR contains_text((incident).description, pattern, has_accents))
+       AND (label_filter IS NULL OR (incident).labels @@ label_filter)
+$$;
+
+-- How incident_search.sql should look for incidents. This counts how many of the newest 1,000
+-- between the bounds pass each filter. Ten that pass fill a page of 50 within 5,000.
+--   'list'    read the list from its newest incident: many pass, there are few, or no index helps
+--   'chosen'  the same by status and source: those that are chosen are rare, but many of them pass
+--   'texts'   use the index of texts: few incidents have the text
+--   'labels'  use the index of labels: few incidents have the labels
+-- In PL/pgSQL, because a session keeps its plan; an SQL function is planned for each statement.
+CREATE OR REPLACE FUNCTION choose_search(
+    statuses text[], sources text[], since timestamptz, before_created_at timestamptz,
+    before_id bigint, pattern text, has_accents boolean, label_filter jsonpath)
+    RETURNS text LANGUAGE plpgsql STABLE PARALLEL SAFE AS $$
+DECLARE
+    -- A text of one or two letters ('%ab%', but not '%a b%') has no trigram: PostgreSQL would read
+    -- the whole index, and cannot be cancelled meanwhile. Null when there is no pattern.
+    is_short constant boolean := pattern !~ '[[:alnum:]]{3}|[^[:alnum:]%_\\][[:alnum:]]';
+    hits record;
+BEGIN
+    SELECT count(*) AS counted, count(*) FILTER (WHERE has_text) AS with_text,
+           count(*) FILTER (WHERE has_labels) AS with_labels,
+           count(*) FILTER (WHERE has_text AND has_labels) AS with_both,
+           count(*) FILTER (WHERE has_text AND has_labels AND is_chosen) AS with_all
+      INTO hits
+      FROM (SELECT incident_matches(incident, statuses, sources, NULL, NULL, NULL) AS is_chosen,
+                   incident_matches(incident, NULL, NULL, pattern, has_accents, NULL) AS has_text,
+                   incident_matches(incident, NULL, NULL, NULL, NULL, label_filter) AS has_labels
+              FROM incidents_between(since, before_created_at, before_id) AS incident
+             ORDER BY created_at DESC, id DESC
+             LIMIT 1000) AS newest;
+    RETURN CASE WHEN hits.counted < 1000 OR hits.with_all >= 10 THEN 'list'
+                WHEN hits.with_both >= 10 THEN 'chosen'
+                WHEN is_short AND hits.with_labels >= 100 AND statuses IS NULL THEN 'list'
+                WHEN is_short AND hits.with_labels >= 100 THEN 'chosen'
+                WHEN hits.with_text < hits.with_labels AND is_short IS NOT TRUE THEN 'texts'
+                ELSE 'labels' END;
+END
+$$;
+
+-- Apply a JSON merge patch (RFC 7396: null removes a label). SQLSTATE 22023 if over 32 are left.
+CREATE OR REPLACE FUNCTION merge_labels(labels jsonb, patch jsonb)
+    RETURNS jsonb LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE AS $$
+BEGIN
+    labels := jsonb_strip_nulls(labels || patch);
+    IF (SELECT count(*) FROM jsonb_object_keys(labels)) > 32 THEN
+        RAISE invalid_parameter_value
+            USING MESSAGE = 'an incident has at most 32 labels; remove some';
+    END IF;
+    RETURN labels;
+END
+$$;
+
+-- The labels that differ, as fields of the timeline. A value is null where there is no such label.
+CREATE OR REPLACE FUNCTION changed_labels(old_labels jsonb, new_labels jsonb)
+    RETURNS TABLE (field text, from_value text, to_value text)
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE ROWS 2 AS $$
+    SELECT 'labels.' || name, old_labels ->> name, new_labels ->> name
+      FROM jsonb_object_keys(old_labels || new_labels) AS name
+     WHERE old_labels -> name IS DISTINCT FROM new_labels -> name
+$$;
+
+-- Claim idempotency keys. Each array has one element for each request; a null key is passed over.
+-- Returns a row for each key: the position of its request, the id that the request makes or has
+-- made, whether the key was used before, and whether it was used with this same request.
+CREATE OR REPLACE FUNCTION claim_idempotency_keys(
+    actors text[], keys text[], digests bytea[], id_sequence regclass)
+    RETURNS TABLE ("position" bigint, made_id bigint, is_replay boolean, is_same_request boolean)
+    LANGUAGE plpgsql AS $$
+BEGIN
+    IF array_remove(keys, NULL) = '{}' THEN
+        RETURN;
+    END IF;
+    -- DO UPDATE, not DO NOTHING: PostgreSQL returns a conflicting row only when it is updated, and
+    -- the update also waits until the other transaction with this key has ended.
+    RETURN QUERY
+      WITH claimed AS (
+           INSERT INTO idempotency_keys AS existing (actor, key, digest, made_id)
+           SELECT actor, key, digest, nextval(id_sequence)
+             FROM unnest(actors, keys, digests) AS request (actor, key, digest)
+            WHERE key IS NOT NULL
+           ON CONFLICT (actor, key) DO UPDATE SET used_at = now(),
+              replays = existing.replays + (existing.digest = excluded.digest)::integer
+           RETURNING existing.*)
+    SELECT request.position, claimed.made_id,
+           claimed.replays > 0 OR claimed.digest <> request.digest,
+           claimed.digest = request.digest
+      FROM unnest(actors, keys, digests) WITH ORDINALITY AS request (actor, key, digest, position)
+           JOIN claimed USING (actor, key);
+    -- Last, and passing over locked keys, so that this waits for no transaction that waits for it.
+    DELETE FROM idempotency_keys
+     WHERE ctid = ANY (ARRAY(
+           SELECT ctid FROM idempotency_keys
+            WHERE used_at < now() - interval '7 days'
+            ORDER BY used_at LIMIT 100 FOR UPDATE SKIP LOCKED));
+END
+$$;
+
+-- Set when an incident was first in progress and first resolved, in the changes that do that.
+CREATE OR REPLACE FUNCTION set_first_times() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF NEW.status = 'in_progress' THEN
+        NEW.in_progress_at := NEW.updated_at;
+    ELSE
+        NEW.resolved_at := NEW.updated_at;
+    END IF;
+    RETURN NEW;
+END
+$$;
+CREATE OR REPLACE TRIGGER incidents_set_first_times BEFORE UPDATE ON incidents
+    FOR EACH ROW WHEN (NEW.status <> OLD.status
+                       AND (NEW.status = 'in_progress' AND NEW.in_progress_at IS NULL
+                            OR NEW.status = 'resolved' AND NEW.resolved_at IS NULL))
+    EXECUTE FUNCTION set_first_times();
+
+-- Copy new texts. A copy may be left from an incident that somebody has deleted by hand.
+CREATE OR REPLACE FUNCTION copy_new_texts() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO incident_texts (id, created_at, description, labels)
+    SELECT id, created_at, search_form(description), labels FROM new_incidents
+        ON CONFLICT (id) DO UPDATE SET created_at = excluded.created_at,
+           description = excluded.description, labels = excluded.labels;
+    RETURN NULL;
+END
+$$;
+CREATE OR REPLACE TRIGGER incidents_copy_new_texts AFTER INSERT ON incidents
+    REFERENCING NEW TABLE AS new_incidents FOR EACH STATEMENT EXECUTE FUNCTION copy_new_texts();
+
+-- Copy a changed text. The condition keeps a change of status from paying for a function call.
+CREATE OR REPLACE FUNCTION copy_changed_text() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE incident_texts
+       SET description = search_form(NEW.description), labels = NEW.labels
+     WHERE id = NEW.id;
+    RETURN NULL;
+END
+$$;
+CREATE OR REPLACE TRIGGER incidents_copy_changed_text AFTER UPDATE ON incidents
+    FOR EACH ROW WHEN (NEW.description <> OLD.description OR NEW.labels <> OLD.labels)
+    EXECUTE FUNCTION copy_changed_text();
+
+-- Keep the timeline as it was written, also from who uses psql with the service's own role.
+CREATE OR REPLACE FUNCTION refuse_timeline_change() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION 'the timeline is append-only: % is refused; add a note instead', TG_OP;
+END
+$$;
+CREATE OR REPLACE TRIGGER timeline_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON timeline
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_timeline_change();

@@ -1,3 +1,0 @@
-DROP FUNCTION timeline_line;
-
-DROP INDEX timeline_kind_id_idx;

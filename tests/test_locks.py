@@ -1,0 +1,184 @@
+"""Incidents whose row another transaction holds: a request that needs the row waits, no other.
+
+A person who uses psql, a backup or another service may hold a row for any time.
+"""
+
+import asyncio
+import dataclasses
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import httpx
+import psycopg
+import pytest
+from helpers import (
+    SECRET_MARKER,
+    Sql,
+    assert_problem,
+    async_wait_until,
+    find_inconsistencies,
+    open_client,
+)
+
+import incidents
+
+pytestmark = pytest.mark.anyio
+
+INCIDENTS = 64
+
+
+@pytest.fixture
+def database_url(emptied_database_url: str) -> str:
+    """Let the tests of this file share one database, which is emptied before each of them."""
+    return emptied_database_url
+
+
+@pytest.fixture
+async def client(database_url: str) -> AsyncIterator[httpx.AsyncClient]:
+    """Give a client of a service with 64 incidents, each of which has its id as its dedup_key."""
+    async with open_client(database_url) as client:
+        for number in range(1, INCIDENTS + 1):
+            await send(client, "trigger", number)
+        yield client
+
+
+@pytest.fixture
+def hold_incident_1(database_url: str) -> Callable[[], AbstractContextManager[None]]:
+    """Hold the row of incident 1 for a while."""
+
+    @contextmanager
+    def hold() -> Iterator[None]:
+        with psycopg.connect(database_url) as session:
+            session.execute("SELECT FROM incidents WHERE id = 1 FOR UPDATE")
+            yield
+
+    return hold
+
+
+CHANGES = pytest.mark.parametrize("change", ["description", "status", "note", "ack", "resolve"])
+
+
+async def send(client: httpx.AsyncClient, change: str, number: int) -> httpx.Response:
+    """Change an incident in one of several ways."""
+    event = {"event_action": change, "dedup_key": f"{number}", "payload": {"summary": "x"}}
+    path, text = f"/incidents/{number}", {"description": f"{SECRET_MARKER} {random.random()}"}
+    match change:
+        case "description":
+            return await client.patch(path, json=text)
+        case "status":
+            return await client.patch(f"{path}/status", json={"status": "in_progress"})
+        case "note":
+            return await client.post(f"{path}/notes", json={"note": "x"})
+        case "ack":
+            event["event_action"] = "acknowledge"
+    return await client.post("/v2/enqueue", json=event)
+
+
+def list_sessions(sql: Sql) -> set[int]:
+    """Give the server's process of each connection of the service."""
+    named = "datname = current_database() AND application_name = 'incidents'"
+    return {pid for (pid,) in sql(f"SELECT pid FROM pg_stat_activity WHERE {named}")}
+
+
+@CHANGES
+async def test_a_held_incident_fails_only_its_own_change_and_costs_no_connection(
+    client: httpx.AsyncClient,
+    sql: Sql,
+    hold_incident_1: Callable[[], AbstractContextManager[None]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    change: str,
+) -> None:
+    for batcher in incidents.database.batchers.values():
+        quick = dataclasses.replace(batcher.statement, seconds=1.0)
+        monkeypatch.setattr(batcher, "statement", quick)
+    before = list_sessions(sql)
+    caplog.clear()
+
+    async def time_change(number: int) -> tuple[float, httpx.Response]:
+        started_at = time.monotonic()
+        response = await send(client, change, number)
+        return time.monotonic() - started_at, response
+
+    with hold_incident_1():
+        held, *others = await asyncio.gather(*map(time_change, range(1, INCIDENTS + 1)))
+
+    assert {response.is_success for _, response in others} == {True}
+    assert max(seconds for seconds, _ in others) < 0.9 < held[0] < 1.5
+    assert_problem(held[1], 503)
+    assert "Another transaction holds this incident" in held[1].json()["detail"]
+    assert int(held[1].headers["retry-after"]) > 0
+    assert before <= list_sessions(sql)
+    assert [record for record in caplog.records if record.levelname != "INFO"] == []
+    assert sql("SELECT version FROM incidents WHERE id = 1") == [(1,)]
+    assert (await send(client, change, 1)).is_success
+    assert find_inconsistencies(sql) == []
+
+
+@CHANGES
+async def test_a_change_waits_until_its_incident_is_free_and_then_succeeds(
+    client: httpx.AsyncClient,
+    sql: Sql,
+    hold_incident_1: Callable[[], AbstractContextManager[None]],
+    change: str,
+) -> None:
+    with hold_incident_1():
+        waiting = asyncio.create_task(send(client, change, 1))
+        later = [await send(client, change, number) for number in (2, 3)]
+        entries = sql("SELECT kind FROM timeline WHERE incident_id = 1")
+        is_waiting = not waiting.done()
+    response = await waiting
+
+    assert is_waiting
+    assert entries == [("created",)]
+    assert {each.is_success for each in [*later, response]} == {True}
+    assert sql("SELECT count(*) FROM timeline WHERE incident_id = 1") == [(2,)]
+    assert find_inconsistencies(sql) == []
+
+
+async def test_a_trigger_of_a_held_incident_is_counted_at_once(
+    client: httpx.AsyncClient, hold_incident_1: Callable[[], AbstractContextManager[None]]
+) -> None:
+    with hold_incident_1():
+        answer = (await send(client, "trigger", 1)).json()
+        alerts = (await client.get("/incidents/1/alerts")).json()
+
+    assert answer["incident_id"] == 1
+    assert [alert["times"] for alert in alerts] == [2]
+
+
+async def test_two_services_that_change_the_same_incidents_fail_no_call_and_keep_the_order(
+    client: httpx.AsyncClient, database_url: str, sql: Sql
+) -> None:
+    other = incidents.Database()
+    await other.open(database_url)
+    chance = random.Random(7)
+    calls: list[tuple[incidents.Database, incidents.Statement, dict[str, Any]]] = []
+    for number in range(600):
+        statement = chance.choice([incidents.SQL.incident_change, incidents.SQL.note_create])
+        values = dict.fromkeys(statement.parameters) | {"incident_id": chance.randint(1, 5)}
+        text = {"description": f"{number}"} if "description" in values else {"note": f"{number}"}
+        database = chance.choice([incidents.database, other])
+        calls.append((database, statement, values | text | {"actor": "test"}))
+    async with asyncio.timeout(60):
+        slots = asyncio.Semaphore(64)
+
+        async def call(number: int) -> Any:
+            database, statement, values = calls[number]
+            async with slots:
+                return await database.fetchrow(statement, **values)
+
+        rows = await asyncio.gather(*(call(number) for number in range(len(calls))))
+    await other.pool.close()
+
+    changes = sum(statement is incidents.SQL.incident_change for _, statement, _ in calls)
+    assert {row["body"] is None for row in rows} == {False}
+    assert sql("SELECT sum(version - 1) FROM incidents") == [(changes,)]
+    assert sql("SELECT count(*) FROM timeline WHERE kind <> 'created'") == [(len(calls),)]
+    assert find_inconsistencies(sql) == []
+    await async_wait_until(lambda: not incidents.database.batchers["incident_change"].workers)
+    deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+    assert sql(deadlocks) == [(0,)]
