@@ -1,5 +1,4 @@
 -- depends: 0003.take-over-replaced-incidents
---
 -- What each key said last, for event_apply.sql, which changes an incident only where a sender says
 -- something else than before. The columns are null until a key has spoken for the first time since
 -- this migration.
