@@ -8,7 +8,7 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,7 +24,6 @@ from helpers import (
     Rows,
     Sql,
     assert_problem,
-    async_wait_until,
     find_inconsistencies,
     read_event_refusal,
 )
@@ -74,6 +73,16 @@ def make_alert(fingerprint: Any = "disk", status: str = "firing", **fields: Any)
         "labels": {"alertname": "DiskFull", "severity": "critical"},
         "annotations": {"summary": SUMMARY},
     } | fields
+
+
+def alert_of(annotations: Any, labels: Any = None, **fields: Any) -> dict[str, Any]:
+    """Make an alert with only these annotations and labels."""
+    return make_alert("key", annotations=annotations, labels=labels, **fields)
+
+
+def event_of(payload: Any, **fields: Any) -> dict[str, Any]:
+    """Make a trigger with only this payload, and further fields."""
+    return {"event_action": "trigger", "dedup_key": "key", "payload": payload} | fields
 
 
 async def send(client: httpx.AsyncClient, event: dict[str, Any]) -> int | None:
@@ -127,12 +136,8 @@ async def test_a_trigger_opens_an_incident_of_monitoring(client: httpx.AsyncClie
 
     assert response.status_code == 202
     assert response.headers["content-type"] == "application/json; charset=utf-8"
-    assert list(response.json().items()) == [
-        ("status", "success"),
-        ("message", "Event processed"),
-        ("dedup_key", "disk-db1"),
-        ("incident_id", 1),
-    ]
+    answer = {"status": "success", "message": "Event processed"}
+    assert response.json() == answer | {"dedup_key": "disk-db1", "incident_id": 1}
     assert list(incident) == INCIDENT_FIELDS
     assert (incident["description"], incident["status"]) == (SUMMARY, "open")
     assert (incident["source"], incident["version"]) == ("monitoring", 1)
@@ -143,62 +148,53 @@ async def test_a_trigger_opens_an_incident_of_monitoring(client: httpx.AsyncClie
 async def test_an_identical_repeat_is_only_counted(
     client: httpx.AsyncClient, sql: Sql, stored_rows: StoredRows
 ) -> None:
-    at = {"startsAt": "2026-01-15T10:00:00Z"}
-    for status in ("open", "in_progress"):
-        await change(client, await send(client, make_event(key=status)), status=status)
-    await send_alerts(client, make_alert("alert", **at))
+    event, alert = make_event("trigger", "event"), tell("firing 8:00")
+    await change(client, await send(client, event), status="in_progress")
+    await send_alerts(client, alert)
     before = stored_rows()
     [[seen_at]] = sql("SELECT min(last_seen_at) FROM dedup_keys")
     for _ in range(4):
-        assert [await send(client, make_event(key=key)) for key in ("open", "in_progress")] == [
-            1,
-            2,
-        ]
-        assert await send_alerts(client, make_alert("alert", **at)) == {"alert": 3}
+        assert await send(client, event) == 1
+        assert await send_alerts(client, alert) == {"disk": 2}
 
     assert stored_rows()[:4] == before[:4]  # all but the keys
-    assert sql("SELECT times, last_seen_at > %s FROM dedup_keys", seen_at) == [(5, True)] * 3
-    assert await send(client, make_event(key="new")) == 4  # the repeats have drawn no ids
-    assert sql("SELECT max(id) FROM timeline") == [(5,)]
+    assert sql("SELECT times, last_seen_at > %s FROM dedup_keys", seen_at) == [(5, True)] * 2
+    assert await send(client, make_event(key="new")) == 3  # the repeats have drawn no ids
+    assert sql("SELECT max(id) FROM timeline") == [(4,)]
 
 
-def say(summary: str, **labels: str) -> dict[str, Any]:
-    """Make a payload."""
-    return {"summary": summary} | labels
-
-
-def number_labels(name: str, count: int) -> dict[str, str]:
-    """Make labels."""
+def make_labels(name: str, count: int) -> dict[str, Any]:
+    """Make some labels."""
     return {f"{name}{number}": "x" for number in range(count)}
 
 
-FULL = say("a", **number_labels("s", 28))
-# What is said first, what a person changes, what is said then; and which changes come of that.
-REPEATS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], list[tuple[str, Any]]]] = [
-    (say("a", severity="warning"), {}, say("a", severity="critical"), [("severity", "critical")]),
-    (say("a"), {}, say("b"), [("description", "b")]),
-    (say("a", s="1"), {}, say("b", s="2"), [("description", "b"), ("s", "2")]),
-    (say("a"), {}, say("a", team="db"), [("team", "db")]),
-    (say("a", team="db"), {}, say("a"), [("team", None)]),
+FULL = make_labels("s", 28)
+# What is said first (with the summary "a" if there is none), what a person changes, what is said
+# then, and what changes by that.
+REPEATS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    ({"severity": "warning"}, {}, {"severity": "critical"}, {"severity": "critical"}),
+    ({}, {}, {"summary": "b"}, {"description": "b"}),
+    ({"s": "1"}, {}, {"summary": "b", "s": "2"}, {"description": "b", "s": "2"}),
+    ({}, {}, {"team": "db"}, {"team": "db"}),
+    ({"team": "db"}, {}, {}, {"team": None}),
     # A person's change stays until the sender says something new about the same.
-    (say("a", s="1"), {"description": "мы"}, say("a", s="2"), [("s", "2")]),
-    (say("a", s="1"), {"description": "мы"}, say("b", s="1"), [("description", "b")]),
-    (say("a", s="1"), {"labels": {"s": "3"}}, say("b", s="1"), [("description", "b")]),
-    (say("a", s="1"), {"labels": {"s": "3"}}, say("a", s="2"), [("s", "2")]),
-    (say("a", s="1"), {"labels": {"s": None}}, say("b", s="1"), [("description", "b")]),
-    (say("a", s="1"), {"labels": {"s": None}}, say("a", s="2"), [("s", "2")]),
-    (say("a", s="1"), {"labels": {"s": "3"}}, say("a"), []),
-    (say("a", s="1"), {"labels": {"s": None}}, say("a"), []),
-    (say("a", s="1"), {"labels": {"t": "x"}}, say("a", s="2"), [("s", "2")]),
-    (say("a"), {"labels": {"t": "x"}}, say("a", t="y"), [("t", "y")]),
+    ({"s": "1"}, {"description": "мы"}, {"s": "2"}, {"s": "2"}),
+    ({"s": "1"}, {"description": "мы"}, {"summary": "b", "s": "1"}, {"description": "b"}),
+    ({"s": "1"}, {"labels": {"s": "3"}}, {"summary": "b", "s": "1"}, {"description": "b"}),
+    ({"s": "1"}, {"labels": {"s": "3"}}, {"s": "2"}, {"s": "2"}),
+    ({"s": "1"}, {"labels": {"s": None}}, {"summary": "b", "s": "1"}, {"description": "b"}),
+    ({"s": "1"}, {"labels": {"s": None}}, {"s": "2"}, {"s": "2"}),
+    ({"s": "1"}, {"labels": {"s": "3"}}, {}, {}),
+    ({"s": "1"}, {"labels": {"s": None}}, {}, {}),
+    ({"s": "1"}, {"labels": {"t": "x"}}, {"s": "2"}, {"s": "2"}),
+    ({}, {"labels": {"t": "x"}}, {"t": "y"}, {"t": "y"}),
     # It is so already.
-    (say("a", s="1"), {"labels": {"s": "2"}, "description": "b"}, say("b", s="2"), []),
+    ({"s": "1"}, {"labels": {"s": "2"}, "description": "b"}, {"s": "2", "summary": "b"}, {}),
     # An incident has 32 labels at most. Those that it has stay.
-    (FULL, {"labels": number_labels("p", 4)}, FULL | {"new": "x"}, []),
-    (FULL, {"labels": number_labels("p", 3)}, FULL | {"new": "x", "newer": "x"}, [("new", "x")]),
-    (FULL, {"labels": number_labels("p", 4)}, FULL | {"s1": "", "t": "x"},
-     [("s1", None), ("t", "x")]),
-]  # fmt: skip
+    (FULL, {"labels": make_labels("p", 4)}, FULL | {"new": "x"}, {}),
+    (FULL, {"labels": make_labels("p", 3)}, FULL | {"new": "x", "newer": "x"}, {"new": "x"}),
+    (FULL, {"labels": make_labels("p", 4)}, FULL | {"s1": "", "t": "x"}, {"s1": None, "t": "x"}),
+]
 
 
 @pytest.mark.parametrize("status", ["open", "in_progress"])
@@ -206,24 +202,23 @@ async def test_a_repeat_changes_what_it_says_differently_from_the_one_before(
     client: httpx.AsyncClient, sql: Sql, status: str
 ) -> None:
     for key, (first, by_person, then, changes) in enumerate(REPEATS):
-        number = await send(client, make_event(key=key) | {"payload": first})
+        number = await send(client, event_of({"summary": "a"} | first, dedup_key=key))
         await change(client, number, status=status, note="Смотрю", **by_person)
         before, entries = await show(client, number), await list_changes(client, number)
         for _ in range(2):
-            assert await send(client, make_event(key=key) | {"payload": then}) == number
+            assert await send(client, event_of({"summary": "a"} | then, dedup_key=key)) == number
         after = await show(client, number)
-        new_entries = (await list_changes(client, number))[len(entries) :]
+        new = [
+            (field.removeprefix("labels."), to) for field, to in await list_changes(client, number)
+        ]
 
-        labels = {name: value for name, value in changes if name != "description"}
-        expected = before["labels"] | labels
-        assert after["labels"] == {name: text for name, text in expected.items() if text}, then
-        assert after["description"] == dict(changes).get("description", before["description"])
+        said = {"description": before["description"]} | before["labels"] | changes
+        assert {"description": after["description"]} | after["labels"] == {
+            name: value for name, value in said.items() if value is not None
+        }
+        assert sorted(new[len(entries) :]) == sorted(changes.items()), then
         assert after["version"] == before["version"] + bool(changes)
         assert after["status"] == status
-        described = [
-            (name if name == "description" else f"labels.{name}", x) for name, x in changes
-        ]
-        assert sorted(new_entries) == sorted(described), then
     assert find_inconsistencies(sql) == []
 
 
@@ -239,41 +234,6 @@ async def test_a_key_of_an_older_version_is_compared_from_its_next_trigger_on(
     assert (unchanged["description"], unchanged["version"]) == (SUMMARY, 1)
     assert (await show(client, 1))["description"] == "третий текст"
     assert await count_times(client, 1) == {"disk": 3}
-
-
-@pytest.mark.parametrize("by", ["resolve", "resolved", "closed"])
-async def test_after_an_incident_has_ended_the_next_trigger_opens_a_new_one(
-    client: httpx.AsyncClient, by: str
-) -> None:
-    await send(client, make_event())
-    await send(client, make_event())
-    if by == "resolve":
-        await send(client, make_event("resolve"))
-    else:
-        await change(client, 1, status=by)
-    before = await show(client, 1)
-
-    assert await send(client, make_event(summary="Снова")) == 2
-    assert await show(client, 1) == before
-    assert (await show(client, 2))["description"] == "Снова"
-    assert await count_times(client, 1) == {}
-    assert await count_times(client, 2) == {"disk": 1}
-
-
-async def test_an_incident_that_a_person_reopened_gets_the_next_trigger_if_it_is_the_newest(
-    client: httpx.AsyncClient,
-) -> None:
-    await send(client, make_event())
-    await change(client, 1, status="closed")
-    await change(client, 1, status="open")
-    assert await send(client, make_event()) == 1
-    await change(client, 1, status="closed")
-    assert await send(client, make_event()) == 2
-    await change(client, 1, status="open")
-
-    assert [await send(client, make_event()) for _ in range(2)] == [2, 2]
-    assert await send(client, make_event("resolve")) == 2
-    assert await send(client, make_event()) == 3
 
 
 # ── Acknowledge and resolve ───────────────────────────────────────────────────────────────────────
@@ -439,15 +399,16 @@ async def tell_episodes(client: httpx.AsyncClient, key: str, chance: random.Rand
     assert (await show(client, number))["status"] == "resolved", key
 
 
+@pytest.mark.parametrize("count", [25, pytest.param(500, marks=pytest.mark.slow)])
 async def test_an_alert_that_fires_is_never_resolved_by_an_older_message(
-    client: httpx.AsyncClient, sql: Sql
+    client: httpx.AsyncClient, sql: Sql, count: int
 ) -> None:
     chance = random.Random(24)
-    for start in range(0, 500, 50):
-        keys = [str(number) for number in range(start, start + 50)]
+    for start in range(0, count, 25):
+        keys = [str(number) for number in range(start, start + 25)]
         await asyncio.gather(*(tell_episodes(client, key, chance) for key in keys))
 
-    assert sql("SELECT count(*) > 500 FROM incidents") == [(True,)]
+    assert sql("SELECT count(*) > %s FROM incidents", count) == [(True,)]
     assert find_inconsistencies(sql) == []
 
 
@@ -467,26 +428,22 @@ async def test_an_event_without_a_key_gets_one(client: httpx.AsyncClient) -> Non
     assert await send(client, make_event("resolve", keys[0])) == 1
 
 
-DIFFERENT_KEYS = (
-    ["disk", "DISK", "Disk", " disk", "disk ", "disk\n", " ", "\u00a0", "0", "00", "i", "İ", "ı"]
-    + ["é", "e\u0301", "и\u0306", "й", "ß", "ss", "ﬁ", "fi", "🔥", "🔥" * 255, "я" * 255, "я" * 254]
-    + ["שלום", "\u202eשלום", "\u200b", "\ufeff", "\ufffd", "null", "'; DROP TABLE incidents; --"]
-    + ["%", "_", "\\", '{"a":1}']
-)
+DIFFERENT_KEYS = [
+    "disk", "DISK", " disk", "disk ", "disk\n", " ", "\u00a0", "0", "00", "i", "İ", "ı", "é",
+    "e\u0301", "и\u0306", "й", "ß", "ss", "ﬁ", "fi", "🔥", "🔥" * 255, "я" * 255, "я" * 254, "שלום", "\u200b",
+    "\u202eשלום", "\ufeff", "\ufffd", "null", "'; DROP TABLE incidents; --", "%", "_", "\\",
+]  # fmt: skip
 
 
 async def test_keys_that_differ_in_anything_are_different_keys(client: httpx.AsyncClient) -> None:
     numbers = [await send(client, make_event(key=key)) for key in DIFFERENT_KEYS]
     again = [await send(client, make_event(key=key)) for key in DIFFERENT_KEYS]
-    found = [
-        (await client.get("/incidents/", params={"dedup_key": key})).json()
-        for key in DIFFERENT_KEYS
-    ]
-    named = [await count_times(client, number) for number in numbers]
 
     assert numbers == again == list(range(1, len(DIFFERENT_KEYS) + 1))
-    assert [[incident["id"] for incident in page] for page in found] == [[n] for n in numbers]
-    assert named == [{key: 2} for key in DIFFERENT_KEYS]
+    for key, number in zip(DIFFERENT_KEYS, numbers, strict=True):
+        found = (await client.get("/incidents/", params={"dedup_key": key})).json()
+        assert [incident["id"] for incident in found] == [number]
+        assert await count_times(client, number) == {key: 2}
 
 
 ODD_KEYS: list[tuple[Any, str]] = [
@@ -509,33 +466,26 @@ async def test_a_key_that_is_no_text_is_taken_as_text(client: httpx.AsyncClient)
 async def test_an_alert_without_a_fingerprint_is_known_by_its_labels(
     client: httpx.AsyncClient,
 ) -> None:
-    db1, db2 = {"host": "db1", "job": "a"}, {"host": "db2", "job": "a"}
-    again, empty = {"job": "a", "host": "db1"}, {"labels": [], "fingerprint": None}
-    numbers = await send_alerts(
-        client,
-        *(make_alert("", labels=labels) for labels in (db1, db2)),
-        {"status": "firing", "labels": {"host": "db3"}},
-        {"status": "firing"} | empty,
-    )
-    resolved = [{"status": "resolved", "labels": labels} for labels in (again, db2)]
+    all_labels = [{"host": "db1", "job": "a"}, {"host": "db2", "job": "a"}, {}, None, []]
+    alerts = [{"status": "firing", "labels": labels, "fingerprint": ""} for labels in all_labels]
+    numbers = await send_alerts(client, *alerts)
+    again = {"status": "resolved", "labels": {"job": "a", "host": "db1"}}
 
-    assert list(numbers.values()) == [1, 2, 3, 4]
+    assert sorted(numbers.values()) == [1, 2, 3, 4]
     assert all(re.fullmatch("[0-9a-f]{16}", key) for key in numbers)
-    assert list((await send_alerts(client, *resolved)).values()) == [1, 2]
-    assert list((await send_alerts(client, {"status": "resolved"} | empty)).values()) == [4]
+    assert await send_alerts(client, again) == dict([*numbers.items()][:1])
 
 
 # ── Description and labels ────────────────────────────────────────────────────────────────────────
 
-BLANKS = ["", " ", "\t\r\n", "\u00a0\u2003\u3000\u2028\u0085", "\0", " \0 ", None]
 # What is sent, and the same as text.
 TEXTS: list[tuple[Any, str]] = [
-    ("Диск 🔥 שלום", "Диск 🔥 שלום"), ("\u202eabc\u202c", "\u202eabc\u202c"), ("e\u0301", "e\u0301"),
-    ("a\0b\0", "ab"), ("  a  ", "  a  "), ("=1+1", "=1+1"), ("'\"\\$.%", "'\"\\$.%"), (0, "0"),
-    (-1.5, "-1.5"), (True, "true"), (False, "false"), (10**300, str(10**300)), ([], "[]"),
-    (["a", 1, None], '["a",1,null]'), ({"a": {"б": "\0"}}, '{"a":{"б":"\\u0000"}}'),
-    (json.loads("[" * 190 + "]" * 190), "[" * 190 + "]" * 190), (float("inf"), "Infinity"),
-    ("cut \ud83d", "cut \ufffd"), ("\udd25\ud83d\udd25", "\ufffd🔥"), ("я" * 1000, "я" * 1000),
+    ("Диск 🔥 שלום", "Диск 🔥 שלום"), ("\u202eabc", "\u202eabc"), ("e\u0301", "e\u0301"), (0, "0"),
+    ("a\0b\0", "ab"), ("  a  ", "  a  "), ("=1+1", "=1+1"), ("'\"\\$.%", "'\"\\$.%"),
+    (-1.5, "-1.5"), (True, "true"), (False, "false"), (10**300, str(10**300)), (float("inf"), "Infinity"),
+    ([], "[]"), (["a", 1, None], '["a",1,null]'), ({"a": {"б": "\0"}}, '{"a":{"б":"\\u0000"}}'),
+    (json.loads("[" * 190 + "]" * 190), "[" * 190 + "]" * 190), ("я" * 1000, "я" * 1000),
+    ("cut \ud83d", "cut \ufffd"), ("\udd25\ud83d\udd25", "\ufffd🔥"),
 ]  # fmt: skip
 
 
@@ -553,28 +503,6 @@ async def test_any_value_is_taken_as_text(client: httpx.AsyncClient) -> None:
             incident = await show(client, number)
             assert incident["description"] == text
             assert incident["labels"] == dict.fromkeys(("severity", "detail", field), text)
-
-
-async def test_what_is_blank_is_left_out(client: httpx.AsyncClient) -> None:
-    for key, blank in enumerate(BLANKS):
-        payload = {"summary": blank, "severity": blank, "custom_details": blank}
-        event = make_event(key=key) | {"payload": payload, "client_url": blank, "links": blank}
-        incident = await show(client, await send(client, event))
-        labels = {name: value for name, value in incident["labels"].items() if value.strip()}
-
-        assert labels == {}
-        text = blank.replace("\0", "") if blank else ""
-        assert incident["description"].startswith("Event" if not text else "severity=")
-
-
-def alert_of(annotations: Any, labels: Any = None, **fields: Any) -> dict[str, Any]:
-    """Make an alert with only these annotations and labels."""
-    return make_alert("key", annotations=annotations, labels=labels, **fields)
-
-
-def event_of(payload: Any, **fields: Any) -> dict[str, Any]:
-    """Make a trigger with only this payload."""
-    return make_event(key="key") | {"payload": payload} | fields
 
 
 URL, LONG = "https://runbooks.example.com/x?a=1&b=2", "🔥" * 1001
@@ -694,58 +622,40 @@ async def test_unknown_fields_are_welcome_however_many(client: httpx.AsyncClient
     assert await send_alerts(client, make_alert("a") | unknown) == {"a": 2}
 
 
-async def test_bytes_that_are_not_utf_8_become_a_sign_that_something_was_there(
-    client: httpx.AsyncClient,
-) -> None:
-    content = json.dumps({"alerts": [make_alert("a", annotations={"summary": "X"})]}).encode()
+async def test_bytes_that_are_not_utf_8_do_not_sink_their_alert(client: httpx.AsyncClient) -> None:
     for number, bad in enumerate([b"\xff", b"\xd0", b"\xed\xa0\xbd", b"caf\xe9"], 1):
-        sent = content.replace(b'"a"', b'"%d"' % number).replace(b"X", b"a" + bad)
-        response = await client.post(ALERTS, content=b"\xef\xbb\xbf" + sent, headers=JSON)
+        alert = b'{"status":"firing","labels":{"number":%d},"annotations":{"summary":"%s"}}'
+        content = b'\xef\xbb\xbf{"alerts":[' + alert % (number, bad) + b"]}"
+        response = await client.post(ALERTS, content=content, headers=JSON)
 
         assert response.status_code == 200, response.text
-        assert (await show(client, number))["description"] == (b"a" + bad).decode(
-            "utf-8", "replace"
-        )
+        assert (await show(client, number))["description"] == bad.decode("utf-8", "replace")
 
 
 WRONG_ALERTS: list[Any] = [5, None, "a", [], {}, [make_alert("x")], {"fingerprint": "x"}]
 WRONG_ALERTS += [make_alert("x", status) for status in ("pending", "Firing", "")]
 WRONG_ALERTS += [make_alert(key) for key in ("a" * 256, "🔥" * 256, 10**255, ["a" * 255])]
+WRONG_WEBHOOKS: list[tuple[Any, list[str]]] = [([], ["#"]), (5, ["#"]), ({}, ["#/alerts"])]
+WRONG_WEBHOOKS += [({"alerts": a}, ["#/alerts"]) for a in (None, {}, "a", [{}] * 10_001)]
+WRONG_WEBHOOKS += [({"alerts": [wrong]}, []) for wrong in WRONG_ALERTS]
 
 
 async def test_an_alert_that_cannot_be_understood_does_not_stop_the_others(
     client: httpx.AsyncClient, stored_rows: StoredRows
 ) -> None:
     before = stored_rows()
-    for wrong in WRONG_ALERTS:
-        refused = await client.post(ALERTS, json={"alerts": [wrong, wrong]})
-        assert_problem(refused, 422)
-        assert incidents.WRONG_ALERT in refused.json()["detail"]
-    unchanged = stored_rows()
-    alerts = [WRONG_ALERTS[0], make_alert("a"), *WRONG_ALERTS[1:], make_alert("b")]
-    response = await client.post(ALERTS, json={"alerts": alerts})
-
-    assert unchanged == before
-    assert response.status_code == 200
-    assert response.json()["incident_ids"] == {"a": 1, "b": 2}
-    indexes = [each["index"] for each in response.json()["ignored"]]
-    assert indexes == [0, *range(2, len(alerts) - 1)]
-    assert {each["detail"] for each in response.json()["ignored"]} == {incidents.WRONG_ALERT}
-
-
-WRONG_WEBHOOKS: list[tuple[Any, str]] = [([], "#"), (5, "#"), (None, "#"), ({}, "#/alerts")]
-WRONG_WEBHOOKS += [({"alerts": alerts}, "#/alerts") for alerts in (None, {}, "a", [{}] * 10_001)]
-
-
-async def test_a_webhook_without_a_list_of_alerts_is_refused(
-    client: httpx.AsyncClient, stored_rows: StoredRows
-) -> None:
-    before = stored_rows()
-    for body, pointer in WRONG_WEBHOOKS:
-        response = await client.post(ALERTS, content=json.dumps(body), headers=JSON)
-        assert_problem(response, 422, pointer)
+    for body, pointers in WRONG_WEBHOOKS:
+        refused = await client.post(ALERTS, content=json.dumps(body), headers=JSON)
+        assert_problem(refused, 422, *pointers)
     assert stored_rows() == before
-    assert await send_alerts(client) == {}  # while nothing is wrong
+    assert await send_alerts(client) == {}  # an empty list, in which nothing is wrong
+    alerts = [WRONG_ALERTS[0], make_alert("a"), *WRONG_ALERTS[1:], make_alert("b")]
+    answer = (await client.post(ALERTS, json={"alerts": alerts})).json()
+
+    assert answer["incident_ids"] == {"a": 1, "b": 2}
+    indexes = [0, *range(2, len(alerts) - 1)]
+    detail = incidents.WRONG_ALERT
+    assert answer["ignored"] == [{"index": index, "detail": detail} for index in indexes]
 
 
 WRONG_EVENTS = [
@@ -773,13 +683,19 @@ async def test_a_wrong_event_is_refused_in_the_form_that_its_sender_reads(
     assert stored_rows() == before
 
 
+async def endless_body() -> AsyncIterator[bytes]:
+    """Send a body that never ends."""
+    yield b"{"
+    await asyncio.Event().wait()
+
+
 # How to be refused: the status, PagerDuty's word for it, and the request.
 REFUSED: list[tuple[int, str, dict[str, Any]]] = [
     (401, "unauthorized", {"json": make_event()}),
     (401, "unauthorized", {"json": make_event() | {"routing_key": "<put your key>"}}),
     (403, "forbidden", {"json": make_event(), "headers": READER}),
     (405, "method not allowed", {"method": "GET"}),
-    (408, "request timeout", {"headers": JSON}),
+    (408, "request timeout", {"content": endless_body, "headers": JSON}),
     (413, "content too large", {"content": b" " * (incidents.MAX_BODY + 1), "headers": JSON}),
     (415, "unsupported media type", {"content": b"a=1"}),
     (415, "unsupported media type", {"json": {}, "headers": {"Content-Encoding": "gzip"}}),
@@ -788,24 +704,22 @@ REFUSED: list[tuple[int, str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("status", "word", "request_"), REFUSED)
+@pytest.mark.usefixtures("with_tokens")
+@pytest.mark.parametrize(("status", "word", "sent"), REFUSED)
 async def test_every_refusal_of_an_event_says_why_in_a_form_that_its_sender_reads(
     client: httpx.AsyncClient,
     database_unavailable: Callable[[], AbstractContextManager[None]],
     monkeypatch: pytest.MonkeyPatch,
-    with_tokens: None,
     status: int,
     word: str,
-    request_: dict[str, Any],
+    sent: dict[str, Any],
 ) -> None:
-    async def send_nothing() -> Any:
-        yield b"{"
-        await asyncio.Event().wait()
-
-    monkeypatch.setattr(incidents, "MAX_BODY_SECONDS", 0.02 if status == 408 else 10)
+    options = {"method": "POST"} | sent
+    if status == 408:
+        options["content"] = endless_body()
+        monkeypatch.setattr(incidents, "MAX_BODY_SECONDS", 0.02)
     if status == 500:
         monkeypatch.setattr(incidents.database, "fetchrow", None)
-    options = {"method": "POST"} | request_ | ({"content": send_nothing()} if status == 408 else {})
     with database_unavailable() if status == 503 else nullcontext():
         response = await client.request(url=EVENTS, **options)
 
@@ -815,12 +729,7 @@ async def test_every_refusal_of_an_event_says_why_in_a_form_that_its_sender_read
     assert read_event_refusal(answer) == [answer["detail"]]
     if status == 503:
         assert int(response.headers["retry-after"]) > 0
-        assert await send_with(client, make_event(), WRITER) == 202
-
-
-async def send_with(client: httpx.AsyncClient, event: Any, headers: dict[str, str]) -> int:
-    """Send an event with headers, and give the status of the response."""
-    return (await client.post(EVENTS, json=event, headers=headers)).status_code
+        assert (await client.request(url=EVENTS, **options)).status_code == 202
 
 
 @pytest.mark.parametrize(
@@ -913,45 +822,18 @@ async def test_webhooks_of_500_alerts_at_once_are_taken_or_may_be_sent_again(
     assert sql("SELECT count(*) FROM incidents") == [(500 * count,)]
 
 
-async def test_the_largest_webhook_is_taken(client: httpx.AsyncClient, sql: Sql) -> None:
-    labels = {f"label{n}": "v" * 59 for n in range(12)}
-    annotations = {"summary": "Диск", "description": "я" * 30}
-    alerts = [
-        make_alert(f"{n:016}", labels={"number": f"{n:016}"} | labels, annotations=annotations)
-        for n in range(1700)
-    ]
-    body = json.dumps({"alerts": alerts})
-    assert 1_900_000 < len(body) <= incidents.MAX_ALERTS
-    for _ in range(2):
-        response = await client.post(ALERTS, content=body, headers=JSON)
-        assert response.status_code == 200
-    answers = response.json()["incident_ids"]
-
-    assert len(answers) == 1700
-    stored = sql("SELECT key, incident_id FROM dedup_keys WHERE times = 2 ORDER BY key")
-    assert stored == sorted(answers.items())
-    assert sql("SELECT labels ->> 'number', id FROM incidents ORDER BY 1") == stored
-
-
 # ── Many events at once ───────────────────────────────────────────────────────────────────────────
 
 
 async def test_an_event_that_the_database_refuses_does_not_fail_the_others_of_its_batch(
     client: httpx.AsyncClient, sql: Sql
 ) -> None:
-    sql(
-        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
-        " $$ BEGIN RAISE EXCEPTION USING ERRCODE = 'data_exception'; END $$"
-    )
-    sql(
-        "CREATE TRIGGER refuse BEFORE INSERT ON dedup_keys FOR EACH ROW"
-        " WHEN (NEW.key = 'bad') EXECUTE FUNCTION refuse()"
-    )
+    sql("ALTER TABLE dedup_keys ADD CONSTRAINT good CHECK (1 / (key <> 'bad')::integer = 1)")
     try:
         events = [make_event(key=key) for key in ("a", "bad", "b", "c")]
         responses = await asyncio.gather(*(client.post(EVENTS, json=event) for event in events))
     finally:
-        sql("DROP FUNCTION refuse CASCADE")
+        sql("ALTER TABLE dedup_keys DROP CONSTRAINT good")
 
     assert [response.status_code for response in responses] == [202, 400, 202, 202]
     assert sorted(sql("SELECT key FROM dedup_keys")) == [("a",), ("b",), ("c",)]
@@ -1001,41 +883,21 @@ async def test_triggers_of_one_key_at_once_open_one_incident(
     assert find_inconsistencies(sql) == []
 
 
-async def test_who_follows_the_timeline_sees_what_events_do_at_once(
-    client: httpx.AsyncClient,
-) -> None:
-    await send(client, make_event())
-    actions = {"trigger": "edited", "acknowledge": "status", "resolve": "status"}
-    for number, (action, kind) in enumerate(actions.items()):
-        latest = await client.get("/timeline?after=latest")
-        position = latest.headers["timeline-position"]
-        waiting = asyncio.create_task(client.get(f"/timeline?wait=10&after={position}"))
-        await async_wait_until(lambda: incidents.feed.listeners)
-        await send(client, make_event(action, summary=f"{number}"))
-        async with asyncio.timeout(5):
-            [entry] = (await waiting).json()
-
-        assert entry["kind"] == kind
-
-
 # ── Which incident a key points to ────────────────────────────────────────────────────────────────
 
 
-async def test_the_list_shows_the_incident_of_a_key(client: httpx.AsyncClient) -> None:
+async def test_the_list_shows_the_newest_incident_of_a_key(client: httpx.AsyncClient) -> None:
     await send(client, make_event(key="a"))
     await send(client, make_event(key="b"))
     await change(client, 1, status="closed")
     old = await client.get("/incidents/?dedup_key=a")
     await send(client, make_event(key="a"))
     new = await client.get("/incidents/?dedup_key=a")
-    unknown = [
-        (await client.get("/incidents/", params={"dedup_key": key})).json()
-        for key in ("unknown", "A", "a ", "%", "aa")
-    ]
+    unknown = await client.get("/incidents/?dedup_key=A")
 
-    assert (old.json(), new.json()) == ([await show(client, 1)], [await show(client, 3)])
-    assert "next" not in new.headers.get("link", "")
-    assert unknown == [[]] * 5
+    assert old.json() == [await show(client, 1)]
+    assert new.json() == [await show(client, 3)]
+    assert unknown.json() == []
     for query in ("", "a&dedup_key=b", "%00", "a%00", "a" * 256):
         refused = await client.get(f"/incidents/?dedup_key={query}")
         assert_problem(refused, 422, "#/dedup_key")
@@ -1043,15 +905,11 @@ async def test_the_list_shows_the_incident_of_a_key(client: httpx.AsyncClient) -
 
 OTHER_FILTERS: list[tuple[str, bool]] = [
     ("limit=1", True),
-    ("status=open,closed&source=monitoring,operator", True),
     ("status=closed", False),
-    ("source=operator", False),
-    ("q=диск", True),
     ("q=сервер", False),
     ("label=severity:info", False),
     ("label=severity:info,critical&label=source:db1&q=ПОЛОН&status=open", True),
-    ("since=2000-01-01T00:00:00Z&until=2100-01-01T00:00:00Z", True),
-    ("until=2000-01-01T00:00:00Z", False),
+    ("since=2000-01-01T00:00:00Z&until=2100-01-01T00:00:00Z&source=monitoring", True),
     ("format=csv", True),
 ]
 
@@ -1090,16 +948,6 @@ async def test_the_alerts_of_an_incident_show_what_its_key_said_last(
     assert (await client.get("/incidents/2/alerts")).json() == []
     for unknown in ("3", "0", "x", "9" * 18, "9" * 30):
         assert_problem(await client.get(f"/incidents/{unknown}/alerts"), 404)
-
-
-async def test_a_key_whose_incident_was_deleted_by_hand_opens_a_new_one(
-    client: httpx.AsyncClient, sql: Sql
-) -> None:
-    await send(client, make_event())
-    sql("DELETE FROM incidents WHERE id = 1")
-
-    assert await send(client, make_event()) == 2
-    assert (await show(client, 2))["status"] == "open"
 
 
 # ── Tokens ────────────────────────────────────────────────────────────────────────────────────────
@@ -1179,25 +1027,6 @@ async def test_a_token_for_events_can_be_used_for_nothing_else(
         assert_problem(response, 405)
         assert response.headers["allow"] == "POST"
     assert stored_rows() == before
-
-
-async def test_each_entry_names_the_token_that_made_it(
-    client: httpx.AsyncClient, with_tokens: None
-) -> None:
-    await client.post(EVENTS, json=make_event(), headers=REPORTER)
-    event = make_event("acknowledge") | {"routing_key": KEYS["grafana"]}
-    await client.post(EVENTS, json=event)
-    await client.patch("/incidents/1/status", json={"status": "open"}, headers=WRITER)
-    await client.post(EVENTS, json=make_event(summary="b"), headers=REPORTER)
-    response = await client.get("/incidents/1/timeline", headers=READER)
-
-    entries = [(entry["kind"], entry.get("to"), entry["actor"]) for entry in response.json()]
-    assert entries == [
-        ("created", None, "grafana"),
-        ("status", "in_progress", "grafana"),
-        ("status", "open", "writer"),
-        ("edited", "b", "grafana"),
-    ]
 
 
 async def test_each_token_has_keys_of_its_own(client: httpx.AsyncClient, with_tokens: None) -> None:
