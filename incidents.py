@@ -720,13 +720,14 @@ async def apply_alerts(request: Request) -> Response:
 async def apply_alert(request: Request, key: str, alert: Alert) -> int | None:
     """Apply an alert as an event, and give the id of the incident that its key points to."""
     is_firing = alert.status == "firing"
+    times = [alert.startsAt] if is_firing else [alert.startsAt, alert.endsAt]
     labels, annotations = alert.labels or {}, alert.annotations or {}
     row = await database.fetchrow(
         SQL.event_apply,
         key=key,
         action="trigger" if is_firing else "resolve",
         actor=request.scope["actor"],
-        happened_at=alert.startsAt if is_firing else alert.endsAt or alert.startsAt,
+        happened_at=max(filter(None, times), default=None),
         **describe(f"Alert {key}", annotations, labels, list_fields(alert), annotations),
     )
     incident_id: int | None = row["incident_id"]
@@ -1478,11 +1479,12 @@ def problem_response(problem: Problem, request_id: str, *, is_event: bool = Fals
     if status >= 500:
         body["request_id"] = request_id
     if is_event:
-        # RFC 9457, 3.1: who reads problems passes over a status that is not a number.
-        body["status"] = "invalid event" if status == 400 else title.lower()
-        body["message"] = problem.detail
         texts = [f"{error['pointer']}: {error['detail']}" for error in problem.errors]
-        body["errors"] = texts or [problem.detail]
+        sent = {"errors": texts or [problem.detail], "message": problem.detail}
+        # RFC 9457, 3.1: who reads problems passes over a status that is not a number.
+        sent["status"] = "invalid event" if status == 400 else title.lower()
+        # PagerDuty's client for Python shows only the first 100 characters.
+        body = sent | body | sent  # once for the order, and once for the values
     media_type = "application/problem+json; charset=utf-8"
     return JSONResponse(body, status, problem.headers, media_type)
 

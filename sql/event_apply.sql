@@ -3,10 +3,10 @@
 -- Apply events of monitoring tools. A trigger opens an incident. While the one that its key points
 -- to is unresolved, a trigger is counted instead, and where it says something else than the trigger
 -- before it, the incident is changed. An acknowledge moves the incident from open to in_progress, a
--- resolve moves it from either of them to resolved. An event that is late, because its key has told
--- of something newer, changes no incident. incident_id is the one that the key points to, null for
--- an unknown key. When is_locked is true, the event has done nothing and is to be run again: another
--- transaction holds its incident, or has just changed its key.
+-- resolve moves it from either of them to resolved. An event that happened before what its key told
+-- last changes no incident. incident_id is the one that the key points to, null for an unknown key.
+-- When is_locked is true, the event has done nothing and is to be run again: another transaction
+-- holds its incident, or has just changed its key.
 --   $1 key          text[]         each once, even for two actors
 --   $2 action       text[]         trigger, acknowledge or resolve
 --   $3 actor        text[]
@@ -28,21 +28,25 @@
                  FOR NO KEY UPDATE) AS said ON true),
 
        -- All else is seen as it was when this statement began. When a key has changed since, its
-       -- incident may have too, or cannot be seen at all, so the event has to wait.
+       -- incident may have too, or cannot be seen at all, so the event has to wait. Addresses of a
+       -- sender and images are no news: each Alertmanager of a cluster has its own address.
        seen AS MATERIALIZED (
        SELECT said.*,
               (SELECT status FROM incidents WHERE id = incident_id) AS status,
               (SELECT changed_at FROM dedup_keys WHERE (key, actor) = (said.key, said.actor))
-              IS DISTINCT FROM changed_at AS is_outdated
-         FROM said),
+              IS DISTINCT FROM changed_at AS is_outdated,
+              (description, labels - ignored) = (said_description, said_labels - ignored)
+              AS is_repeat
+         FROM said
+              CROSS JOIN (
+              VALUES (ARRAY['client_url', 'generatorURL', 'imageURL', 'image 1'])) AS x (ignored)),
 
        decided AS MATERIALIZED (
        SELECT seen.*,
               CASE WHEN is_outdated
                    THEN 'wait'
                    WHEN action = 'trigger' AND status IN ('open', 'in_progress')
-                   THEN CASE WHEN happened_at < started_at
-                                  OR (description, labels) = (said_description, said_labels)
+                   THEN CASE WHEN is_repeat OR happened_at < started_at
                              THEN 'count'
                              ELSE 'edit' END
                    WHEN action = 'trigger'

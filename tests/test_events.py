@@ -177,6 +177,14 @@ REPEATS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, An
     ({"s": "1"}, {}, {"summary": "b", "s": "2"}, {"description": "b", "s": "2"}),
     ({}, {}, {"team": "db"}, {"team": "db"}),
     ({"team": "db"}, {}, {}, {"team": None}),
+    # Each Alertmanager of a cluster has an address of its own, which alone is no news.
+    ({"generatorURL": "http://a"}, {}, {"generatorURL": "http://b"}, {}),
+    (
+        {"client_url": "x", "s": "1"},
+        {},
+        {"client_url": "y", "s": "2"},
+        {"client_url": "y", "s": "2"},
+    ),
     # A person's change stays until the sender says something new about the same.
     ({"s": "1"}, {"description": "мы"}, {"s": "2"}, {"s": "2"}),
     ({"s": "1"}, {"description": "мы"}, {"summary": "b", "s": "1"}, {"description": "b"}),
@@ -304,6 +312,7 @@ LATE_ALERTS = [
     ("firing 9:00, resolved 8:00", ["open since 9:00"]),
     ("firing 9:00, resolved 8:00 9:00", ["resolved since 9:00"]),
     ("firing 9:00, resolved 9:00", ["resolved since 9:00"]),
+    ("firing 9:00, resolved 9:00 8:59", ["resolved since 9:00"]),
     ("firing 9:00, resolved", ["resolved since 9:00"]),
     ("firing, resolved 8:00 8:10", ["resolved unknown"]),
     ("firing 9:00, firing, resolved 8:00 8:10", ["open unknown"]),
@@ -430,8 +439,9 @@ async def test_an_event_without_a_key_gets_one(client: httpx.AsyncClient) -> Non
 
 DIFFERENT_KEYS = [
     "disk", "DISK", " disk", "disk ", "disk\n", " ", "\u00a0", "0", "00", "i", "İ", "ı", "é",
-    "e\u0301", "и\u0306", "й", "ß", "ss", "ﬁ", "fi", "🔥", "🔥" * 255, "я" * 255, "я" * 254, "שלום", "\u200b",
-    "\u202eשלום", "\ufeff", "\ufffd", "null", "'; DROP TABLE incidents; --", "%", "_", "\\",
+    "e\u0301", "и\u0306", "й", "ß", "ss", "ﬁ", "fi", "🔥", "🔥" * 255, "я" * 255, "я" * 254,
+    "שלום", "\u202eשלום", "\u200b", "\ufeff", "\ufffd", "null", "'; DROP TABLE incidents; --", "%",
+    "_", "\\",
 ]  # fmt: skip
 
 
@@ -482,8 +492,9 @@ async def test_an_alert_without_a_fingerprint_is_known_by_its_labels(
 TEXTS: list[tuple[Any, str]] = [
     ("Диск 🔥 שלום", "Диск 🔥 שלום"), ("\u202eabc", "\u202eabc"), ("e\u0301", "e\u0301"), (0, "0"),
     ("a\0b\0", "ab"), ("  a  ", "  a  "), ("=1+1", "=1+1"), ("'\"\\$.%", "'\"\\$.%"),
-    (-1.5, "-1.5"), (True, "true"), (False, "false"), (10**300, str(10**300)), (float("inf"), "Infinity"),
-    ([], "[]"), (["a", 1, None], '["a",1,null]'), ({"a": {"б": "\0"}}, '{"a":{"б":"\\u0000"}}'),
+    (-1.5, "-1.5"), (True, "true"), (False, "false"), (10**300, str(10**300)),
+    (float("inf"), "Infinity"), ([], "[]"), (["a", 1, None], '["a",1,null]'),
+    ({"a": {"б": "\0"}}, '{"a":{"б":"\\u0000"}}'),
     (json.loads("[" * 190 + "]" * 190), "[" * 190 + "]" * 190), ("я" * 1000, "я" * 1000),
     ("cut \ud83d", "cut \ufffd"), ("\udd25\ud83d\udd25", "\ufffd🔥"),
 ]  # fmt: skip
