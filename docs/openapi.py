@@ -232,7 +232,8 @@ INFO = {
 
 - Every path works with and without its trailing slash, and `HEAD` works wherever `GET` does.
 - Every error is `application/problem+json` and says what to do. A refused request changes nothing.
-- A request whose URL and headers are over 16 KiB gets 431, and one that is not valid HTTP gets 400.
+- A request with over 16 KiB in its URL or in a header, 64 KiB in all, or 99 headers gets 431, and
+  one that is not valid HTTP gets 400.
 - Every other response has an `X-Request-ID`: the one that you sent, or a new one.
 """,
     "contact": {"name": "The team that runs this service"},

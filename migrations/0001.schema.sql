@@ -1,8 +1,8 @@
 -- depends: 0000.make-room
 -- The tables. Every statement may be run twice: yoyo commits a migration and its note of it on two
 -- connections, and a crash may come between. It waits for a lock for three seconds at most, because
--- whoever wants the table later has to wait behind it. The version before has noted a migration of
--- this name too, so that this one does not run, and locks nothing, in a database of that version.
+-- whoever wants the table later has to wait behind it. The version before has a migration of this
+-- name too, so in its databases this one does not run, and locks no table.
 SET lock_timeout = '3s';
 
 -- Domains, because PostgreSQL prepares CHECK constraints again for every statement, but domains

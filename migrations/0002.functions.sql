@@ -3,8 +3,8 @@
 -- serve it. Where a function takes a row, its body is between $$: since autumn 2026, PostgreSQL
 -- refuses to add a column with a default to a table beside such a function with RETURN.
 SET lock_timeout = '3s';
--- The triggers of the version before go with their functions. This locks incidents first, as every
--- statement of the service does that writes: another order could end in a deadlock.
+-- The triggers of the version before go with their functions. This locks incidents before timeline,
+-- as every write of the service does: the other order could end in a deadlock.
 DROP FUNCTION IF EXISTS copy_new_descriptions, copy_changed_description CASCADE;
 
 -- A timestamp as RFC 3339 in UTC. PostgreSQL's own text differs only by a blank in its middle (the

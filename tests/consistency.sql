@@ -1,5 +1,4 @@
 -- Contradictions between the tables, one row for each. Whatever happened to the service, there is none.
--- test_upgrade.py runs this on older schemas too, in which incidents have no labels.
   WITH changes AS (
        SELECT incident_id, kind, field, from_value, to_value,
               lag(to_value) OVER changes_of_field AS value_before,

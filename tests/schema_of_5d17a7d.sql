@@ -135,8 +135,7 @@ CREATE FUNCTION public.incident_json(incident public.incidents) RETURNS text
 CREATE FUNCTION public.incident_line(incident public.incidents, format text) RETURNS text
     LANGUAGE sql STABLE PARALLEL SAFE
     RETURN CASE format WHEN 'json'::text THEN public.incident_json(incident) WHEN 'ndjson'::text THEN (public.incident_json(incident) || '
-'::text) ELSE (public.incident_csv(incident) || '
-'::text) END;
+'::text) ELSE (public.incident_csv(incident) || E'\r\n'::text) END;
 CREATE FUNCTION public.incident_matches(incident public.incidents, statuses text[], sources text[], pattern text, has_accents boolean, label_filter jsonpath) RETURNS boolean
     LANGUAGE sql STABLE PARALLEL SAFE
     RETURN (((statuses IS NULL) OR ((((incident).status)::text = ANY (statuses)) AND (((incident).source)::text = ANY (sources)))) AND ((pattern IS NULL) OR public.contains_text((incident).description, pattern, has_accents)) AND ((label_filter IS NULL) OR ((incident).labels @@ label_filter)));

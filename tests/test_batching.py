@@ -46,7 +46,12 @@ async def database(database_url: str) -> AsyncIterator[Database]:
 
 async def create_incident(database: Database, description: str, key: str | None = None) -> int:
     """Report an incident, and give its id."""
-    values = {"key": key, "digest": b"" if key else None, "actor": "test", "labels": None}
+    values = {
+        "idempotency_key": key,
+        "digest": b"" if key else None,
+        "actor": "test",
+        "labels": None,
+    }
     values |= {"description": description, "source": "operator"}
     return int((await database.fetchrow(SQL.incident_create, **values))["id"])
 

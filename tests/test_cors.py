@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import httpx
 import pytest
-from helpers import BODIES, READER, TOKENS, Rows, Serve, Sql, insert_incident
+from helpers import BODIES, READER, TOKENS, Rows, Serve, Sql, assert_problem, insert_incident
 
 pytestmark = pytest.mark.anyio
 
@@ -69,27 +69,37 @@ async def test_by_default_a_page_of_another_site_is_not_allowed_anything(
 def test_only_the_sites_in_cors_origins_are_allowed(serve: Serve, database_url: str) -> None:
     # Origins as somebody may write them: with a blank, a slash at the end, and capitals.
     origins = "http://localhost:3000, https://Ops.example/"
-    server = serve(DATABASE_URL=database_url, CORS_ORIGINS=origins, API_TOKENS=TOKENS)
+    server = serve(
+        DATABASE_URL=database_url, CORS_ORIGINS=origins, API_TOKENS=TOKENS, ACCESS_LOG="true"
+    )
     change = PREFLIGHT | {"Access-Control-Request-Method": "PATCH"}
     with httpx.Client(base_url=server.url) as client:
-        preflight = client.options("/incidents/", headers=OUR_SITE | PREFLIGHT)
-        change_preflight = client.options("/incidents/1", headers=OUR_SITE | change)
-        simple = client.get("/incidents/", headers=OUR_SITE | READER)
-        without_token = client.get("/incidents/", headers=OUR_SITE)
-        local = client.get("/incidents/", headers={"Origin": "http://localhost:3000"} | READER)
-        other_preflight = client.options("/incidents/", headers=OTHER_SITE | PREFLIGHT)
+        allowed = [
+            client.options("/incidents/", headers=OUR_SITE | PREFLIGHT),
+            client.options("/incidents/1", headers=OUR_SITE | change),
+            client.get("/incidents/", headers=OUR_SITE | READER),
+            client.get("/incidents/", headers=OUR_SITE),
+            client.get("/incidents/", headers={"Origin": "http://localhost:3000"} | READER),
+        ]
+        refused = client.options("/incidents/", headers=OTHER_SITE | PREFLIGHT)
         other = client.get("/incidents/", headers=OTHER_SITE | READER)
+        metrics = client.get("/metrics", headers=READER).text
 
-    for response in (preflight, change_preflight, simple, without_token):
-        assert response.headers["access-control-allow-origin"] == "https://ops.example"
+    assert [response.status_code for response in allowed] == [200, 200, 200, 401, 200]
+    assert_problem(refused, 403)
+    assert "CORS_ORIGINS" in refused.json()["detail"]
+    for response in allowed:
+        origin = response.request.headers["origin"]
+        assert response.headers["access-control-allow-origin"] == origin
         assert "access-control-allow-credentials" not in response.headers
-    assert preflight.status_code == change_preflight.status_code == simple.status_code == 200
-    assert without_token.status_code == 401
-    assert "POST" in preflight.headers["access-control-allow-methods"]
-    assert preflight.headers["access-control-allow-headers"].lower() == "content-type"
-    assert simple.headers["access-control-expose-headers"] == "*"
-    assert local.headers["access-control-allow-origin"] == "http://localhost:3000"
-    assert other_preflight.status_code == 400
-    for response in (other_preflight, other):
+    assert "POST" in allowed[0].headers["access-control-allow-methods"]
+    assert allowed[0].headers["access-control-allow-headers"] == "content-type"
+    assert allowed[2].headers["access-control-expose-headers"] == "*"
+    for response in (refused, other):
         assert "access-control-allow-origin" not in response.headers
-    assert "x-request-id" in other.headers
+    # Preflights are answered like other requests.
+    for response in (allowed[0], refused):
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert f'"request_id": "{response.headers["x-request-id"]}"' in server.printed()
+    assert 'method="other",route="unknown",status="200"} 2.0' in metrics
+    assert 'method="other",route="unknown",status="403"} 1.0' in metrics

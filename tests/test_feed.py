@@ -119,7 +119,7 @@ def position(response: httpx.Response) -> int:
 def next_link(response: httpx.Response) -> str | None:
     """Give the URL of the next page, or none."""
     match = re.match('<([^>]*)>; rel="next"', response.headers.get("link", ""))
-    return match[1] if match else None
+    return str(response.url.join(match[1])) if match else None
 
 
 # ── Pages ─────────────────────────────────────────────────────────────────────────────────────────
@@ -195,7 +195,7 @@ async def test_ndjson_has_the_same_entries_one_on_a_line(
     assert [json.loads(line) for line in lines[:-1]] == history[:7]
     assert lines[-1] == b""
     assert position(response) == history[6]["id"]
-    assert next_link(response) == f"/timeline?limit=7&after={history[6]['id']}"
+    assert response.headers["link"].startswith(f"<?limit=7&after={history[6]['id']}>")
 
 
 FILTERS: dict[str, Callable[[Entry], bool]] = {
@@ -296,14 +296,18 @@ async def test_head_has_the_headers_of_a_page_and_no_body(client: httpx.AsyncCli
 
 
 @pytest.mark.usefixtures("history")
-async def test_head_of_an_event_stream_ends_at_once(client: httpx.AsyncClient) -> None:
+async def test_head_of_an_event_stream_or_a_long_poll_ends_at_once(
+    client: httpx.AsyncClient,
+) -> None:
     async with asyncio.timeout(5):
         response = await client.head("/timeline", headers=EVENT_STREAM)
+        long_poll = await client.head("/timeline?after=latest&wait=30")
 
     assert response.status_code == 200
     assert response.content == b""
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert response.headers["x-accel-buffering"] == "no"
+    assert long_poll.status_code == 200
     assert response.headers["cache-control"] == "no-store"
 
 
@@ -485,8 +489,11 @@ async def test_a_writer_that_follows_another_without_a_pause_does_not_hold_the_f
     insert_incident(sql)
     with psycopg.connect(database_url) as one, psycopg.connect(database_url) as other:
         insert_note(one)
+        looks = incidents.BATCH_CALLS.labels("timeline_writers")._sum
+        before = looks.get()
         running = asyncio.create_task(client.get("/timeline"))
-        await async_wait_until(lambda: incidents.feed.seen_at)
+        # The feed has seen that transaction when it looks for the second time.
+        await async_wait_until(lambda: looks.get() >= before + 2)
         insert_note(other)  # from here on there is always an open transaction
         one.commit()
         response = await running
@@ -989,24 +996,17 @@ async def test_a_service_with_clients_that_do_not_read_can_be_stopped(
 # ── A forgotten transaction ───────────────────────────────────────────────────────────────────────
 
 
-async def test_a_forgotten_transaction_delays_the_feed_but_no_write_and_is_logged_once(
+async def test_a_forgotten_transaction_delays_the_feed_but_no_write(
     client: httpx.AsyncClient,
     history: list[Entry],
     database_url: str,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(incidents, "SLOW_WRITER", 0.3)
     monkeypatch.setattr(incidents, "SETTLE_SECONDS", 0.2)
     await client.get("/timeline")
     last_id = history[-1]["id"]
 
-    def slow_writers() -> list[str]:
-        messages = [record.getMessage() for record in caplog.records]
-        return [message for message in messages if "waits for a transaction" in message]
-
     with psycopg.connect(database_url) as forgotten:
-        process_id = forgotten.info.backend_pid
         insert_note(forgotten)
         async with long_poll(client, f"after={last_id}&wait=10") as task:
             for number in range(10):
@@ -1014,7 +1014,6 @@ async def test_a_forgotten_transaction_delays_the_feed_but_no_write_and_is_logge
                 response = await client.post("/incidents/2/notes", json={"note": f"{number}"})
                 assert response.status_code == 201
                 assert time.monotonic() - started_at < 1
-            await async_wait_until(slow_writers, 5)
             for _ in range(5):
                 assert (await client.get("/timeline", params={"after": last_id})).json() == []
             assert not task.done()
@@ -1023,8 +1022,6 @@ async def test_a_forgotten_transaction_delays_the_feed_but_no_write_and_is_logge
     whole = await client.get("/timeline", params={"after": last_id})
 
     assert entry_ids(response) == entry_ids(whole) == list(range(last_id + 1, last_id + 12))
-    [message] = slow_writers()
-    assert message.endswith(f"process {process_id}")
 
 
 # ── The timeline of one incident ──────────────────────────────────────────────────────────────────
@@ -1044,7 +1041,7 @@ async def test_the_timeline_of_an_incident_can_be_read_in_pages(
 
     assert len(whole) > 4
     assert entries == whole
-    assert link == '</incidents/1/timeline?limit=2>; rel="first"'
+    assert link == '<?limit=2>; rel="first"'
     for entry in whole:
         response = await client.get("/incidents/1/timeline", params={"after": entry["id"]})
         assert response.json() == [each for each in whole if each["id"] > entry["id"]]

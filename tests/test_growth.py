@@ -54,12 +54,6 @@ def fill(url: str, count: int) -> str:
     return url
 
 
-@pytest.fixture(autouse=True)
-def no_slow_stats() -> None:
-    """Forget the reports of the test before, whose timers ended with its event loop."""
-    incidents.slow_stats.clear()
-
-
 async def explain(
     url: str, statement: incidents.Statement, values: dict[str, Any]
 ) -> list[dict[str, Any]]:
@@ -147,10 +141,7 @@ def count_executions(sql: Sql, patch: pytest.MonkeyPatch, sleep: str = "0") -> N
     """Make the report take longer, and let it count its executions in a sequence."""
     sql("CREATE SEQUENCE executions")
     report = incidents.SQL.stats.text.rstrip().rstrip(";")
-    text = (
-        f"SELECT body, seconds + {sleep} AS seconds, nextval('executions')"
-        f" FROM pg_sleep({sleep}), ({report}) AS report"
-    )
+    text = f"SELECT body, nextval('executions') FROM ({report}) AS report"
     batcher = incidents.database.batchers["stats"]
     patch.setattr(batcher, "statement", replace(batcher.statement, text=text))
 
@@ -180,55 +171,6 @@ async def test_reports_run_one_at_a_time_and_identical_ones_that_wait_share_one(
     assert {response.status_code for response in responses} == {200}
     assert (workers, running) == (1, 1)
     assert sql("SELECT last_value FROM executions") == [(3,)]
-
-
-async def test_a_slow_report_is_used_again_with_its_age_and_then_counted_anew(
-    client: httpx.AsyncClient, sql: Sql, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    count_executions(sql, monkeypatch, sleep=str(incidents.SLOW_SECONDS + 0.1))
-    assert (await client.get("/stats")).headers["age"] == "0"
-    sql("INSERT INTO incidents (description, source) VALUES ('new', 'partner')")
-    seen: list[tuple[int, int]] = []
-    started_at = time.monotonic()
-    while not seen or seen[-1][1] == 0:
-        response = await client.get("/stats")
-        seen.append((int(response.headers["age"]), response.json()["incidents"]))
-        assert time.monotonic() < started_at + 20
-        await asyncio.sleep(0.02)
-
-    ages = [age for age, _ in seen]
-    assert ages[:-1] == sorted(ages[:-1])
-    assert {0, 1} <= set(ages[:-1])
-    assert seen[-1] == (0, 1)
-    assert sql("SELECT last_value FROM executions") == [(2,)]
-
-
-async def test_a_quick_report_is_counted_anew_each_time(
-    client: httpx.AsyncClient, sql: Sql
-) -> None:
-    seen = []
-    for _ in range(5):
-        response = await client.get("/stats")
-        seen.append((response.headers["age"], response.json()["incidents"]))
-        sql("INSERT INTO incidents (description, source) VALUES ('new', 'partner')")
-
-    assert seen == [("0", number) for number in range(5)]
-
-
-async def test_a_report_that_waited_is_not_slow_itself_and_is_not_kept(
-    client: httpx.AsyncClient, database_url: str, sql: Sql
-) -> None:
-    with psycopg.connect(database_url) as session:
-        session.execute("LOCK TABLE incidents IN ACCESS EXCLUSIVE MODE")
-        started_at = time.monotonic()
-        tasks = [asyncio.create_task(client.get("/stats"))]
-        await async_wait_until(lambda: find_lock_waiters(sql))
-        tasks.append(asyncio.create_task(client.get("/stats", params=DAY)))
-        await async_wait_until(lambda: time.monotonic() > started_at + 2 * incidents.SLOW_SECONDS)
-    responses = await asyncio.gather(*tasks)
-
-    assert {response.status_code for response in responses} == {200}
-    assert incidents.slow_stats == {}
 
 
 # ── Searches ──────────────────────────────────────────────────────────────────────────────────────

@@ -42,7 +42,7 @@ async def test_a_retry_is_answered_with_the_incident_that_the_first_request_made
     assert REPLAYED not in first.headers
     assert again.headers[REPLAYED] == "true"
     assert again.json() == first.json()
-    assert again.headers["location"] == first.headers["location"] == "/incidents/1"
+    assert again.headers["location"] == first.headers["location"] == "1"
     assert again.headers["etag"] == first.headers["etag"] == '"1"'
     assert sql("SELECT count(*) FROM incidents") == [(1,)]
     assert sql("SELECT kind FROM timeline") == [("created",)]

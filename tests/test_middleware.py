@@ -45,43 +45,21 @@ def one_incident(sql: Sql) -> None:
 # ── Request ids ───────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("request_id", ["a", "5f1e9c1c-7b34-4c52", "A.b_c-9", "x" * 100])
-async def test_a_request_id_that_the_client_sends_is_kept(
-    client: httpx.AsyncClient, request_id: str
+async def test_a_request_id_that_the_client_sends_is_kept_unless_it_could_do_harm(
+    client: httpx.AsyncClient,
 ) -> None:
-    response = await client.get("/incidents/", headers={"X-Request-ID": request_id})
+    for good in ("a", "5f1e9c1c-7b34-4c52", "A.b_c-9", "x" * 100):
+        response = await client.get("/incidents/", headers={"X-Request-ID": good})
 
-    assert response.headers.get_list("x-request-id") == [request_id]
+        assert response.headers.get_list("x-request-id") == [good]
+    made = []
+    for bad in ("", "x" * 101, "a b", "a\r\nSet-Cookie: a=b", "a\n", "a\x00", "a,b", "<b>", "é"):
+        response = await client.get("/incidents/", headers=[(b"X-Request-ID", bad.encode())])
+        made.append(response.headers["x-request-id"])
 
-
-@pytest.mark.parametrize(
-    "request_id",
-    [
-        "",
-        "x" * 101,
-        "a b",
-        "a\r\nSet-Cookie: a=b",
-        "a\nb",
-        "a\n",
-        "a\x00",
-        "a,b",
-        '"a"',
-        "{}",
-        "<script>",
-        "é",
-    ],
-    ids=lambda request_id: ascii(request_id)[:30],
-)
-async def test_a_request_id_that_could_do_harm_is_replaced(
-    client: httpx.AsyncClient, request_id: str
-) -> None:
-    headers = [(b"X-Request-ID", request_id.encode())]
-    responses = [await client.get("/incidents/", headers=headers) for _ in range(2)]
-
-    ids = [response.headers["x-request-id"] for response in responses]
-    assert all(re.fullmatch(r"[0-9a-f]{8}-[0-9]+", new_id) for new_id in ids)
-    assert ids[0] != ids[1]
-    assert "set-cookie" not in responses[0].headers
+        assert "set-cookie" not in response.headers
+    assert all(re.fullmatch(r"[0-9a-f]{8}-[0-9]+", request_id) for request_id in made)
+    assert len(set(made)) == len(made)
 
 
 async def test_a_problem_of_the_service_has_the_request_id_in_its_body(
@@ -124,20 +102,17 @@ async def test_an_error_of_the_service_is_logged_with_its_request_but_without_an
     assert "monitoring" not in caplog.text
 
 
-@pytest.mark.parametrize("end", ["\n", "\r", "\x0b", "\x85", "\u2028"], ids=ascii)
 async def test_a_path_cannot_forge_a_line_of_the_log(
-    client: httpx.AsyncClient,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    end: str,
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(request: Any) -> int:
         raise RuntimeError("the test wants it")
 
     monkeypatch.setattr(incidents, "parse_incident_id", fail)
-    response = await client.get(f"/incidents/{quote('1' + end)}ERROR: forged")
+    for end in ("\n", "\r", "\x0b", "\x85", "\u2028"):
+        response = await client.get(f"/incidents/{quote('1' + end)}ERROR: forged")
 
-    assert response.status_code == 500
+        assert response.status_code == 500
     assert "the test wants it" in caplog.text
     assert "forged" in caplog.text
     assert [line for line in caplog.text.splitlines() if line.startswith("ERROR: forged")] == []

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import httpx
 import psycopg
@@ -426,8 +426,8 @@ def run_yoyo(url: str, *arguments: str, folder: Path = ROOT) -> str:
     """Run yoyo on a database, in a folder that has a yoyo.ini, and give what it prints."""
     parts = urlsplit(url)
     address = parts._replace(scheme="postgresql+psycopg").geturl()
-    if host := parse_qs(parts.query).get("host"):  # as the README writes the URL of a socket
-        address = f"postgresql+psycopg://{parts.path}?host={host[0]}&user={parts.username}"
+    if "host=" in parts.query:  # as the README writes the URL of a socket
+        address = f"postgresql+psycopg://{parts.path}?{parts.query}&user={parts.username}"
     done = subprocess.run(
         [sys.executable, "-m", "yoyo", *arguments],
         cwd=folder,

@@ -176,7 +176,7 @@ def test_an_operation_has_a_summary_and_an_id_of_its_own(route: incidents.ApiRou
 def test_an_operation_has_a_description_and_one_of_the_tags(route: incidents.ApiRoute) -> None:
     operation = find_operation(route)
 
-    assert operation["description"].endswith(".")
+    assert operation["description"]
     assert [tag["name"] for tag in DESCRIPTION["tags"]] == [*openapi.TAGS]
     assert len(operation["tags"]) == 1
     assert {*operation["tags"]} <= {*openapi.TAGS}
@@ -220,12 +220,6 @@ def test_every_field_of_a_query_is_described_but_the_format(route: incidents.Api
     described = [parameter["name"] for parameter in find_parameters(route, "query")]
 
     assert described == [name for name in route.query.model_fields if name != "format"]
-
-
-def test_every_pattern_is_short_enough_to_read() -> None:
-    patterns = {str(pattern) for pattern in find_values("pattern", DESCRIPTION)}
-
-    assert max(map(len, patterns)) <= 50
 
 
 # ── Examples ──────────────────────────────────────────────────────────────────────────────────────

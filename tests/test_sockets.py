@@ -1,39 +1,54 @@
 """Requests that no HTTP library would send, written to a socket byte by byte.
 
-The service may respond to them or close the connection, but no response may be a 5xx, and none of
-them may take much of its memory or its time.
+The service may respond to them or close the connection, but no response may be a 5xx, none of them
+may be logged, and none may take much of its memory or its time.
 """
 
+import asyncio
 import contextlib
 import itertools
 import json
+import random
 import re
 import select
+import shutil
 import socket
 import string
 import struct
+import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.parse import urlsplit
 
+import h11
 import httpx
 import psutil
 import pytest
-from helpers import Server, assert_problem, free_port, wait_until
+from helpers import Serve, Server, assert_problem, free_port, wait_until
 
 Exchange = Callable[..., bytes]
 
 BODY = json.dumps({"description": "Over a bare socket", "source": "operator"}).encode()
+LENGTH = b"Content-Length: %d\r\n" % len(BODY)
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+CLOSE = b"Connection: close\r\n"
 POST = b"POST /incidents/ HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 GET = b"GET /health/live HTTP/1.1\r\nHost: x\r\n"
-CLOSE = b"Connection: close\r\n"
+LIVE, CREATE = GET + b"\r\n", POST + LENGTH + b"\r\n" + BODY
+# Every HttpClient of Java sends the first of these by default, and `curl --http2` too.
+UPGRADES = [
+    b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAA\r\n",
+    b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n",
+]
 
 MIB = 1024 * 1024
-MAX_HEAD = 64 * 1024  # bytes of the URL and of the headers that always pass
+MAX_HEAD = 16 * 1024  # bytes that the URL or one header may have
 MAX_BODY = 512 * 1024
+MANY_HEADERS = b"".join(b"X-%d: a\r\n" % number for number in range(100))
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +69,11 @@ def get(server: Server, path: str) -> httpx.Response:
 
 @pytest.fixture
 def server(service: Server) -> Iterator[Server]:
-    """Give the service, and check after the test that it still works and has logged no error."""
+    """Give the service, and check after the test that it still works and has logged nothing."""
     printed_before = len(service.printed())
     yield service
     assert get(service, "/health/ready").is_success
-    assert re.findall(".*(?:Traceback|ERROR).*", service.printed()[printed_before:]) == []
+    assert service.printed()[printed_before:] == ""
 
 
 @pytest.fixture
@@ -69,16 +84,12 @@ def exchange(server: Server) -> Exchange:
     """
 
     def send_and_receive(*parts: bytes, hang_up: bool = False) -> bytes:
-        received = bytearray()
         with connect(server) as connection:
             # The service may close before it has read everything. What it sent before can be read.
             with contextlib.suppress(ConnectionError):
                 for part in parts:
                     connection.sendall(part)
-            with contextlib.suppress(ConnectionError):
-                while not hang_up and (chunk := connection.recv(65536)):
-                    received += chunk
-        return bytes(received)
+            return b"" if hang_up else receive(connection)
 
     return send_and_receive
 
@@ -97,6 +108,15 @@ def connect(server: Server, receive_buffer: int | None = None) -> socket.socket:
     return connection
 
 
+def receive(connection: socket.socket) -> bytes:
+    """Read until the service closes the connection."""
+    received = bytearray()
+    with contextlib.suppress(ConnectionError):
+        while chunk := connection.recv(65536):
+            received += chunk
+    return bytes(received)
+
+
 def parse_statuses(received: bytes | bytearray) -> list[int]:
     """Find the status codes of all responses in the bytes that came back."""
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3})", received)]
@@ -109,7 +129,7 @@ def parse_responses(received: bytes) -> list[httpx.Response]:
         head, _, rest = received.partition(b"\r\n\r\n")
         status_line, *lines = head.decode("latin-1").split("\r\n")
         headers = [(name, value) for name, _, value in (line.partition(": ") for line in lines)]
-        length = int(dict(headers)["content-length"])
+        length = int({name.lower(): value for name, value in headers}["content-length"])
         request = httpx.Request("GET", "http://service")
         status = int(status_line.split()[1])
         responses.append(
@@ -125,69 +145,91 @@ def measure_memory(server: Server) -> int:
     return memory
 
 
-def send_and_measure(
-    server: Server, exchange: Exchange, requests: list[bytes]
-) -> tuple[list[httpx.Response], float]:
-    """Send requests, each on its own connection; give the responses and the mean seconds of CPU.
-
-    The service has one thread, so during its CPU time it answers nobody else. Unlike the time
-    until a response comes, CPU time does not depend on what else runs on the machine.
-    """
-    process = psutil.Process(server.process.pid)
-    before = process.cpu_times()
-    responses = [
-        response for request in requests for response in parse_responses(exchange(request))
-    ]
-    after = process.cpu_times()
-    seconds: float = after.user + after.system - before.user - before.system
-    return responses, seconds / len(requests)
-
-
 def count_incidents(server: Server) -> int:
     """Ask the service how many incidents there are."""
     return int(get(server, "/stats").json()["incidents"])
 
 
+def chunk(*parts: bytes) -> bytes:
+    """Make a chunked body."""
+    return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+
+
+# ── Requests that are unusual, and right or wrong ─────────────────────────────────────────────────
+
+
 @pytest.mark.parametrize(
-    "request_line",
+    ("request_", "status"),
     [
-        b"",
-        b"\x00\x01\x02",
-        b"GET",
-        b"GET /health/live",
-        b"GET /health/live HTTP/9.9",
-        b"get /health/live HTTP/1.1",
-        b"BREW /health/live HTTP/1.1",
-        b"GET  HTTP/1.1",
-        b"GET /health/live\x00 HTTP/1.1",
-        b"GET /health/live HTTP/1.1 HTTP/1.1",
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-        b"PRI * HTTP/2.0",
-        b"GET http://elsewhere/health/live HTTP/1.1",
-        b"GET /incidents/%ff%fe HTTP/1.1",
-        b"GET /incidents/%zz?%zz HTTP/1.1",
-        b"GET /../../etc/passwd HTTP/1.1",
-        b"GET /docs/../../incidents.py HTTP/1.1",
-        b"GET /docs/%2e%2e/%2e%2e/incidents.py HTTP/1.1",
-        b"GET /" + 70_000 * b"a" + b" HTTP/1.1",
-        b"GET /" + "журнал".encode() + b" HTTP/1.1",
+        (b"GET http://elsewhere/health/live HTTP/1.1\r\nHost: x\r\n", 200),
+        (b"GET /health/live HTTP/1.0\r\n", 200),
+        ("GET /incidents/?limit=1&q=сервер HTTP/1.1\r\nHost: x\r\n".encode(), 200),
+        (b"GET /incidents/?limit=1&q=caf\xe9 HTTP/1.1\r\nHost: x\r\n", 422),
+        (b"GET /incidents/?limit=1&q=caf%E9 HTTP/1.1\r\nHost: x\r\n", 422),
+        (b"OPTIONS * HTTP/1.1\r\nHost: x\r\n", 404),
+        (b"CONNECT elsewhere:443 HTTP/1.1\r\nHost: x\r\n", 404),
+        (b"GET /docs/../../incidents.py HTTP/1.1\r\nHost: x\r\n", 404),
+        (b"GET /docs/%2e%2e/%2e%2e/incidents.py HTTP/1.1\r\nHost: x\r\n", 404),
+        (b"GET /incidents/%ff%fe%zz HTTP/1.1\r\nHost: x\r\n", 404),
+        (GET + b"X-Long: " + 12 * 1024 * b"a" + b"\r\n", 200),
+        (GET.replace(b"live", b"live#" + 12 * 1024 * b"a"), 404),
+    ],
+    ids=lambda value: ascii(value)[:40],
+)
+def test_unusual_requests_get_their_answer(
+    exchange: Exchange, request_: bytes, status: int
+) -> None:
+    assert parse_statuses(exchange(request_ + CLOSE + b"\r\n")) == [status]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        pytest.param(b"GET", id="a word"),
+        pytest.param(b"\x00\x01\x02", id="control characters"),
+        pytest.param(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", id="TLS"),
+        pytest.param(b"PRI * HTTP/2.0", id="HTTP/2"),
+        pytest.param(b"GET /health/live HTTP/9.9\r\nHost: x", id="an unknown version"),
+        pytest.param(b"get /health/live HTTP/1.1\r\nHost: x", id="a method in lower case"),
+        pytest.param(b"GET  HTTP/1.1\r\nHost: x", id="no URL"),
+        pytest.param(b"GET /a b HTTP/1.1\r\nHost: x", id="a blank in the path"),
+        pytest.param(b"GET /a\x00b HTTP/1.1\r\nHost: x", id="NUL in the path"),
+        pytest.param("GET /журнал HTTP/1.1\r\nHost: x".encode(), id="Cyrillic in the path"),
+        pytest.param(b"GET /health/live HTTP/1.1", id="no Host"),
+        pytest.param(b"GET /health/live HTTP/1.1\nHost: x\n", id="lines without CR"),
+        pytest.param(GET + b"Bad Header: 1", id="a blank in a name"),
+        pytest.param(GET + b"no colon", id="no colon"),
+        pytest.param(GET + b"X-Header: a\x00b", id="NUL in a value"),
+        pytest.param(GET + b"X-Header: a\r\n b", id="a folded line"),
+        pytest.param(POST + b"Content-Length: five", id="a length that is no number"),
+        pytest.param(POST + CHUNKED + b"\r\nzz", id="a chunk without a length"),
+        pytest.param(POST + CHUNKED + b"Expect: 100-continue\r\n\r\nzz", id="after Expect"),
     ],
 )
-def test_a_malformed_request_line_causes_no_server_error(
-    exchange: Exchange, request_line: bytes
+def test_what_is_not_http_gets_a_problem_with_a_hint_and_the_connection_is_closed(
+    exchange: Exchange, head: bytes
 ) -> None:
-    received = exchange(request_line + b"\r\nHost: x\r\n" + CLOSE + b"\r\n\r\n")
+    [response] = parse_responses(exchange(head + b"\r\n\r\n"))
 
-    assert all(status < 500 for status in parse_statuses(received))
-    assert b"import asyncio" not in received
+    assert_problem(response, 400)
+    assert "percent-encode" in response.json()["detail"]
+    assert response.headers["connection"] == "close"
+    assert response.headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize(
+    "head", [b"head /health/live HTTP/1.1\r\n", "HEAD /журнал HTTP/1.1\r\n".encode()]
+)
+def test_a_refusal_to_head_has_no_body(exchange: Exchange, head: bytes) -> None:
+    assert b"{" not in exchange(head + b"Host: x\r\n\r\n")
 
 
 @pytest.mark.parametrize(
     "headers",
     [
         b"Content-Length: 5\r\nContent-Length: 50\r\n",
-        b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n",
-        b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n",
+        b"Content-Length: 5\r\n" + CHUNKED,
+        CHUNKED + b"Content-Length: 5\r\n",
         b"Transfer-Encoding: chunked, identity\r\n",
         b"Content-Length: -5\r\n",
         b"Content-Length: 0x50\r\n",
@@ -200,78 +242,53 @@ def test_a_body_of_unclear_length_is_refused_and_nothing_after_it_is_read_as_a_r
     server: Server, exchange: Exchange, headers: bytes
 ) -> None:
     before = count_incidents(server)
-    smuggled = b"0\r\n\r\n" + POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
-    received = exchange(POST + headers + CLOSE + b"\r\n" + smuggled)
+    received = exchange(POST + headers + CLOSE + b"\r\n" + b"0\r\n\r\n" + CREATE)
 
-    assert all(400 <= status < 500 for status in parse_statuses(received)), received
+    assert parse_statuses(received) == [400]
     assert count_incidents(server) == before
 
 
-def test_a_malformed_chunk_is_refused(server: Server, exchange: Exchange) -> None:
+@pytest.mark.parametrize("upgrade", UPGRADES, ids=["h2c", "websocket"])
+def test_upgrade_is_ignored_and_the_body_is_read(
+    server: Server, exchange: Exchange, upgrade: bytes
+) -> None:
     before = count_incidents(server)
-    received = exchange(POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n" + BODY + b"\r\n")
+    in_one_piece = exchange(POST + upgrade + LENGTH + b"\r\n" + BODY + GET + CLOSE + b"\r\n")
+    # A body that looks like a request is a body, also when it comes later.
+    head = POST + upgrade + b"Content-Length: %d\r\n\r\n" % len(CREATE)
+    with connect(server) as connection:
+        connection.sendall(head)
+        assert get(server, "/health/live").is_success  # so the service has read the head
+        connection.sendall(CREATE + GET + CLOSE + b"\r\n")
+        in_two_pieces = receive(connection)
 
-    assert all(400 <= status < 500 for status in parse_statuses(received)), received
-    assert count_incidents(server) == before
-
-
-def test_a_chunked_body_is_accepted(server: Server, exchange: Exchange) -> None:
-    before = count_incidents(server)
-    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in BODY) + b"0\r\n\r\n"
-    received = exchange(POST + CLOSE + b"Transfer-Encoding: chunked\r\n\r\n" + chunks)
-
-    assert parse_statuses(received) == [201]
+    assert parse_statuses(in_one_piece) == [201, 200]
+    assert parse_statuses(in_two_pieces) == [400, 200]
     assert count_incidents(server) == before + 1
 
 
-def test_pipelined_requests_are_answered_in_order(server: Server, exchange: Exchange) -> None:
-    post = POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
-    ids = [f"X-Request-ID: {number}\r\n\r\n".encode() for number in range(50)]
-    received = exchange(
-        b"".join(GET + request_id for request_id in ids)
-        + post
-        + b"GET /incidents/?limit=1 HTTP/1.1\r\nHost: x\r\n\r\n"
-        + b"GET /nowhere HTTP/1.1\r\nHost: x\r\n"
-        + CLOSE
-        + b"\r\n"
-    )
+def test_a_chunked_body_with_extensions_and_trailers_is_accepted(
+    server: Server, exchange: Exchange
+) -> None:
+    before = count_incidents(server)
+    chunks = b"".join(b"1;a=b\r\n%c\r\n" % byte for byte in BODY) + b"0\r\nX-Trailer: a\r\n\r\n"
+    received = exchange(POST + CHUNKED + b"\r\n" + chunks + GET + CLOSE + b"\r\n")
 
-    assert parse_statuses(received) == [200] * 50 + [201, 200, 404]
-    echoed = re.findall(rb"x-request-id: (\d+)\r", received)
-    assert echoed[:50] == [b"%d" % number for number in range(50)]
+    assert parse_statuses(received) == [201, 200]
+    assert count_incidents(server) == before + 1
 
 
 def test_a_body_that_is_cut_short_creates_no_incident(server: Server, exchange: Exchange) -> None:
     before = count_incidents(server)
-    exchange(POST + b"Content-Length: %d\r\n\r\n" % (len(BODY) + 1) + BODY, hang_up=True)
-    exchange(POST + b"Content-Length: %d\r\n\r\n" % len(BODY), BODY[:-1], hang_up=True)
-    exchange(POST + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % len(BODY) + BODY, hang_up=True)
+    exchange(POST + LENGTH + b"\r\n" + BODY[:-1], hang_up=True)
+    exchange(POST + LENGTH + b"\r\n", BODY[:-1], hang_up=True)
+    exchange(POST + CHUNKED + b"\r\n%x\r\n" % len(BODY) + BODY, hang_up=True)
     exchange(POST[:-20], hang_up=True)
 
     assert count_incidents(server) == before
 
 
-def test_a_client_that_expects_100_continue_gets_it_before_it_sends_the_body(
-    server: Server, exchange: Exchange
-) -> None:
-    head = POST + b"Expect: 100-continue\r\nContent-Length: %d\r\n" % len(BODY) + CLOSE
-    with socket.create_connection(("127.0.0.1", urlsplit(server.url).port), 10) as connection:
-        connection.sendall(head + b"\r\n")
-        interim = connection.recv(65536)
-        connection.sendall(BODY)
-        final = connection.recv(65536)
-
-    assert parse_statuses(interim) == [100]
-    assert parse_statuses(final) == [201]
-
-
-def test_a_client_with_a_wrong_content_type_gets_no_100_continue(exchange: Exchange) -> None:
-    post = POST.replace(b"application/json", b"text/plain")
-    received = exchange(post + b"Expect: 100-continue\r\nContent-Length: 50\r\n" + CLOSE + b"\r\n")
-
-    assert parse_statuses(received) == [415]
-
-
+@pytest.mark.parametrize("name", [b"X-Request-ID", b"Idempotency-Key", b"If-None-Match"])
 @pytest.mark.parametrize(
     "value",
     [
@@ -280,98 +297,47 @@ def test_a_client_with_a_wrong_content_type_gets_no_100_continue(exchange: Excha
         b"a\nSet-Cookie: injected=1",
         b"a\x00Set-Cookie: injected=1",
         b"a%0d%0aSet-Cookie: injected=1",
-        b"a\\r\\nSet-Cookie: injected=1",
         b"a\xe5\x98\x8a\xe5\x98\x8dSet-Cookie: injected=1",
         b"a\xc4\x8d\xc4\x8aSet-Cookie: injected=1",
     ],
 )
-@pytest.mark.parametrize("header", [b"X-Request-ID", b"Idempotency-Key", b"If-None-Match"])
-def test_no_request_header_can_inject_a_response_header(
-    exchange: Exchange, header: bytes, value: bytes
+def test_neither_a_header_nor_a_query_can_inject_a_response_header(
+    exchange: Exchange, name: bytes, value: bytes
 ) -> None:
-    message = b"%b: %b\r\nContent-Length: %d\r\n" % (header, value, len(BODY))
-    received = exchange(POST + message + CLOSE + b"\r\n" + BODY)
+    header = POST + name + b": " + value + b"\r\n" + LENGTH + CLOSE + b"\r\n" + BODY
+    query = b"GET /incidents/?limit=1&q=" + value.replace(b" ", b">;rel=next,<//elsewhere>")
+    for request in (header, query + b" HTTP/1.1\r\nHost: x\r\n" + CLOSE + b"\r\n"):
+        received = exchange(request)
 
-    [status] = parse_statuses(received)
-    assert status < 500
-    assert not re.search(rb"[\r\n]\s*set-cookie", received, re.I)
-
-
-@pytest.mark.parametrize(
-    "query",
-    [
-        b"limit=1&q=a%0d%0aSet-Cookie:%20injected=1",
-        b"limit=1&q=a%0aSet-Cookie:%20injected=1%0d%0a%0d%0a<p>",
-        b"limit=1&q=a\xe5\x98\x8a\xe5\x98\x8dSet-Cookie:injected=1",
-        b"limit=1&q=a>;rel=next,<//elsewhere>",
-        b"limit=1&after=a%0d%0aSet-Cookie:%20injected=1",
-        b"limit=1&q=a\nSet-Cookie:injected=1",
-        b"limit=1&q=a\rSet-Cookie:injected=1",
-        b"limit=1&q=a\x00b",
-    ],
-)
-def test_no_query_can_inject_a_response_header(
-    server: Server, exchange: Exchange, query: bytes
-) -> None:
-    received = exchange(b"GET /incidents/?" + query + b" HTTP/1.1\r\nHost: x\r\n" + CLOSE + b"\r\n")
-
-    [status] = parse_statuses(received)
-    assert status == 200 or 400 <= status < 500
-    head = received.partition(b"\r\n\r\n")[0]
-    assert not re.search(rb"[\r\n]\s*set-cookie", head, re.I)
-    assert b"<//elsewhere>" not in head
+        [status] = parse_statuses(received)
+        assert status < 500
+        head = received.partition(b"\r\n\r\n")[0]
+        assert not re.search(rb"[\r\n]\s*set-cookie", head, re.I)
+        assert b"<//elsewhere>" not in head
 
 
-# ── Heads that are too large, never end or are not HTTP ───────────────────────────────────────────
-
-MANY_HEADERS = b"".join(b"X-%d: %b\r\n" % (number, 60 * b"a") for number in range(1200))
+# ── Heads and bodies that are too large or never end ──────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
     "head",
     [
-        pytest.param(GET + b"X-Long: " + 70_000 * b"a" + b"\r\n", id="a long header"),
-        pytest.param(GET + b"X-Request-ID: " + 70_000 * b"a" + b"\r\n", id="a long id"),
-        pytest.param(GET + b"Accept: " + 70_000 * b"a" + b"\r\n", id="a long Accept"),
-        pytest.param(GET + b"X-" + 70_000 * b"a" + b": 1\r\n", id="a long name"),
+        pytest.param(GET + b"X-Long: " + MAX_HEAD * b"a" + b"\r\n", id="a long header"),
+        pytest.param(GET + b"X-" + MAX_HEAD * b"a" + b": 1\r\n", id="a long name"),
         pytest.param(GET + MANY_HEADERS, id="many headers"),
-        pytest.param(GET.replace(b"live", b"live?q=" + 70_000 * b"a"), id="a long query"),
-        pytest.param(GET.replace(b"live", 70_000 * b"a"), id="a long path"),
-        pytest.param(
-            GET.replace(b"live", b"live?" + 35_000 * b"a") + b"X-Long: " + 35_000 * b"a" + b"\r\n",
-            id="a long query and a long header",
-        ),
-        pytest.param(
-            POST + b"Content-Length: 5\r\nX-Long: " + 70_000 * b"a" + b"\r\n", id="a POST"
-        ),
+        pytest.param(GET.replace(b"live", b"live?q=" + MAX_HEAD * b"a"), id="a long query"),
+        pytest.param(GET.replace(b"live", MAX_HEAD * b"a"), id="a long path"),
+        pytest.param(LIVE + GET + b"X-Long: " + MAX_HEAD * b"a" + b"\r\n", id="the second"),
     ],
 )
-def test_over_64_kib_of_url_and_headers_get_431_and_the_connection_is_closed(
-    exchange: Exchange, head: bytes
+def test_a_url_or_headers_that_are_too_long_get_431_and_nothing_after_them_is_read(
+    server: Server, exchange: Exchange, head: bytes
 ) -> None:
-    [response] = parse_responses(exchange(head + b"\r\n"))
+    before = count_incidents(server)
+    *_, response = parse_responses(exchange(head + b"\r\n" + CREATE))
 
     assert_problem(response, 431)
     assert response.headers["connection"] == "close"
-
-
-def test_64_kib_of_url_and_headers_pass_and_2_kib_more_do_not(exchange: Exchange) -> None:
-    start = GET + CLOSE + b"X-Long: "
-    within = start + (MAX_HEAD - len(start) - 4) * b"a"
-    above = start + (MAX_HEAD + 2048) * b"a"
-
-    assert parse_statuses(exchange(within + b"\r\n\r\n")) == [200]
-    assert parse_statuses(exchange(above + b"\r\n\r\n")) == [431]
-
-
-def test_after_a_head_that_was_too_large_nothing_is_read_as_a_request(
-    server: Server, exchange: Exchange
-) -> None:
-    before = count_incidents(server)
-    post = POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
-    received = exchange(GET + b"X-Long: " + 70_000 * b"a" + b"\r\n\r\n" + post)
-
-    assert parse_statuses(received) == [431]
     assert count_incidents(server) == before
 
 
@@ -382,12 +348,14 @@ def test_after_a_head_that_was_too_large_nothing_is_read_as_a_request(
         pytest.param(GET + b"X-Long: ", b"a", id="value"),
         pytest.param(GET + b"X-Long: ", b" ", id="blanks before a value"),
         pytest.param(GET + b"X-", b"a", id="name"),
-        pytest.param(GET, b"X-Header: a\r\n", id="headers"),
-        pytest.param(GET, b"a:\r\n", id="short headers"),
-        pytest.param(GET + b"\r\n" + GET, b"X-Header: a\r\n", id="second head"),
+        pytest.param(GET, b"a:\r\n", id="headers"),
+        pytest.param(LIVE + GET, b"X-Header: a\r\n", id="second head"),
+        pytest.param(POST + CHUNKED + b"\r\n0\r\n", b"X-Trailer: a\r\n", id="trailers"),
+        pytest.param(POST + CHUNKED + b"\r\n1;a=", b"a", id="a chunk's extension"),
+        pytest.param(POST + CHUNKED + b"\r\n", b"1\r\n \r\n", id="small chunks"),
     ],
 )
-def test_a_head_of_48_mib_is_not_read_to_its_end_and_takes_no_memory(
+def test_what_never_ends_takes_no_memory(
     server: Server, exchange: Exchange, begin: bytes, endless: bytes
 ) -> None:
     exchange(GET + CLOSE + b"\r\n")  # the first requests of a service make it grow a little
@@ -396,119 +364,41 @@ def test_a_head_of_48_mib_is_not_read_to_its_end_and_takes_no_memory(
     sent, sent_before_the_answer, received = 0, 0, b""
     with connect(server) as connection:
         connection.sendall(begin)
-        with contextlib.suppress(ConnectionError):  # the service may close the connection at once
-            while sent < 48 * MIB:
+        # The service may close the connection, or not read any more.
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            while sent < 32 * MIB:
                 sent += connection.send(piece)
                 most_memory = max(most_memory, measure_memory(server))
                 if not sent_before_the_answer and select.select([connection], [], [], 0)[0]:
                     sent_before_the_answer = sent
-        with contextlib.suppress(ConnectionError):
-            while chunk := connection.recv(65536):
-                received += chunk
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_WR)
+        received = receive(connection)
 
     print(f"{sent_before_the_answer / MIB} MiB; + {(most_memory - memory_before) / MIB} MiB")
-    assert parse_statuses(received)[-1:] in ([431], [])
+    assert parse_statuses(received)[-1:] in ([400], [413], [431], [])
     assert sent_before_the_answer < 16 * MIB  # the kernel's buffers hold some of it
     assert most_memory - memory_before < 8 * MIB
 
 
-@pytest.mark.parametrize(
-    ("begin", "endless"),
-    [
-        pytest.param(b"0\r\n", b"X-Trailer: a\r\n", id="trailers"),
-        pytest.param(b"1;extension=", b"a", id="a chunk's extension"),
-        pytest.param(b"", b"1\r\n \r\n", id="small chunks"),
-    ],
-)
-def test_a_chunked_body_that_never_ends_takes_no_memory(
-    server: Server, exchange: Exchange, begin: bytes, endless: bytes
-) -> None:
-    exchange(GET + CLOSE + b"\r\n")
-    memory_before = most_memory = measure_memory(server)
-    piece = endless * (64 * 1024 // len(endless))
-    sent = 0
-    with connect(server) as connection:
-        connection.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n" + begin)
-        with contextlib.suppress(ConnectionError, TimeoutError):  # it is cut off, or not read
-            while sent < 16 * MIB:
-                sent += connection.send(piece)
-                most_memory = max(most_memory, measure_memory(server))
+def send_slowly(server: Server, first: bytes, pieces: Iterable[bytes]) -> tuple[list[int], float]:
+    """Send a request, if there is a first one, and then a piece every half second.
 
-    print(f"{sent / MIB} MiB sent; + {(most_memory - memory_before) / MIB} MiB")
-    assert most_memory - memory_before < 8 * MIB
-
-
-@pytest.mark.parametrize(
-    "head",
-    [
-        pytest.param(b"GET", id="a word"),
-        pytest.param(b"\x00\x01\x02", id="control characters"),
-        pytest.param(b"GET /health/live HTTP/9.9", id="an unknown version"),
-        pytest.param(b"get /health/live HTTP/1.1", id="a method in lower case"),
-        pytest.param(b"GET  HTTP/1.1", id="no URL"),
-        pytest.param(b"GET /a b HTTP/1.1", id="a blank in the path"),
-        pytest.param("GET /incidents/?q=сервер HTTP/1.1".encode(), id="Cyrillic in the query"),
-        pytest.param("GET /журнал HTTP/1.1".encode(), id="Cyrillic in the path"),
-        pytest.param(b"GET /incidents/?q=\xff HTTP/1.1", id="not UTF-8"),
-        pytest.param(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", id="TLS"),
-        pytest.param(GET + b"Bad Header: 1", id="a blank in a name"),
-        pytest.param(GET + b"no colon", id="no colon"),
-        pytest.param(GET + b"X-Header: a\x00b", id="NUL in a value"),
-        pytest.param(GET + b"Content-Length: five", id="a length that is no number"),
-    ],
-)
-def test_what_is_not_http_gets_a_problem_with_a_hint_and_the_connection_is_closed(
-    exchange: Exchange, head: bytes
-) -> None:
-    [response] = parse_responses(exchange(head + b"\r\nHost: x\r\n\r\n"))
-
-    assert_problem(response, 400)
-    assert "percent-encode" in response.json()["detail"]
-    assert response.headers["connection"] == "close"
-
-
-def drip(connection: socket.socket, pieces: Iterable[bytes]) -> tuple[bytes, float]:
-    """Send a piece every half second, until the connection is closed or no piece is left.
-
-    Give what came back, and how many seconds it took.
+    Give the statuses that came back, and after how many seconds the connection was closed.
     """
-    started_at, received = time.monotonic(), b""
-    connection.settimeout(0.5)
-    with contextlib.suppress(ConnectionError):
+    with connect(server) as connection, contextlib.suppress(ConnectionError):
+        received, started_at = b"", time.monotonic()
+        if first:
+            connection.sendall(first)
+            received = connection.recv(65536)
+        connection.settimeout(0.5)
         for piece in pieces:
             connection.sendall(piece)
             with contextlib.suppress(TimeoutError):
-                while chunk := connection.recv(65536):
-                    received += chunk
+                while data := connection.recv(65536):
+                    received += data
                 break
-    return received, time.monotonic() - started_at
-
-
-def time_endless_head(server: Server, request: bytes, begin: bytes, endless: bytes) -> float:
-    """Send a request, then a head that does not end; give the seconds until it is cut off."""
-    with connect(server) as connection:
-        if request:
-            connection.sendall(request)
-            assert parse_statuses(connection.recv(65536)) == [200]
-        received, seconds = drip(connection, [begin, *[endless] * 40])
-        assert all(400 <= status < 500 for status in parse_statuses(received)), received
-        return seconds
-
-
-def post_slowly(server: Server) -> list[int]:
-    """Take six seconds for a head, and six more for its body."""
-    head = POST + b"Content-Length: %d\r\n" % len(BODY) + CLOSE + b"\r\n"
-    pieces = [*split_evenly(head, 12), *split_evenly(BODY, 12)]
-    with connect(server) as connection:
-        received, _ = drip(connection, pieces)
-        return parse_statuses(received)
-
-
-def get_for_a_while(server: Server) -> list[int]:
-    """Send an ordinary request every half second on one connection, for 13 seconds."""
-    with connect(server) as connection:
-        received, _ = drip(connection, [GET + b"\r\n"] * 26)
-        return parse_statuses(received)
+    return parse_statuses(received), time.monotonic() - started_at
 
 
 def split_evenly(data: bytes, count: int) -> list[bytes]:
@@ -518,58 +408,42 @@ def split_evenly(data: bytes, count: int) -> list[bytes]:
 
 
 @pytest.mark.slow
-def test_a_connection_without_a_complete_head_is_closed_after_ten_seconds(server: Server) -> None:
-    get = GET + b"\r\n"
+def test_a_connection_is_closed_when_a_head_takes_ten_seconds_but_not_when_it_is_idle(
+    server: Server,
+) -> None:
     # The request that comes before, the begin of the head, and what follows every half second.
     endless_heads = {
         "nothing": (b"", b"", b""),
-        "blank lines": (b"", b"\r\n", b"\r\n"),
         "half a request line": (b"", b"GET /health", b""),
         "a growing URL": (b"", b"GET /", b"a"),
-        "a growing method": (b"", b"G", b""),
         "a growing header": (b"", GET + b"X-Long: ", b"a"),
-        "more and more headers": (b"", GET, b"X-Header: a\r\n"),
-        "everything but the last byte": (b"", get[:-1], b""),
-        "a second head": (get, GET + b"X-Long: ", b"a"),
-        "a second head that stops": (get, b"GET /health", b""),
-        "a second head that began with the first": (get + b"GET /hea", b"", b"a"),
+        "everything but the last byte": (b"", LIVE[:-1], b""),
+        "a second head": (LIVE, GET + b"X-Long: ", b"a"),
+        "a second head that stops": (LIVE, b"GET /health", b""),
+        "a second head that began with the first": (LIVE + b"GET /hea", b"", b"a"),
     }
-    with ThreadPoolExecutor(len(endless_heads) + 3) as threads:
-        times = {
-            name: threads.submit(time_endless_head, server, *head)
-            for name, head in endless_heads.items()
-        }
-        # Here no head has begun, so the connection may be closed sooner, as an idle one.
-        blank_lines = threads.submit(time_endless_head, server, get, b"\r\n", b"\r\n")
-        slow_post = threads.submit(post_slowly, server)
-        ordinary = threads.submit(get_for_a_while, server)
-        seconds = {name: future.result() for name, future in times.items()}
+    head = POST + LENGTH + CLOSE + b"\r\n"
+    others = {
+        "a slow head and a slow body": (b"", split_evenly(head, 12) + split_evenly(BODY, 12)),
+        "a body that takes too long": (b"", [head, *split_evenly(BODY, 40)]),
+        "a request every half second": (b"", [LIVE] * 26),
+        "12 seconds of idleness": (LIVE, [*[b""] * 24, GET + CLOSE + b"\r\n"]),
+    }
+    with ThreadPoolExecutor(len(endless_heads) + len(others)) as threads:
+        cut_off = [
+            threads.submit(send_slowly, server, first, [begin, *[rest] * 40])
+            for first, begin, rest in endless_heads.values()
+        ]
+        answered = [threads.submit(send_slowly, server, *parts) for parts in others.values()]
+        seconds = [future.result()[1] for future in cut_off]
 
-    print({name: round(value, 1) for name, value in seconds.items()})
-    assert {name: value for name, value in seconds.items() if not 8 < value < 13} == {}
-    assert blank_lines.result() < 13
-    assert slow_post.result() == [201]
-    assert ordinary.result() == [200] * 26
+    print([f"{name}: {value:.1f}" for name, value in zip(endless_heads, seconds, strict=True)])
+    assert all(8 < value < 13 for value in seconds)
+    statuses = [future.result()[0] for future in answered]
+    assert statuses == [[201], [408], [200] * 26, [200, 200]]
 
 
 # ── Pipelining ────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_pipelined_post_with_a_large_body_is_answered_between_its_neighbours(
-    server: Server, exchange: Exchange
-) -> None:
-    before = count_incidents(server)
-    body = BODY.ljust(100_000)
-    post = POST + b"Content-Length: %d\r\n\r\n" % len(body) + body
-    received = exchange(
-        GET + b"X-Request-ID: first\r\n\r\n" + post + GET + CLOSE + b"X-Request-ID: last\r\n\r\n"
-    )
-
-    first, created, last = parse_responses(received)
-    assert [first.status_code, created.status_code, last.status_code] == [200, 201, 200]
-    assert first.headers["x-request-id"] == "first"
-    assert last.headers["x-request-id"] == "last"
-    assert count_incidents(server) == before + 1
 
 
 def test_pipelined_requests_may_be_split_at_every_byte(server: Server) -> None:
@@ -581,7 +455,7 @@ def test_pipelined_requests_may_be_split_at_every_byte(server: Server) -> None:
         for split in range(len(requests)):
             connection.sendall(requests[:split])
             # When the service has answered another connection, it has read the first part.
-            other.sendall(GET + b"\r\n")
+            other.sendall(LIVE)
             assert other.recv(65536)
             connection.sendall(requests[split:])
             received = b""
@@ -589,7 +463,6 @@ def test_pipelined_requests_may_be_split_at_every_byte(server: Server) -> None:
                 received += connection.recv(65536)
 
             first, refused, last = parse_responses(received)
-            assert first.status_code == last.status_code == 200
             assert first.headers["x-request-id"] == "first"
             assert last.headers["x-request-id"] == "last"
             assert_problem(refused, 422, "#/source")
@@ -599,9 +472,9 @@ def test_pipelined_requests_may_be_split_at_every_byte(server: Server) -> None:
     ("bad", "status"),
     [
         (b"\x00\x01\x02\r\n\r\n", 400),
-        ("GET /incidents/?q=сервер HTTP/1.1\r\n\r\n".encode(), 400),
+        ("GET /журнал HTTP/1.1\r\nHost: x\r\n\r\n".encode(), 400),
         (GET + b"Bad Header: 1\r\n\r\n", 400),
-        (GET + b"X-Long: " + 70_000 * b"a" + b"\r\n\r\n", 431),
+        (GET + b"X-Long: " + MAX_HEAD * b"a" + b"\r\n\r\n", 431),
     ],
     ids=["garbage", "Cyrillic", "bad header", "too large"],
 )
@@ -609,8 +482,7 @@ def test_requests_before_a_bad_one_are_answered_first(
     server: Server, exchange: Exchange, bad: bytes, status: int
 ) -> None:
     before = count_incidents(server)
-    post = POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
-    received = exchange(GET + b"\r\n" + post + bad + post)
+    received = exchange(LIVE + CREATE + bad + CREATE)
 
     live, created, refused = parse_responses(received)
     assert [live.status_code, created.status_code] == [200, 201]
@@ -629,32 +501,23 @@ def send_without_reading(connection: socket.socket, requests: bytes) -> int:
     return sent
 
 
-def assert_answered_in_order(server: Server, count: int) -> None:
-    """Send so many requests, begin to read only when no more can be sent, and read all answers."""
+@pytest.mark.parametrize("count", [3000, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_a_client_that_begins_to_read_late_gets_every_answer_in_order(
+    server: Server, count: int
+) -> None:
     requests = b"".join(GET + b"X-Request-ID: %d\r\n\r\n" % number for number in range(count))
     received = bytearray()
     with connect(server, receive_buffer=4096) as connection, ThreadPoolExecutor(1) as thread:
         sent = send_without_reading(connection, requests)
         sending = thread.submit(connection.sendall, requests[sent:])
         while b"x-request-id: %d\r" % (count - 1) not in received[-1000:]:
-            chunk = connection.recv(65536)
-            assert chunk, f"closed after {Counter(parse_statuses(received))}"
-            received += chunk
+            data = connection.recv(65536)
+            assert data, f"closed after {Counter(parse_statuses(received))}"
+            received += data
         sending.result()
 
     echoed = re.findall(rb"x-request-id: (\d+)\r", received)
     assert echoed == [b"%d" % number for number in range(count)]
-
-
-def test_a_client_that_begins_to_read_late_gets_every_answer_in_order(server: Server) -> None:
-    assert_answered_in_order(server, 3000)
-
-
-@pytest.mark.slow
-def test_twenty_thousand_requests_of_a_client_that_reads_late_are_answered_in_order(
-    server: Server,
-) -> None:
-    assert_answered_in_order(server, 20_000)
 
 
 def has_paused(server: Server, measure: Callable[[], object]) -> bool:
@@ -683,52 +546,131 @@ def test_clients_that_leave_while_their_requests_wait_cause_no_error(server: Ser
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("request_", "status"),
-    [
-        pytest.param(GET + b"\r\n", 200, id="GET /health/live"),
-        pytest.param(b"GET /incidents/?limit=1 HTTP/1.1\r\n\r\n", 200, id="GET a page"),
-        pytest.param(POST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY, 201, id="POST"),
-        pytest.param(POST + b"Content-Length: 2\r\n\r\n{}", 422, id="POST that is refused"),
-    ],
-)
-def test_200_000_requests_of_a_client_that_does_not_read_take_no_memory(
-    server: Server, exchange: Exchange, request_: bytes, status: int
+def test_100_000_requests_of_a_client_that_does_not_read_take_little_memory(
+    server: Server, exchange: Exchange
 ) -> None:
-    count = 200_000
     # The first requests of a service make it grow a little.
-    exchange(request_ * 500 + GET + CLOSE + b"\r\n")
+    exchange(LIVE * 500 + GET + CLOSE + b"\r\n")
     memory_before = measure_memory(server)
     memory: list[int] = []
     received = bytearray()
     with connect(server, receive_buffer=4096) as connection, ThreadPoolExecutor(1) as thread:
-        sending = thread.submit(send_without_reading, connection, request_ * count)
+        sending = thread.submit(send_without_reading, connection, LIVE * 100_000)
         # The service goes on until no more answers fit into the kernel.
         wait_until(lambda: has_paused(server, lambda: memory.append(measure_memory(server))), 60)
         sent = sending.result()
-        while received.count(b"HTTP/1.1 ") < 3000 and (chunk := connection.recv(65536)):
-            received += chunk
-    statuses = parse_statuses(received)
+        while received.count(b"HTTP/1.1 ") < 3000 and (data := connection.recv(65536)):
+            received += data
 
-    print(f"{sent // len(request_)} sent; + {(max(memory) - memory_before) / MIB} MiB")
-    assert len(statuses) >= 3000
-    assert set(statuses) == {status}
-    assert max(memory) - memory_before < 8 * MIB
+    print(f"{sent // len(LIVE)} sent; + {(max(memory) - memory_before) / MIB} MiB")
+    assert len(parse_statuses(received)) >= 3000
+    assert set(parse_statuses(received)) == {200}
+    assert max(memory) - memory_before < 12 * MIB  # up to 8 MiB wait to be parsed
 
 
 # ── Requests that are complete, but meant to be expensive ─────────────────────────────────────────
 
-# Seconds of CPU time. On a calm machine, nothing here takes over 0.02.
-CHEAP = 0.1
+LONG = 15_000  # bytes; the URL or one header may have 16 KiB
+# 3,700 different names, `aaa,aab,aac`, are as long.
+NAMES = ["".join(letters) for letters in itertools.product(string.ascii_letters, repeat=3)][:3700]
 
-# 16,300 different names, `aaa&aab&aac`, fill the 64 KiB that a head may have.
-NAMES = ["".join(letters) for letters in itertools.product(string.ascii_letters, repeat=3)][:16_300]
+QUERIES = {
+    "names": "&".join(NAMES).encode(),
+    "one name": b"&".join([b"a="] * 5000),
+    "separators": b"&" * LONG,
+    "escapes": b"a=" + b"%41" * 5000,
+    "percent signs": b"a=" + b"%" * LONG,
+    "q": b"limit=1&q=" + b"a" * LONG,
+    "statuses": b"limit=1&status=" + ",".join(NAMES).encode(),
+    "commas": b"limit=1&status=" + b"," * LONG,
+    "since": b"limit=1&since=2024-01-15T10:30:00." + b"1" * LONG + b"Z",
+    "limit": b"limit=" + b"9" * LONG,
+}
+HEADERS = {
+    "Accept with parameters": b"Accept: text/csv" + b";a=b" * 3700,
+    "Accept with types": b"Accept: " + b",".join([b"text/csv;q=0.1"] * 1000),
+    "Accept with blanks": b"Accept: " + b" " * LONG + b"text/csv",
+    "Accept with quotes": b'Accept: text/csv;a="' + b"\\" * LONG,
+    "Accept in lines": b"\r\n".join([b"Accept: " + b"text/csv," * 70] * 90),
+    "If-None-Match": b"If-None-Match: " + b'"a",' * 3700,
+    "Authorization": b"Authorization: Bearer " + b"a" * LONG,
+    "Connection": b"Connection: " + b"a," * 7000,
+}
+# About 128 KiB each: a larger body costs as much for each byte.
+BODIES = {
+    "unknown fields": b"{" + b",".join(b'"%d":0' % n for n in range(14_200)) + b"}",
+    "the same field": b"{" + b",".join([b'"source":1'] * 11_900) + b"}",
+    "open arrays": b"[" * 131_000,
+    "nested fields": b'{"description":' * 8_700,
+    "flat arrays": b"[" + b"[]," * 43_000 + b"[]]",
+    "numbers in a field": b'{"source":[' + b"1," * 65_000 + b"1]}",
+    "a huge number": b'{"source":' + b"9" * 131_000 + b"}",
+    "a huge exponent": b'{"source":1e' + b"9" * 131_000 + b"}",
+    "a description of blanks": b'{"source":"operator","description":"' + b" " * 131_000 + b'"}',
+    "escapes": b'{"source":"operator","description":"' + b"\\u0061" * 21_800 + b'"}',
+    "a huge field name": b'{"' + b"~/" * 65_000 + b'":1}',
+    "not UTF-8": b"\xff" * 131_000,
+}
+
+
+def post(body: bytes, *, is_chunked: bool = False) -> bytes:
+    """Make a POST, whose body is sent in one piece or in chunks of a thousand bytes."""
+    if not is_chunked:
+        return POST + CLOSE + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    chunks = [body[start : start + 1000] for start in range(0, len(body), 1000)]
+    return POST + CLOSE + CHUNKED + b"\r\n" + chunk(*chunks)
+
+
+EXPENSIVE = (
+    {name: b"GET /incidents/?%b HTTP/1.1\r\n" % query for name, query in QUERIES.items()}
+    | {name: b"GET /incidents/1 HTTP/1.1\r\n%b\r\n" % line for name, line in HEADERS.items()}
+    | {"Content-Type": POST.replace(b"json", b"json" + b";a=b" * 3700)}
+)
+EXPENSIVE = {name: head + b"Host: x\r\n" + CLOSE + b"\r\n" for name, head in EXPENSIVE.items()}
+EXPENSIVE |= {name: post(body) for name, body in BODIES.items()}
+
+
+@pytest.mark.parametrize("request_", EXPENSIVE.values(), ids=EXPENSIVE.keys())
+def test_a_request_that_is_meant_to_be_expensive_is_cheap(
+    server: Server, exchange: Exchange, request_: bytes
+) -> None:
+    before = count_incidents(server)
+    # The service has one thread, so during its CPU time it answers nobody else. Unlike the time
+    # until a response comes, CPU time does not depend on what else runs on the machine.
+    process = psutil.Process(server.process.pid)
+    times = [process.cpu_times()]
+    responses = [parse_responses(exchange(request_))[0] for _ in range(5)]
+    times.append(process.cpu_times())
+
+    assert {response.status_code for response in responses} <= {200, 400, 404, 415, 422}
+    assert all(len(response.content) < 10_000 for response in responses)
+    # On a calm machine, each takes less than 0.02 seconds.
+    assert sum(times[1][:2]) - sum(times[0][:2]) < 5 * 0.1
+    assert count_incidents(server) == before
+
+
+def test_a_body_may_have_512_kib_and_twenty_fields_and_not_more(
+    server: Server, exchange: Exchange
+) -> None:
+    before = count_incidents(server)
+    for is_chunked in (False, True):
+        [taken] = parse_responses(exchange(post(BODY.ljust(MAX_BODY), is_chunked=is_chunked)))
+        large = post(BODY.ljust(MAX_BODY + 1), is_chunked=is_chunked)
+        [refused] = parse_responses(exchange(large))
+
+        assert taken.status_code == 201
+        assert_problem(refused, 413)
+    wide = json.dumps(json.loads(BODY) | {name: 1 for name in NAMES[:20]}).encode()
+    [refused] = parse_responses(exchange(post(wide)))
+
+    assert refused.status_code == 422
+    assert "description, source" in refused.json()["detail"]
+    assert count_incidents(server) == before + 2
 
 
 def test_a_hundred_query_parameters_are_taken_and_more_are_refused(exchange: Exchange) -> None:
     def send(count: int) -> list[httpx.Response]:
-        query = b"&".join([b"status=open"] * count)
-        target = b"GET /incidents/?limit=1&" + query
+        target = b"GET /incidents/?limit=1" + b"&status=open" * count
         return parse_responses(exchange(target + b" HTTP/1.1\r\nHost: x\r\n" + CLOSE + b"\r\n"))
 
     [taken], [refused] = send(99), send(100)
@@ -738,195 +680,212 @@ def test_a_hundred_query_parameters_are_taken_and_more_are_refused(exchange: Exc
     assert "100" in refused.json()["detail"]
 
 
-@pytest.mark.parametrize("path", [b"/incidents/", b"/health/live"])
-@pytest.mark.parametrize(
-    "query",
-    [
-        pytest.param("&".join(NAMES).encode(), id="names"),
-        pytest.param(b"&".join(b"a=" for _ in range(21_000)), id="one name"),
-        pytest.param(b"&" * 65_000, id="separators"),
-        pytest.param(b"%41" * 21_000, id="escapes"),
-        pytest.param(b"a=" + b"%" * 65_000, id="percent signs"),
-    ],
-)
-def test_a_wide_query_is_refused_and_is_cheap(
-    server: Server, exchange: Exchange, path: bytes, query: bytes
-) -> None:
-    request = b"GET " + path + b"?" + query + b" HTTP/1.1\r\nHost: x\r\n" + CLOSE + b"\r\n"
-    responses, seconds = send_and_measure(server, exchange, [request] * 5)
-
-    assert {response.status_code for response in responses} == {422}
-    assert seconds < CHEAP
-
-
-@pytest.mark.parametrize(
-    "query",
-    [
-        pytest.param(b"limit=1&q=" + b"a" * 65_000, id="q"),
-        pytest.param(b"limit=1&status=" + b",".join([b"open"] * 13_000), id="the same status"),
-        pytest.param(b"limit=1&status=" + b"," * 65_000, id="commas"),
-        pytest.param(b"limit=1&status=" + ",".join(NAMES).encode(), id="unknown statuses"),
-        pytest.param(b"limit=1&after=" + b"1" * 65_000, id="after"),
-        pytest.param(b"limit=1&since=2024-01-15T10:30:00." + b"1" * 65_000 + b"Z", id="since"),
-        pytest.param(b"limit=" + b"9" * 65_000, id="limit"),
-        pytest.param(b"format=" + b"a" * 65_000, id="format"),
-    ],
-)
-def test_a_long_value_of_a_query_parameter_is_cheap(
-    server: Server, exchange: Exchange, query: bytes
-) -> None:
-    request = b"GET /incidents/?" + query + b" HTTP/1.1\r\nHost: x\r\n" + CLOSE + b"\r\n"
-    responses, seconds = send_and_measure(server, exchange, [request] * 5)
-
-    assert {response.status_code for response in responses} <= {200, 422}
-    assert all(len(response.content) < 10_000 for response in responses)
-    assert seconds < CHEAP
-
-
-def post(body: bytes, path: bytes = b"/incidents/", *, is_chunked: bool = False) -> bytes:
-    """Make a POST, whose body is sent in one piece or in chunks of a thousand bytes."""
-    head = POST.replace(b"/incidents/", path) + CLOSE
-    if not is_chunked:
-        return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
-    chunks = [body[start : start + 1000] for start in range(0, len(body), 1000)]
-    framed = b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks)
-    return head + b"Transfer-Encoding: chunked\r\n\r\n" + framed + b"0\r\n\r\n"
-
-
-@pytest.mark.parametrize("is_chunked", [False, True], ids=["declared", "chunked"])
-def test_a_body_may_have_512_kib_and_not_a_byte_more(
-    server: Server, exchange: Exchange, is_chunked: bool
-) -> None:
-    before = count_incidents(server)
-    [taken] = parse_responses(exchange(post(BODY.ljust(MAX_BODY), is_chunked=is_chunked)))
-    [refused] = parse_responses(exchange(post(BODY.ljust(MAX_BODY + 1), is_chunked=is_chunked)))
-    note = b'{"note":"text"}'.ljust(MAX_BODY + 1)
-    path = taken.headers["location"].encode() + b"/notes"
-    [refused_note] = parse_responses(exchange(post(note, path, is_chunked=is_chunked)))
-
-    assert taken.status_code == 201
-    assert_problem(refused, 413)
-    assert_problem(refused_note, 413)
-    assert count_incidents(server) == before + 1
-
-
-def test_a_body_with_over_twenty_fields_is_refused_and_the_right_ones_are_named(
-    exchange: Exchange,
-) -> None:
-    body = json.dumps(json.loads(BODY) | {name: 1 for name in NAMES[:20]}).encode()
-    [response] = parse_responses(exchange(post(body)))
-
-    assert response.status_code == 422
-    assert "description" in response.json()["detail"]
-    assert "source" in response.json()["detail"]
-    assert len(response.content) < 10_000
-
-
-# About 128 KiB each: a larger body costs as much for each byte.
-EXPENSIVE_BODIES = {
-    "unknown fields": b"{" + b",".join(b'"%d":0' % n for n in range(14_200)) + b"}",
-    "short fields": ("{" + ",".join(f'"{name}":1' for name in NAMES[:16_300]) + "}").encode(),
-    "the same unknown field": b"{" + b",".join([b'"":0'] * 26_000) + b"}",
-    "the same field": b"{" + b",".join([b'"source":1'] * 11_900) + b"}",
-    "open arrays": b"[" * 131_000,
-    "nested arrays": b"[" * 65_000 + b"]" * 65_000,
-    "a nested field": b'{"description":' * 8_700,
-    "nested arrays in a field": b'{"description":' + b"[" * 65_000 + b"]" * 65_000 + b"}",
-    "flat arrays": b"[" + b"[]," * 43_000 + b"[]]",
-    "numbers": b"[" + b"1," * 65_000 + b"1]",
-    "numbers in a field": b'{"source":[' + b"1," * 65_000 + b"1]}",
-    "a huge number": b"9" * 131_000,
-    "a huge number in a field": b'{"source":' + b"9" * 131_000 + b"}",
-    "a huge exponent": b'{"source":1e' + b"9" * 131_000 + b"}",
-    "a huge fraction": b'{"source":0.' + b"1" * 131_000 + b"}",
-    "blanks": b" " * 131_000,
-    "a huge string": b'"' + b"a" * 131_000 + b'"',
-    "a huge description": b'{"source":"operator","description":"' + b"a" * 131_000 + b'"}',
-    "a description of blanks": b'{"source":"operator","description":"' + b" " * 131_000 + b'"}',
-    "escapes": b'{"source":"operator","description":"' + b"\\u0061" * 21_800 + b'"}',
-    "a huge field name": b'{"' + b"~/" * 65_000 + b'":1}',
-    "not UTF-8": b"\xff" * 131_000,
-}
-
-
-@pytest.mark.parametrize("body", EXPENSIVE_BODIES.values(), ids=EXPENSIVE_BODIES.keys())
-def test_an_expensive_body_is_refused_and_is_cheap(
-    server: Server, exchange: Exchange, body: bytes
-) -> None:
-    before = count_incidents(server)
-    responses, seconds = send_and_measure(server, exchange, [post(body)] * 5)
-
-    assert 129_000 < len(body) <= MAX_BODY
-    for response in responses:
-        assert response.status_code in (400, 422)
-        assert len(response.content) < 10_000
-    assert seconds < CHEAP
-    assert count_incidents(server) == before
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        pytest.param(b"Accept: text/csv" + b";a=b" * 15_000, id="parameters"),
-        pytest.param(b"Accept: text/csv" + b";" * 60_000, id="semicolons"),
-        pytest.param(b"Accept: " + b",".join([b"text/csv;q=0.1"] * 4_000), id="types"),
-        pytest.param(b"Accept: " + b"," * 60_000, id="commas"),
-        pytest.param(b"Accept: " + b" " * 60_000 + b"text/csv", id="blanks"),
-        pytest.param(b'Accept: text/csv;a="' + b"\\" * 60_000, id="quotes"),
-        pytest.param(b"Accept: " + b"a/" * 30_000, id="slashes"),
-        pytest.param(b"\r\n".join([b"Accept: text/csv"] * 2_500), id="lines"),
-        pytest.param(b"If-None-Match: " + b'"a",' * 15_000, id="If-None-Match"),
-        pytest.param(b"If-None-Match: " + b"\t" * 60_000 + b'"a"', id="blanks in If-None-Match"),
-        pytest.param(b"X-Request-ID: " + b"a" * 60_000, id="X-Request-ID"),
-        pytest.param(b"Authorization: Bearer " + b"a" * 60_000, id="Authorization"),
-        pytest.param(b"Origin: http://" + b"a." * 30_000, id="Origin"),
-        pytest.param(b"Connection: " + b"a," * 30_000, id="Connection"),
-    ],
-)
-@pytest.mark.parametrize("path", [b"/incidents/?limit=1", b"/incidents/1"])
-def test_a_long_header_is_cheap(
-    server: Server, exchange: Exchange, path: bytes, header: bytes
-) -> None:
-    head = b"GET " + path + b" HTTP/1.1\r\nHost: x\r\n" + CLOSE
-    # Each header is different, so that no cache has it.
-    headers = [header.replace(b"a", b"%d" % number, 1) for number in range(5)]
-    requests = [head + header + b"\r\n\r\n" for header in headers]
-    responses, seconds = send_and_measure(server, exchange, requests)
-
-    assert len(responses) == 5
-    assert all(response.status_code < 500 for response in responses)
-    assert seconds < CHEAP
-
-
-@pytest.mark.parametrize("content_type", [b"application/json" + b";a=b" * 15_000, b"a/" * 30_000])
-def test_a_long_content_type_is_cheap(
-    server: Server, exchange: Exchange, content_type: bytes
-) -> None:
-    request = post(BODY).replace(b"application/json", content_type)
-    responses, seconds = send_and_measure(server, exchange, [request] * 5)
-
-    assert len(responses) == 5
-    assert all(response.status_code < 500 for response in responses)
-    assert seconds < CHEAP
-
-
 @pytest.mark.slow
 def test_long_requests_do_not_fill_the_memory_of_the_service(
     server: Server, exchange: Exchange
 ) -> None:
-    def send(target: bytes, header: bytes) -> None:
-        request = b"GET " + target + b" HTTP/1.1\r\nHost: x\r\n" + header + CLOSE + b"\r\n"
-        [status] = parse_statuses(exchange(request))
-        assert status < 500
-
     def send_many(first: int) -> None:
-        for number in range(first, first + 300):
-            send(b"/incidents/?limit=1", b"Accept: text/csv, x/%d%b\r\n" % (number, 60_000 * b"a"))
-            values = b",".join([b"open"] * (12_000 - number))
-            send(b"/incidents/?limit=1&status=" + values, b"")
+        for number in range(first, first + 600):
+            header = b"Accept: text/csv, x/%d%b\r\n" % (number, LONG * b"a")
+            values = b",".join([b"open"] * (3000 - number))
+            for query in (b"limit=1", b"limit=1&status=" + values):
+                head = b"GET /incidents/?" + query + b" HTTP/1.1\r\nHost: x\r\n" + header
+                assert parse_statuses(exchange(head + CLOSE + b"\r\n")) == [200]
 
     send_many(0)
     memory_before = measure_memory(server)
-    send_many(300)
+    send_many(600)
 
     assert measure_memory(server) - memory_before < 8 * MIB
+
+
+# ── Requests made by chance ───────────────────────────────────────────────────────────────────────
+
+SEEDS = [
+    LIVE,
+    b"GET /incidents/?limit=2&q=a%20b HTTP/1.1\r\nHost: x\r\nX-Request-ID: a\r\n\r\n",
+    b"GET http://x/docs HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+    b"GET /timeline?limit=1&after=0 HTTP/1.1\r\nHost: x\r\nAccept: text/csv;q=0.5, */*\r\n\r\n",
+    b"OPTIONS /incidents/ HTTP/1.1\r\nHost: x\r\nAccess-Control-Request-Method: POST\r\n\r\n",
+    CREATE,
+    POST + CHUNKED + b"Trailer: X\r\n\r\n%x;a=b\r\n%b\r\n0\r\nX: 1\r\n\r\n" % (len(BODY), BODY),
+    POST + b"Expect: 100-continue\r\n" + LENGTH + b"\r\n" + BODY,
+    POST + UPGRADES[0] + LENGTH + b"\r\n" + BODY,
+]
+PIECES = [
+    *(b"\r\n", b"\n", b"\r", b"\0", b"\xff", b" ", b"\t", b":", b"%", b"%00", b"?", b"#", b"//"),
+    *("ж".encode(), b"\xed\xa0\xbd", b"\x7f", b"\x0b", b"\x85", b"*", b"http://", b"/../", b";"),
+    *(b"\r\n\r\n", b"Content-Length: 5\r\n", b"Content-Length: 0\r\n", CHUNKED, b"\r\n A: b"),
+    *(b"Transfer-Encoding: identity\r\n", b"0\r\n\r\n", b"99999999999999999999", b"-1", b"0x5"),
+    *(b"a" * 17_000, b"A: b\r\n" * 120, b"ffffffffffffffff\r\n", b"7fffffffffffffff", b"1;a"),
+    *(b"HTTP/1.0", b"HTTP/0.9", b"HTTP/2.0", b"get ", b"CONNECT ", b"OPTIONS * ", b"Host: y\r\n"),
+    *(b"Expect: 100-continue\r\n", b"\x16\x03\x01", b"PRI * HTTP/2.0\r\n\r\n", CLOSE, *UPGRADES),
+]
+
+
+def make_requests(chance: random.Random) -> bytes:
+    """Join some requests, and spoil them at some places."""
+    data = b"".join(chance.choices(SEEDS, k=chance.choice([1, 1, 2, 3])))
+    for _ in range(chance.choice([0, 1, 1, 1, 2, 3, 5])):
+        start = chance.randrange(len(data) + 1)
+        end = start + chance.choice([0, 0, 1, 1, 2, 5, 30])
+        copied = chance.randrange(len(data) + 1)
+        replacements = [
+            *(chance.choice(PIECES), chance.choice(PIECES), b"", chance.randbytes(1)),
+            data[copied : copied + chance.randrange(80)],
+        ]
+        data = data[:start] + chance.choice(replacements) + data[end:]
+    return data
+
+
+async def exchange_in_parts(port: int, chance: random.Random) -> bytes:
+    """Send requests made by chance, in one or more parts; give what comes back in a moment."""
+    data, received = make_requests(chance), b""
+    with contextlib.suppress(ConnectionError):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        cuts = sorted(chance.randrange(len(data) + 1) for _ in range(chance.choice([0, 0, 1, 2])))
+        for start, end in itertools.pairwise([0, *cuts, len(data)]):
+            writer.write(data[start:end])
+            await writer.drain()
+            await asyncio.sleep(0)
+        with contextlib.suppress(TimeoutError):
+            while part := await asyncio.wait_for(reader.read(65536), timeout=0.25):
+                received += part
+        writer.close()
+    return received
+
+
+def assert_are_responses(received: bytes) -> None:
+    """Check with another library that these are HTTP responses, and that none is a 5xx.
+
+    The last one may be incomplete.
+    """
+    client = h11.Connection(h11.CLIENT)
+    client.receive_data(received)
+    while client.trailing_data[0]:
+        client.send(h11.Request(method="GET", target="/", headers=[("Host", "x")]))
+        client.send(h11.EndOfMessage())
+        while not isinstance(event := client.next_event(), h11.EndOfMessage):
+            if event is h11.NEED_DATA:
+                return
+            assert not isinstance(event, h11.Response) or event.status_code < 500
+        if client.their_state is not h11.DONE:
+            assert client.trailing_data == (b"", False)
+            return
+        client.start_next_cycle()
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_20_000_requests_made_by_chance_get_an_answer_or_a_closed_connection(
+    server: Server,
+) -> None:
+    at_once, port = asyncio.Semaphore(100), urlsplit(server.url).port or 0
+
+    async def try_one(number: int) -> bytes:
+        async with at_once:
+            return await exchange_in_parts(port, random.Random(number))
+
+    answers = await asyncio.gather(*(try_one(number) for number in range(20_000)))
+
+    for answer in answers:
+        assert_are_responses(answer)
+    statuses = Counter(itertools.chain.from_iterable(map(parse_statuses, answers)))
+    print(statuses)
+    assert {200, 201, 400, 404, 405, 415, 422, 431} <= statuses.keys()
+
+
+# ── Behind a proxy, and on all addresses ──────────────────────────────────────────────────────────
+
+NGINX = """
+daemon off; pid {folder}/pid; worker_processes 1; events {{ worker_connections 100; }}
+http {{
+  access_log off; client_max_body_size 0; client_body_temp_path {folder}/1;
+  proxy_temp_path {folder}/2; fastcgi_temp_path {folder}/3; uwsgi_temp_path {folder}/4;
+  scgi_temp_path {folder}/5;
+  upstream service {{ server 127.0.0.1:{service}; keepalive 1; }}
+  server {{
+    listen 127.0.0.1:{port};
+    location /stats {{ return 403; }}
+    location / {{
+      proxy_pass http://service; proxy_http_version 1.1; proxy_request_buffering off;
+      proxy_set_header Connection $http_connection; proxy_set_header Upgrade $http_upgrade;
+    }}
+  }}
+}}
+"""
+
+
+@pytest.fixture
+def proxy(server: Server, tmp_path: Path) -> Iterator[socket.socket]:
+    """Run an nginx that hands on `Upgrade`, but not requests for /stats; connect to it."""
+    nginx = shutil.which("nginx", path="/usr/sbin:/usr/bin") or pytest.skip("there is no nginx")
+    port = free_port()
+    settings = {"folder": tmp_path, "port": port, "service": urlsplit(server.url).port}
+    (tmp_path / "conf").write_text(NGINX.format(**settings))
+    command = [nginx, "-c", str(tmp_path / "conf"), "-e", str(tmp_path / "log")]
+    process = subprocess.Popen(command)
+
+    def open_connection() -> socket.socket | None:
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection(("127.0.0.1", port), timeout=5)
+        return None
+
+    with wait_until(open_connection) as connection:
+        yield connection
+    process.terminate()
+    process.wait(10)
+
+
+STATS = b"GET /stats HTTP/1.1\r\nHost: x\r\n\r\n"
+AS_BODY = b"Content-Length: %d\r\n\r\n" % len(STATS + CREATE), STATS + CREATE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param([POST + UPGRADES[0] + AS_BODY[0], AS_BODY[1]], id="h2c"),
+        pytest.param([POST + UPGRADES[1] + AS_BODY[0], AS_BODY[1]], id="websocket"),
+        pytest.param([POST + UPGRADES[0] + CHUNKED + b"\r\n", chunk(AS_BODY[1])], id="chunked"),
+        pytest.param([GET + UPGRADES[1] + b"\r\n", STATS], id="websocket without a body"),
+        pytest.param([GET + AS_BODY[0], AS_BODY[1]], id="GET with a body"),
+        pytest.param([POST + b"Expect: 100-continue\r\n" + AS_BODY[0], AS_BODY[1]], id="Expect"),
+        pytest.param([POST + b"Connection: Content-Length\r\n" + b"".join(AS_BODY)], id="named"),
+        pytest.param([POST + CHUNKED + b"Content-Length: 4\r\n\r\n0\r\n\r\n", STATS], id="TE, CL"),
+        pytest.param([POST + LENGTH + CHUNKED + b"\r\n0\r\n\r\n", STATS], id="CL, TE"),
+        pytest.param([POST + b"Transfer-Encoding:\tchunked\r\n\r\n0\r\n\r\n", STATS], id="tab"),
+        pytest.param([POST + CHUNKED + b"\r\n1;\nGET /stats HTTP/1.1\r\n", STATS], id="extension"),
+        pytest.param([POST + CHUNKED + b"\r\nffffffffffffffff1\r\n", STATS], id="huge chunk"),
+        pytest.param([POST + CHUNKED + b"\r\n0\r\nContent-Length: 5\r\n\r\n", STATS], id="trailer"),
+        pytest.param([GET + b"X: " + 100_000 * b"a" + b"\r\n\r\n", STATS], id="endless head"),
+        pytest.param([LIVE + STATS], id="pipelining"),
+        pytest.param([b"GET http://x/stats HTTP/1.1\r\nHost: x\r\n\r\n"], id="a whole URL"),
+        pytest.param([b"GET /docs/..%2fstats HTTP/1.1\r\nHost: x\r\n\r\n"], id="dots"),
+    ],
+)
+def test_a_path_that_nginx_protects_cannot_be_reached(
+    server: Server, proxy: socket.socket, parts: list[bytes]
+) -> None:
+    before = count_incidents(server)
+    with contextlib.suppress(ConnectionError):  # nginx may have closed it
+        for part in parts:
+            proxy.sendall(part)
+            assert get(server, "/health/live").is_success  # so the service may have read it
+        proxy.sendall(GET + CLOSE + b"\r\n")
+    received = receive(proxy)
+
+    assert parse_statuses(received)
+    assert all(status < 500 for status in parse_statuses(received) if status != 501), received
+    assert b'"p95' not in received
+    assert count_incidents(server) == before
+
+
+def test_a_service_on_all_addresses_of_ipv6_is_reached_over_ipv4_too(
+    serve: Serve, module_database_url: str
+) -> None:
+    server = serve(DATABASE_URL=module_database_url, API_HOST="[::]")  # reached at 127.0.0.1
+    port = urlsplit(server.url).port
+
+    assert httpx.get(f"http://[::1]:{port}/health/live").is_success
+    assert server.printed().startswith(f"The API is at http://[::]:{port}, ")

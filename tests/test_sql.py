@@ -31,6 +31,7 @@ VALUES = {
     "note": "Перезапустили 🔥",
     "actor": "anonymous",
     "key": "a key",
+    "idempotency_key": "a key",
     "digest": b"digest",
     "if_match": '"1", "2"',
     "if_none_match": 'W/"1"',
@@ -150,8 +151,10 @@ async def test_each_statement_gives_one_row_per_call_in_an_empty_database(
 async def test_each_statement_gives_one_row_per_call_when_it_finds_something(
     connection: Any,
 ) -> None:
-    await call_three_times(connection, "incident_create", key=None, digest=None)
-    await call_three_times(connection, "note_create", key=None, digest=None, incident_id=1)
+    await call_three_times(connection, "incident_create", idempotency_key=None, digest=None)
+    await call_three_times(
+        connection, "note_create", idempotency_key=None, digest=None, incident_id=1
+    )
     found = {"incident_id": 1, "entry_id": 1, "pattern": "%сервер%"}
 
     rows = {name: await call_three_times(connection, name, **found) for name in TEXTS}
@@ -164,14 +167,14 @@ async def test_each_statement_gives_one_row_per_call_when_it_finds_something(
 async def test_each_statement_gives_one_row_per_call_when_nothing_optional_is_given(
     connection: Any,
 ) -> None:
-    await call_three_times(connection, "incident_create", key=None, digest=None)
-    optional = ["key", "digest", "if_match", "if_none_match", "statuses", "sources"]
+    await call_three_times(connection, "incident_create", idempotency_key=None, digest=None)
+    optional = ["idempotency_key", "digest", "if_match", "if_none_match", "statuses", "sources"]
     optional += ["since", "until", "before_created_at", "before_id"]
     optional += ["labels", "label_patch", "label_filter", "pattern"]
     nothing = dict.fromkeys(optional) | {"incident_id": 1, "entry_id": 1}
 
-    # An event must have a key and labels; only of an incident they are optional.
-    needed = {"event_apply": {name: VALUES[name] for name in ("key", "labels")}}
+    # An event must have labels; only of an incident they are optional.
+    needed = {"event_apply": {"labels": VALUES["labels"]}}
 
     counts = {
         name: len(await call_three_times(connection, name, **nothing | needed.get(name, {})))
@@ -182,7 +185,7 @@ async def test_each_statement_gives_one_row_per_call_when_nothing_optional_is_gi
 
 
 async def test_a_batch_of_reads_gives_its_rows_in_the_order_of_the_calls(connection: Any) -> None:
-    await call_three_times(connection, "incident_create", key=None, digest=None)
+    await call_three_times(connection, "incident_create", idempotency_key=None, digest=None)
     ids = [3, 99, 1, 2, 1]
     etags = ['"1"', *[None] * 4]
     get = incidents.SQL.incident_get
@@ -195,7 +198,11 @@ async def test_a_batch_of_reads_gives_its_rows_in_the_order_of_the_calls(connect
 
 async def test_a_batch_of_writes_gives_its_rows_in_the_order_of_the_calls(connection: Any) -> None:
     keys, digests = ["c", None, "a", "b"], [b"c", None, b"a", b"b"]
-    sent: dict[str, list[Any]] = {"key": keys, "digest": digests, "actor": ["anonymous"] * 4}
+    sent: dict[str, list[Any]] = {
+        "idempotency_key": keys,
+        "digest": digests,
+        "actor": ["anonymous"] * 4,
+    }
     texts, sources = ["third", "none", "first", "second"], ["partner"] * 4
     create, note = incidents.SQL.incident_create, incidents.SQL.note_create
     change = incidents.SQL.incident_change
@@ -203,7 +210,7 @@ async def test_a_batch_of_writes_gives_its_rows_in_the_order_of_the_calls(connec
     created = await run_batch(connection, create, **sent, description=texts, source=sources)
     ids = [row["id"] for row in created]
     targets = [ids[2], 99, ids[0], ids[1]]
-    sent["key"] = ["x", "y", None, "z"]
+    sent["idempotency_key"] = ["x", "y", None, "z"]
     noted = await run_batch(connection, note, **sent, incident_id=targets, note=texts)
     changed = await run_batch(
         connection, change, incident_id=targets, description=texts, actor=sent["actor"]

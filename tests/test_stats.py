@@ -26,8 +26,8 @@ def insert_incident(
 ) -> None:
     """Insert an incident that was created at noon, so many days after START.
 
-    Each of its changes is a number of seconds after its creation, and the new status. The trigger
-    of migration 0003 sees each of them.
+    Each of its changes is a number of seconds after its creation, and the new status. The
+    trigger that sets the first times sees each of them.
     """
     created_at = START + timedelta(days=day)
     [(incident_id,)] = sql(
@@ -169,6 +169,49 @@ async def test_an_incident_that_was_resolved_when_it_was_created_took_no_time(
     }
 
 
+@pytest.mark.usefixtures("six_incidents")
+async def test_by_day_each_day_has_the_figures_of_a_period_of_that_day(
+    client: httpx.AsyncClient,
+) -> None:
+    # The last day ends before noon, so the incident of 18 January is not in it.
+    period = {"since": "2024-01-14", "until": "2024-01-18T11:00:00Z"}
+    stats = await get_stats(client, by="day", **period)
+    days = ["2024-01-14", "2024-01-15", "2024-01-16", "2024-01-17", "2024-01-18"]
+    ends = [*days[1:], period["until"]]
+    expected = [
+        {"day": day, **await get_stats(client, since=day, until=end)}
+        for day, end in zip(days, ends, strict=True)
+    ]
+
+    assert stats.pop("days") == expected
+    assert stats == await get_stats(client, **period)
+    assert [day["incidents"] for day in expected] == [0, 1, 1, 1, 0]
+
+
+async def test_by_day_ends_with_today_and_goes_back_366_days_at_most(
+    client: httpx.AsyncClient,
+) -> None:
+    today = datetime.now(UTC)
+    long_ago = today - timedelta(days=366, seconds=-60)
+    days = (await get_stats(client, by="day", since=long_ago.isoformat()))["days"]
+
+    assert days[0]["day"] == long_ago.date().isoformat()
+    assert days[-1]["day"] in (today.date().isoformat(), datetime.now(UTC).date().isoformat())
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["", "&until=2024-01-15", "&since=2020-01-01", "&since=2024-01-01&until=2025-01-01T00:00:01Z"],
+)
+async def test_by_day_without_a_beginning_or_with_too_many_days_is_refused(
+    client: httpx.AsyncClient, query: str
+) -> None:
+    response = await client.get(f"/stats?by=day{query}")
+
+    assert_problem(response, 422)
+    assert "since" in response.json()["detail"]
+
+
 @pytest.mark.parametrize(
     ("query", "pointer"),
     [
@@ -178,6 +221,7 @@ async def test_an_incident_that_was_resolved_when_it_was_created_took_no_time(
         ("since=2024-01-15&since=2024-01-16", "#/since"),
         ("status=open", "#/status"),
         ("until=", "#/until"),
+        ("by=week&since=2024-01-15", "#/by"),
     ],
 )
 async def test_an_invalid_period_is_refused(

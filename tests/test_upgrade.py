@@ -308,14 +308,15 @@ async def test_the_version_before_serves_without_a_failure_while_a_new_process_m
                 failures.extend(await use_api(client, uuid.uuid4().hex))
                 rounds[name] += 1
 
+    fetch(url, SCHEMA_BEFORE)
     old = serve(command=[sys.executable, service_before], DATABASE_URL=url)
     tasks = [asyncio.create_task(use("old", old)) for _ in range(4)]
-    await async_wait_until(lambda: rounds["old"] > 20)
+    await async_wait_until(lambda: rounds["old"] > 10)
     new = serve(wait=False, DATABASE_URL=url)
     await asyncio.to_thread(wait_until, new.is_live)
     tasks.append(asyncio.create_task(use("new", new)))
     migrated_at = rounds["old"]
-    await async_wait_until(lambda: rounds["new"] > 20 and rounds["old"] > migrated_at + 20)
+    await async_wait_until(lambda: rounds["new"] > 10 and rounds["old"] > migrated_at + 10)
     stopped.set()
     await asyncio.gather(*tasks)
 

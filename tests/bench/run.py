@@ -509,16 +509,18 @@ async def time_single_calls(url: str, times: int, calls: int) -> list[tuple[floa
 
     await incidents.database.open(url)
     create = incidents.SQL.incident_create
-    arguments = (None, None, "anonymous", "Нет связи с сервером", "monitoring", None)
+    values = dict.fromkeys(create.parameters) | {"actor": "anonymous", "source": "monitoring"}
+    values["description"] = "Нет связи с сервером"
     pool = incidents.database.pool
 
     async def time_call(call: Callable[..., Any]) -> float:
         started_at = time.perf_counter()
         for _ in range(calls):
-            await call(create, *arguments)
+            await call(create, **values)
         return (time.perf_counter() - started_at) * 1000 / calls
 
-    async def fetch_directly(statement: incidents.Statement, *arguments: Any) -> Any:
+    async def fetch_directly(statement: incidents.Statement, **values: Any) -> Any:
+        arguments = statement.order_values(values)
         return await pool.fetchrow(statement.text, *([argument] for argument in arguments))
 
     await time_call(fetch_directly)  # to warm up
