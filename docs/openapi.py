@@ -140,11 +140,24 @@ class EventAccepted(BaseModel):
 
 
 class EventRefused(BaseModel):
-    """An event is wrong, said in PagerDuty's form."""
+    """Why an event was refused: a problem with the fields that PagerDuty's clients read."""
 
-    status: Literal["invalid event"] = Field(examples=["invalid event"])
-    message: str = Field(examples=["Event object is invalid"])
+    type: str = Field(examples=["about:blank"])
+    title: str = Field(examples=["Bad Request"])
+    status: str = Field(
+        examples=["invalid event"], description="PagerDuty's word, in place of a number."
+    )
+    detail: str = Field(examples=["#/event_action: This field is required."])
+    message: str = Field(examples=["#/event_action: This field is required."])
     errors: list[str] = Field(examples=[["#/event_action: This field is required."]])
+    request_id: Annotated[str, Field(description="Sent from 500 on; the log has it.")] = OMITTED
+
+
+class IgnoredAlert(BaseModel):
+    """An alert of a webhook that cannot be understood."""
+
+    index: int = Field(examples=[1], description="Its place in `alerts`, from 0 on.")
+    detail: str = Field(examples=[incidents.WRONG_ALERT])
 
 
 class AlertsAccepted(BaseModel):
@@ -154,15 +167,33 @@ class AlertsAccepted(BaseModel):
         examples=[{"a5d6f0c2b3e49871": 1}],
         description="By fingerprint, the incident of each alert; null when the key is unknown.",
     )
+    ignored: Annotated[
+        list[IgnoredAlert], Field(description="Sent when some alerts cannot be understood.")
+    ] = OMITTED
 
 
 class AlertCount(BaseModel):
-    """How many triggers with a key came for an incident, and when the last one came."""
+    """How often a key came for an incident, and what it said last."""
 
     dedup_key: str = Field(examples=["disk-db1"])
     actor: str = Field(examples=["grafana"], description="The name of the token that sends it.")
-    times: int = Field(examples=[12])
-    last_seen_at: datetime = Field(examples=["2026-01-15T11:30:00.123456Z"])
+    times: int = Field(examples=[12], description="How many triggers with it came.")
+    last_seen_at: datetime = Field(
+        examples=["2026-01-15T11:30:00.123456Z"], description="When the last trigger came."
+    )
+    description: str | None = Field(
+        examples=["Disk full on db1"],
+        description="What its newest trigger said. Null for a key that an older version has kept.",
+    )
+    labels: dict[str, str] | None = Field(examples=[{"severity": "critical"}])
+    started_at: datetime | None = Field(
+        examples=["2026-01-15T10:29:30Z"],
+        description="Since when, by the sender's clock; null if it tells no time.",
+    )
+    changed_at: datetime | None = Field(
+        examples=["2026-01-15T10:30:00.123456Z"],
+        description="When an event with this key last opened, changed or moved the incident.",
+    )
 
 
 class ServiceLinks(BaseModel):
@@ -486,23 +517,27 @@ OPERATIONS: dict[str, Json] = {
     "apply_event": {
         "tags": ["Monitoring"],
         "description": "For every tool that can page with PagerDuty. A `trigger` opens an "
-        "incident; while that is open or in progress, a further one with this `dedup_key` is only "
-        "counted. `acknowledge` moves it from `open` to `in_progress`, and `resolve` to "
-        "`resolved`. The summary becomes the description; severity, source, component, group, "
-        "class, `client_url` and `custom_details` become labels. Without a `dedup_key`, one is "
-        "made.",
-        "responses": {
-            "202": response("The event was processed.", EventAccepted),
-            "400": response("The event is wrong.", EventRefused),
-        },
+        "incident. While that is open or in progress, a further one with this `dedup_key` is "
+        "counted, and where it says something else than the one before it, the incident is "
+        "changed; what people have changed otherwise stays. `acknowledge` moves the incident from "
+        "`open` to `in_progress`, and `resolve` to `resolved`. An event with a `timestamp` before "
+        "that of the newest trigger changes nothing.\n\n"
+        "`summary`, `description`, `message` and `Error` become the description. The rest of the "
+        "payload, its `custom_details`, and `client`, `client_url`, `links` and `images` become "
+        "labels. Without a `dedup_key`, one is made. What has another type than it should is taken "
+        "as text.",
+        "responses": {"202": response("The event was processed.", EventAccepted)},
     },
     "apply_alerts": {
         "tags": ["Monitoring"],
         "description": "The webhook of Prometheus Alertmanager (version 4) and of Grafana. A "
         "`firing` alert does what a `trigger` of `POST /v2/enqueue` does, a `resolved` one what a "
-        "`resolve` does; the `fingerprint` is the `dedup_key`. The annotations `summary` and "
-        "`description` become the description; the labels and `generatorURL` become labels.",
-        "responses": {"200": response("All alerts were processed.", AlertsAccepted)},
+        "`resolve` does; the `fingerprint` is the `dedup_key`, and without one, a key is made of "
+        "the labels. A `resolved` one with an `endsAt` before the `startsAt` of the newest "
+        "`firing` one changes nothing. The annotations `summary`, `description`, `message` and "
+        "`Error` become the description; labels, other annotations and the addresses of an alert "
+        "become labels. An alert that cannot be understood is ignored, unless all are so.",
+        "responses": {"200": response("The alerts were processed.", AlertsAccepted)},
     },
     "get_stats": {
         "tags": ["Statistics"],
@@ -598,8 +633,7 @@ def describe(route: ApiRoute) -> Json:
         **words,
         "security": [] if route.is_public else [{"token": []}, {}],
         "parameters": [*path.values(), *describe_query(route), *headers.values()],
-        "responses": words["responses"]
-        | refer("responses", *sorted(find_refusals(route, headers) - words["responses"].keys())),
+        "responses": words["responses"] | describe_refusals(route, headers),
     }
     if route.body:
         media_type: Json = {"schema": route.body}
@@ -644,22 +678,31 @@ def find_refusals(route: ApiRoute, headers: Json) -> set[str]:
     return set(" ".join(statuses for statuses in applies if applies[statuses]).split())
 
 
+def describe_refusals(route: ApiRoute, headers: Json) -> Json:
+    """Describe the refusals of a route. Those of events have a form of their own, and no 422."""
+    statuses = sorted(find_refusals(route, headers))
+    if not route.has_routing_key:
+        return refer("responses", *statuses)
+    return {
+        status: describe_problem(status, is_event=True) for status in statuses if status != "422"
+    }
+
+
 def response_type(name: str) -> Any:
     """Give the Python type of a handler's answer, which tests compare with what is sent."""
-    return response_types(name)[0]
-
-
-def response_types(name: str) -> list[Any]:
-    """Give the Python types of all answers that OPERATIONS has for a handler."""
-    answers = OPERATIONS[name]["responses"].values()
-    return [next(iter(answer["content"].values()))["schema"] for answer in answers]
+    [answer] = OPERATIONS[name]["responses"].values()
+    return next(iter(answer["content"].values()))["schema"]
 
 
 def build_components() -> Json:
     """Describe what operations refer to."""
-    types = [kind for name in OPERATIONS for kind in response_types(name)]
+    types = [response_type(name) for name in OPERATIONS]
     items = [get_args(kind)[0] if get_origin(kind) is list else kind for kind in types]
-    models = [ProblemDetails, *(item for item in items if issubclass(item, BaseModel))]
+    models = [
+        ProblemDetails,
+        EventRefused,
+        *(item for item in items if issubclass(item, BaseModel)),
+    ]
     models += [route.body for route in incidents.ROUTES if route.body]
     _, schemas = models_json_schema(
         [(model, "validation") for model in models],
@@ -682,7 +725,7 @@ def build_components() -> Json:
     }
 
 
-def describe_problem(status: str) -> Json:
+def describe_problem(status: str, *, is_event: bool = False) -> Json:
     """Describe a refusal; its example has the form in which the service sends it."""
     words, *headers = PROBLEMS[status]
     if status in ("304", "307"):
@@ -690,9 +733,10 @@ def describe_problem(status: str) -> Json:
     problem = incidents.Problem(int(status), words)
     if status == "422":
         problem.errors = [{"pointer": "#/source", "detail": "This field is required."}]
-    example = json.loads(bytes(incidents.problem_response(problem, "5f1e9c1c-1").body))
-    media_type = "application/problem+json"
-    return response(words, ProblemDetails, *headers, example=example, media_type=media_type)
+    sent = incidents.problem_response(problem, "5f1e9c1c-1", is_event=is_event)
+    model = EventRefused if is_event else ProblemDetails
+    example, media_type = json.loads(bytes(sent.body)), "application/problem+json"
+    return response(words, model, *headers, example=example, media_type=media_type)
 
 
 def resolve_types(part: Any) -> Any:

@@ -1,53 +1,159 @@
 -- write, batch
 --
--- Apply events of monitoring tools. A trigger opens an incident; while the one that its key points to is unresolved, it
--- is only counted. An acknowledge moves that incident from open to in_progress, a resolve moves it from these two to
--- resolved. incident_id is the one that the actor's key points to, null for an unknown key.
---   $1 key          text[]   each once, even for two actors: Batcher keeps calls with the same key apart
---   $2 action       text[]   trigger, acknowledge or resolve
+-- Apply events of monitoring tools. A trigger opens an incident. While the one that its key points
+-- to is unresolved, a trigger is counted instead, and where it says something else than the trigger
+-- before it, the incident is changed. An acknowledge moves the incident from open to in_progress, a
+-- resolve moves it from either of them to resolved. An event that happened before what its key told
+-- last changes no incident. incident_id is the one that the key points to, null for an unknown key.
+-- When is_locked is true, the event has done nothing and is to be run again: another transaction
+-- holds its incident, or has just changed its key.
+--   $1 key          text[]         each once, even for two actors
+--   $2 action       text[]         trigger, acknowledge or resolve
 --   $3 actor        text[]
---   $4 description  text[]   of the incident that a trigger opens
---   $5 labels       jsonb[]  of that incident
--- If another process writes the same key, ON CONFLICT waits for it. The incident that it has opened cannot be seen here
--- and counts as unresolved; new_id is then not used. An incident that another transaction
--- holds is passed over (SKIP LOCKED): is_locked is true then, and the event does nothing.
-  WITH input AS (
-       SELECT key, action, actor, input.description, input.labels, position, incident_id AS old_id, status
-         FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::jsonb[])
-              WITH ORDINALITY AS input (key, action, actor, description, labels, position)
-              LEFT JOIN dedup_keys USING (key, actor) LEFT JOIN incidents ON incidents.id = incident_id),
-       triggers AS MATERIALIZED (
-       SELECT input.*, CASE WHEN status IN ('open', 'in_progress') THEN old_id ELSE nextval('incidents_id_seq') END AS new_id
-         FROM input WHERE action = 'trigger'),
-       counted AS (
-       INSERT INTO dedup_keys AS existing (key, actor, incident_id)
-       SELECT key, actor, new_id FROM triggers ORDER BY position ON CONFLICT (key, actor) DO UPDATE
-          SET (incident_id, times, last_seen_at) = (
-              SELECT CASE WHEN is_finished THEN excluded.incident_id ELSE existing.incident_id END,
-                     CASE WHEN is_finished THEN 1 ELSE existing.times + 1 END, clock_timestamp()
-                FROM (SELECT EXISTS (SELECT FROM incidents WHERE id = existing.incident_id
-                                        AND status IN ('resolved', 'closed')) AS is_finished) AS state)
-       RETURNING key, incident_id),
+--   $4 description  text[]         what a trigger says, for its incident
+--   $5 labels       jsonb[]        the same
+--   $6 happened_at  timestamptz[]  by the sender's clock, null when it tells no time
+  WITH -- The keys are locked in the order of the calls, and Batcher sorts these by key, so two
+       -- statements cannot deadlock. A locked row is the newest one, also after a wait for it.
+       said AS MATERIALIZED (
+       SELECT input.*, said.*
+         FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::jsonb[], $6::timestamptz[])
+              WITH ORDINALITY
+              AS input (key, action, actor, description, labels, happened_at, ordinal)
+              LEFT JOIN LATERAL (
+              SELECT incident_id, description AS said_description, labels AS said_labels,
+                     started_at, changed_at
+                FROM dedup_keys
+               WHERE dedup_keys.key = input.key AND dedup_keys.actor = input.actor
+                 FOR NO KEY UPDATE) AS said ON true),
+
+       -- All else is seen as it was when this statement began. When a key has changed since, its
+       -- incident may have too, or cannot be seen at all, so the event has to wait. Addresses of a
+       -- sender and images are no news: each Alertmanager of a cluster has its own address.
+       seen AS MATERIALIZED (
+       SELECT said.*,
+              (SELECT status FROM incidents WHERE id = incident_id) AS status,
+              (SELECT changed_at FROM dedup_keys WHERE (key, actor) = (said.key, said.actor))
+              IS DISTINCT FROM changed_at AS is_outdated,
+              (description, labels - ignored) = (said_description, said_labels - ignored)
+              AS is_repeat
+         FROM said
+              CROSS JOIN (
+              VALUES (ARRAY['client_url', 'generatorURL', 'imageURL', 'image 1'])) AS x (ignored)),
+
+       decided AS MATERIALIZED (
+       SELECT seen.*,
+              CASE WHEN is_outdated
+                   THEN 'wait'
+                   WHEN action = 'trigger' AND status IN ('open', 'in_progress')
+                   THEN CASE WHEN is_repeat OR happened_at < started_at
+                             THEN 'count'
+                             ELSE 'edit' END
+                   WHEN action = 'trigger'
+                   THEN 'open'
+                   WHEN happened_at < started_at
+                   THEN 'ignore'
+                   WHEN status = 'open' OR status = 'in_progress' AND action = 'resolve'
+                   THEN 'move'
+                   ELSE 'ignore' END AS effect
+         FROM seen),
+
+       -- The incidents to change. SKIP LOCKED passes over one that another transaction holds, and
+       -- the status passes over one that another transaction has just moved.
+       locked AS MATERIALIZED (
+       SELECT incident.*, ordinal, actor,
+              CASE WHEN effect = 'edit' THEN status
+                   WHEN action = 'resolve' THEN 'resolved'
+                   ELSE 'in_progress' END AS new_status,
+              CASE WHEN effect = 'edit' AND description <> said_description THEN description
+                   ELSE old_description END AS new_description,
+              CASE WHEN effect = 'edit' AND labels <> said_labels
+                   THEN follow_sender(old_labels, said_labels, labels)
+                   ELSE old_labels END AS new_labels
+         FROM decided
+              CROSS JOIN LATERAL (
+              SELECT id, status AS old_status, description AS old_description, labels AS old_labels,
+                     greatest(updated_at, noted_at, clock_timestamp()) AS now
+                FROM incidents
+               WHERE id = incident_id AND incidents.status = decided.status
+                     AND effect IN ('edit', 'move')
+                 FOR NO KEY UPDATE SKIP LOCKED) AS incident),
+
+       ready AS MATERIALIZED (
+       SELECT decided.*,
+              CASE effect WHEN 'open' THEN nextval('incidents_id_seq') ELSE incident_id END AS id
+         FROM decided
+        WHERE effect IN ('open', 'count') OR ordinal IN (SELECT ordinal FROM locked)),
+
+       -- ON CONFLICT: another transaction has just added the same key.
+       added_keys AS (
+       INSERT INTO dedup_keys (key, actor, incident_id, description, labels, started_at, changed_at)
+       SELECT key, actor, id, description, labels, happened_at, clock_timestamp()
+         FROM ready
+        WHERE incident_id IS NULL
+        ORDER BY ordinal
+       ON CONFLICT DO NOTHING
+       RETURNING incident_id),
+
+       -- A value that stays is not written anew, so that a repeat stays cheap.
+       changed_keys AS (
+       UPDATE dedup_keys AS existing
+          SET incident_id = id,
+              times = CASE effect WHEN 'open' THEN 1 WHEN 'move' THEN times ELSE times + 1 END,
+              last_seen_at = CASE effect WHEN 'move' THEN last_seen_at ELSE clock_timestamp() END,
+              description = CASE WHEN effect IN ('open', 'edit') THEN ready.description
+                                 ELSE existing.description END,
+              labels = CASE WHEN effect IN ('open', 'edit') THEN ready.labels
+                            ELSE existing.labels END,
+              started_at = CASE effect WHEN 'open' THEN coalesce(happened_at, existing.started_at)
+                                       WHEN 'move' THEN existing.started_at
+                                       ELSE greatest(happened_at, existing.started_at) END,
+              changed_at = CASE effect WHEN 'count' THEN existing.changed_at
+                                       ELSE clock_timestamp() END
+         FROM ready
+        WHERE (existing.key, existing.actor) = (ready.key, ready.actor)),
+
        opened AS (
        INSERT INTO incidents (id, description, source, labels)
-       SELECT incident_id, description, 'monitoring', labels
-         FROM triggers JOIN counted USING (key) WHERE incident_id = new_id AND incident_id IS DISTINCT FROM old_id
+       SELECT id, description, 'monitoring', labels
+         FROM ready
+        WHERE effect = 'open'
+              AND (incident_id IS NOT NULL OR id IN (SELECT incident_id FROM added_keys))
        RETURNING id, created_at),
-       locked AS (
-       SELECT key, incident.*, CASE action WHEN 'resolve' THEN 'resolved' ELSE 'in_progress' END AS new_status, actor
-         FROM input CROSS JOIN LATERAL (
-              SELECT id, status, greatest(updated_at, noted_at, clock_timestamp()) AS changed_at FROM incidents
-               WHERE action <> 'trigger' AND id = old_id AND (status = 'open' OR status = 'in_progress' AND action = 'resolve')
-                 FOR NO KEY UPDATE SKIP LOCKED) AS incident),
-       moved AS (
-       UPDATE incidents SET status = new_status, version = version + 1, updated_at = changed_at
-         FROM locked WHERE incidents.id = locked.id),
+
+       changed AS (
+       UPDATE incidents
+          SET status = new_status,
+              description = new_description,
+              labels = new_labels,
+              version = version + 1,
+              updated_at = now
+         FROM locked
+        WHERE incidents.id = locked.id
+              AND (old_status, old_description, old_labels)
+                  <> (new_status, new_description, new_labels)),
+
        entries AS (
-       INSERT INTO timeline (incident_id, kind, from_value, to_value, actor, created_at)
-       SELECT id, 'created', NULL, NULL, actor, opened.created_at FROM opened JOIN triggers ON id = new_id UNION ALL
-       SELECT id, 'status', status, new_status, actor, changed_at FROM locked)
-SELECT coalesce(counted.incident_id, old_id) AS incident_id,
-       locked.id IS NULL AND (action = 'acknowledge' AND input.status = 'open'
-                              OR action = 'resolve' AND input.status IN ('open', 'in_progress')) AS is_locked
-  FROM input LEFT JOIN counted USING (key) LEFT JOIN locked USING (key)
- ORDER BY position;
+       INSERT INTO timeline (incident_id, kind, field, from_value, to_value, actor, created_at)
+       SELECT id, 'created', NULL, NULL, NULL, actor, created_at
+         FROM opened
+              JOIN ready USING (id)
+        UNION ALL
+       SELECT id, kind, field, from_value, to_value, actor, now
+         FROM locked
+              CROSS JOIN LATERAL (
+              VALUES ('status', NULL, old_status, new_status),
+                     ('edited', 'description', old_description, new_description)
+               UNION ALL
+              SELECT 'edited', label.field, label.from_value, label.to_value
+                FROM changed_labels(old_labels, new_labels) AS label)
+              AS entry (kind, field, from_value, to_value)
+        WHERE from_value IS DISTINCT FROM to_value)
+
+SELECT coalesce(opened.id, decided.incident_id) AS incident_id,
+       decided.effect <> 'ignore'
+       AND (ready.id IS NULL OR decided.effect = 'open' AND opened.id IS NULL) AS is_locked
+  FROM decided
+       LEFT JOIN ready USING (ordinal)
+       LEFT JOIN opened ON opened.id = ready.id
+ ORDER BY ordinal;

@@ -1,15 +1,19 @@
 -- read
 --
 -- The dedup_keys that point to an incident: who sends each, how many triggers with it came for this
--- incident, and when the last one came. An empty array when no key points to the incident; body is
--- null when there is no such incident.
+-- incident, when the last one came, what the key says now and since when, by the sender's clock. An
+-- empty array when no key points to the incident; body is null when there is no such incident.
 --   $1 incident_id  bigint
 SELECT (SELECT coalesce((
                SELECT json_agg(json_build_object(
                           'dedup_key', key,
                           'actor', actor,
                           'times', times,
-                          'last_seen_at', rfc3339(last_seen_at))
+                          'last_seen_at', rfc3339(last_seen_at),
+                          'description', description,
+                          'labels', labels,
+                          'started_at', rfc3339(started_at),
+                          'changed_at', rfc3339(changed_at))
                           ORDER BY key, actor)
                  FROM dedup_keys
                 WHERE incident_id = $1), '[]')

@@ -213,6 +213,15 @@ def insert_incidents(sql: Sql, count: int) -> None:
     )
 
 
+def read_event_refusal(problem: dict[str, Any]) -> list[str]:
+    """Check what PagerDuty's clients read of a refusal, take it out, and give its errors."""
+    assert isinstance(problem["status"], str) and problem["status"], problem
+    assert problem.pop("message") == problem["detail"], problem
+    errors: list[str] = problem.pop("errors")
+    assert errors and all(isinstance(text, str) and text for text in errors), errors
+    return errors
+
+
 def assert_problem(response: httpx.Response, status: int, *pointers: str) -> None:
     """Check that a response is a problem (RFC 9457) with this status and exactly these pointers.
 
@@ -226,6 +235,9 @@ def assert_problem(response: httpx.Response, status: int, *pointers: str) -> Non
         assert response.content == b""
         return
     problem = response.json()
+    if response.request.url.path.rstrip("/") == "/v2/enqueue":
+        read_event_refusal(problem)
+        problem["status"] = status
     fields = {"type", "title", "status", "detail"} | ({"request_id"} if status >= 500 else set())
     # Python has the titles of RFC 9110 for these two only from 3.13 on.
     titles = {413: "Content Too Large", 422: "Unprocessable Content"}

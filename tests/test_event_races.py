@@ -79,6 +79,7 @@ class Storm:
                 key = self.chance.choice(KEYS)
                 action = self.chance.choice(["trigger", "trigger", "acknowledge", "resolve"])
                 payload = {"summary": f"{SECRET_MARKER} {key}", "source": key}
+                payload["severity"] = self.chance.choice(["warning", "warning", "critical"])
                 event = {"event_action": action, "dedup_key": key, "payload": payload}
                 client = self.chance.choice(clients)
                 response = await self.send(client, "POST", "/v2/enqueue", event)
@@ -163,6 +164,18 @@ def find_wrong_keys(sql: Sql) -> list[Any]:
     )
 
 
+def find_unsaid(sql: Sql) -> list[Any]:
+    """Give the keys of which an incident does not say what they said last.
+
+    A person adds the label `by`, and changes no other label.
+    """
+    return sql(
+        "SELECT key FROM dedup_keys JOIN incidents ON incidents.id = incident_id"
+        " WHERE (dedup_keys.description, dedup_keys.labels)"
+        " <> (incidents.description, incidents.labels - 'by')"
+    )
+
+
 def assert_calm(servers: list[Server], sql: Sql) -> None:
     """Check that there was no deadlock, and that no service has logged an error."""
     deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
@@ -198,6 +211,7 @@ async def test_there_is_one_unresolved_incident_of_a_key_while_services_are_kill
     assert find_inconsistencies(sql) == []
     assert find_doubles(sql) == []
     assert find_wrong_keys(sql) == []
+    assert find_unsaid(sql) == []
     assert_calm([*all_servers, *storm.servers], sql)
     for key in KEYS:
         assert storm.named[key] <= stored[key]
@@ -229,7 +243,7 @@ async def test_webhooks_that_overlap_deadlock_neither_each_other_nor_changes_and
                 {
                     "status": chance.choice(["firing", "resolved"]),
                     "fingerprint": fingerprint,
-                    "labels": {"source": fingerprint},
+                    "labels": {"source": fingerprint, "severity": chance.choice("ab")},
                     "annotations": {"summary": f"{SECRET_MARKER} {fingerprint}"},
                 }
                 for fingerprint in chance.sample(fingerprints, 100)
@@ -261,4 +275,5 @@ async def test_webhooks_that_overlap_deadlock_neither_each_other_nor_changes_and
     assert find_inconsistencies(sql) == []
     assert find_doubles(sql) == []
     assert find_wrong_keys(sql) == []
+    assert find_unsaid(sql) == []
     assert_calm(servers, sql)

@@ -58,7 +58,9 @@ def hold_incident_1(database_url: str) -> Callable[[], AbstractContextManager[No
     return hold
 
 
-CHANGES = pytest.mark.parametrize("change", ["description", "status", "note", "ack", "resolve"])
+CHANGES = pytest.mark.parametrize(
+    "change", ["description", "status", "note", "repeat", "ack", "resolve"]
+)
 
 
 async def send(client: httpx.AsyncClient, change: str, number: int) -> httpx.Response:
@@ -72,6 +74,8 @@ async def send(client: httpx.AsyncClient, change: str, number: int) -> httpx.Res
             return await client.patch(f"{path}/status", json={"status": "in_progress"})
         case "note":
             return await client.post(f"{path}/notes", json={"note": "x"})
+        case "repeat":  # a trigger that says something new
+            event |= {"event_action": "trigger", "payload": {"summary": text["description"]}}
         case "ack":
             event["event_action"] = "acknowledge"
     return await client.post("/v2/enqueue", json=event)

@@ -57,6 +57,7 @@ VALUES = {
     "label_filter": '$."severity" == "critical"',
     "dedup_key": "disk-db1",
     "action": "trigger",
+    "happened_at": datetime(2026, 1, 15, tzinfo=UTC),
 }
 
 
