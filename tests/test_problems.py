@@ -507,7 +507,7 @@ async def test_a_misspelt_filter_is_refused_and_the_right_names_are_listed(
 
 
 async def test_an_unknown_status_in_a_filter_is_refused(client: httpx.AsyncClient) -> None:
-    for value in ["", "done", "OPEN", "open%20", "open,done", "open,", "%00", "%FF", "1"]:
+    for value in ["", "done", "OPEN", "open%20", "open,done", "open,", "%00", "1"]:
         response = await client.get(f"/incidents/?status={value}")
         statuses = unquote(value).split(",")
         unknown = [number for number, status in enumerate(statuses) if status not in STATUSES]
