@@ -37,6 +37,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import unicodedata
@@ -2664,7 +2665,8 @@ END_SIGNALS = [getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal,
 @contextlib.contextmanager
 def call_at_signals(function: Callable[[], Any]) -> Iterator[None]:
     """Call a function at a signal that ends the service, before its handler; not if ignored."""
-    handlers = {n: handler for n in END_SIGNALS if callable(handler := signal.getsignal(n))}
+    may_handle = threading.current_thread() is threading.main_thread()  # no other thread may
+    handlers = {n: h for n in END_SIGNALS if may_handle and callable(h := signal.getsignal(n))}
 
     def handle(number: int, frame: Any) -> None:
         function()

@@ -476,7 +476,7 @@ async def test_a_key_that_is_no_text_is_taken_as_text(client: httpx.AsyncClient)
 async def test_an_alert_without_a_fingerprint_is_known_by_its_labels(
     client: httpx.AsyncClient,
 ) -> None:
-    all_labels = [{"host": "db1", "job": "a"}, {"host": "db2", "job": "a"}, {}, None, []]
+    all_labels: list[Any] = [{"host": "db1", "job": "a"}, {"host": "db2", "job": "a"}, {}, None, []]
     alerts = [{"status": "firing", "labels": labels, "fingerprint": ""} for labels in all_labels]
     numbers = await send_alerts(client, *alerts)
     again = {"status": "resolved", "labels": {"job": "a", "host": "db1"}}
@@ -647,7 +647,8 @@ WRONG_ALERTS: list[Any] = [5, None, "a", [], {}, [make_alert("x")], {"fingerprin
 WRONG_ALERTS += [make_alert("x", status) for status in ("pending", "Firing", "")]
 WRONG_ALERTS += [make_alert(key) for key in ("a" * 256, "🔥" * 256, 10**255, ["a" * 255])]
 WRONG_WEBHOOKS: list[tuple[Any, list[str]]] = [([], ["#"]), (5, ["#"]), ({}, ["#/alerts"])]
-WRONG_WEBHOOKS += [({"alerts": a}, ["#/alerts"]) for a in (None, {}, "a", [{}] * 10_001)]
+NO_ALERTS: list[Any] = [None, {}, "a", [{}] * 10_001]
+WRONG_WEBHOOKS += [({"alerts": alerts}, ["#/alerts"]) for alerts in NO_ALERTS]
 WRONG_WEBHOOKS += [({"alerts": [wrong]}, []) for wrong in WRONG_ALERTS]
 
 
@@ -978,10 +979,10 @@ async def test_the_token_of_an_event_is_in_the_header_or_else_in_the_routing_key
 ) -> None:
     for header, routing_key in itertools.product(["", *KEYS], repeat=2):
         before = stored_rows()
-        headers = {"Authorization": f"Bearer {KEYS[header]}".encode()} if header else {}
+        bearer = [(b"Authorization", f"Bearer {KEYS[header]}".encode())] if header else []
         event = make_event(key=f"{header} {routing_key}")
         event |= {"routing_key": KEYS.get(routing_key)}
-        response = await client.post(EVENTS, json=event, headers=headers)
+        response = await client.post(EVENTS, json=event, headers=bearer)
         sender, challenge = header or routing_key, response.headers.get("www-authenticate")
 
         assert response.headers["cache-control"] == "no-store"
@@ -1070,7 +1071,8 @@ async def test_one_sender_and_a_person_always_see_what_a_simple_model_says(
     chance = random.Random(7)
     model: dict[int, dict[str, str]] = {}  # of each incident its status, description and severity
     versions: dict[int, int] = {}
-    current, times, said = 0, 0, {}
+    current, times = 0, 0
+    said: dict[str, str] = {}
     for step in range(400):
         action = chance.choice(["trigger", "trigger", "acknowledge", "resolve", "person"])
         number = current
