@@ -127,6 +127,7 @@ class RequestModel(BaseModel, extra="forbid"):
 
 
 # ── The API: incidents ────────────────────────────────────────────────────────────────────────────
+# Report, read and change one incident. Each handler parses, runs one statement, and replies.
 
 
 class NewIncident(RequestModel):
@@ -592,6 +593,8 @@ async def stream_events(query: FeedQuery, position: int) -> AsyncIterator[bytes]
 
 
 # ── The API: monitoring tools ─────────────────────────────────────────────────────────────────────
+# Events of tools that can page with PagerDuty, and webhooks of Alertmanager and Grafana. Each names
+# its problem by a key; sql/event_apply.sql says what an event does to the incident of that key.
 
 # What becomes of what tools say, by its name. These texts become the description.
 TEXTS = ("summary", "description", "message", "Error")
@@ -786,6 +789,7 @@ async def get_alerts(request: Request) -> Response:
 
 
 # ── The API: statistics ───────────────────────────────────────────────────────────────────────────
+# The counting is done in sql/stats.sql.
 
 
 class StatsQuery(Period):
@@ -811,6 +815,7 @@ async def get_stats(request: Request) -> Response:
 
 
 # ── The API: the service itself ───────────────────────────────────────────────────────────────────
+# Probes, metrics, and the pages of docs/pages, which load everything from this server.
 
 
 async def get_root(request: Request) -> Response:
@@ -901,6 +906,7 @@ async def get_docs_file(request: Request) -> Response:
 
 
 # ── The API: routes ───────────────────────────────────────────────────────────────────────────────
+# `ROUTES` lists the whole API, and docs/openapi.py describes it from this table.
 
 
 class ApiRoute(Route):
@@ -2282,6 +2288,8 @@ async def ensure_migrated() -> None:
 
 
 # ── How it is run: settings ───────────────────────────────────────────────────────────────────────
+# Settings come from the environment and from `.env`. What is wrong with one is said in a line of its
+# own when the service starts; you may skip the parsers below.
 
 # Options of DATABASE_URL that psycopg does not check before it connects.
 URL_CHOICES = {
@@ -2572,6 +2580,8 @@ def short_path(folder: Path) -> Iterator[Path]:
 
 
 # ── How it is run: HTTP ───────────────────────────────────────────────────────────────────────────
+# uvicorn and its parser zttp speak HTTP. Here is only what they leave open: a limit on time, refusals
+# as problem documents, and clients that do not read.
 
 MAX_HEAD_SECONDS = 10
 
@@ -2655,6 +2665,8 @@ def open_listener(host: str, port: int) -> socket.socket:
 
 
 # ── How it is run: the start and the end ──────────────────────────────────────────────────────────
+# `lifespan` starts and ends the service, also under `uvicorn incidents:app`; `main` adds the limits
+# above, log lines with a time, and exit codes.
 
 # The signals that end the service, as far as the system has them: Ctrl-C, the one of `kill`, that
 # of a closed terminal, and Ctrl-\.
