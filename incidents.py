@@ -635,9 +635,9 @@ def to_time(value: Any) -> datetime | None:
     Go writes the year 1 for no time. After a time in the future, all events would look late.
     """
     with contextlib.suppress(ValueError, OverflowError):
-        time = datetime.fromisoformat(to_text(value).upper())
-        if time.tzinfo and time.year > 1 and time < datetime.now(UTC) + timedelta(days=1):
-            return time
+        moment = datetime.fromisoformat(to_text(value).upper())
+        if moment.tzinfo and moment.year > 1 and moment < datetime.now(UTC) + timedelta(days=1):
+            return moment
     return None
 
 
@@ -2288,8 +2288,8 @@ async def ensure_migrated() -> None:
 
 
 # ── How it is run: settings ───────────────────────────────────────────────────────────────────────
-# Settings come from the environment and from `.env`. What is wrong with one is said in a line of its
-# own when the service starts; you may skip the parsers below.
+# Settings come from the environment and from `.env`. When the service starts, it says in one line
+# what is wrong with a setting. You may skip the parsers.
 
 # Options of DATABASE_URL that psycopg does not check before it connects.
 URL_CHOICES = {
@@ -2580,8 +2580,8 @@ def short_path(folder: Path) -> Iterator[Path]:
 
 
 # ── How it is run: HTTP ───────────────────────────────────────────────────────────────────────────
-# uvicorn and its parser zttp speak HTTP. Here is only what they leave open: a limit on time, refusals
-# as problem documents, and clients that do not read.
+# uvicorn and its parser zttp speak HTTP. Here is only what they leave open: a limit on time,
+# refusals as problem documents, and clients that do not read.
 
 MAX_HEAD_SECONDS = 10
 
