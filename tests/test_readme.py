@@ -312,9 +312,8 @@ def test_a_route_is_added_by_the_steps_of_the_readme(checkout: Path, server_url:
     with (checkout / "tests/test_timeline.py").open("a", encoding="utf-8") as file:
         file.write("\n\n" + textwrap.dedent(test))
     assert run("docs/openapi.py").startswith("exit code 0")
-    tests = "test_timeline test_openapi test_sql test_routes test_readme test_generated_requests"
-    files = [f"tests/{name}.py" for name in tests.split()]
-    tested = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files)
+    chosen = "summary or test_every_route or test_the_russian_page_has_the_same_rows"
+    tested = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen)
 
     assert tested.startswith("exit code 0"), tested
     assert f"to translate: `{route}`" in tested
