@@ -374,7 +374,7 @@ async def test_a_route_refuses_as_described_and_only_so(
 ) -> None:
     tokens = incidents.parse_tokens(TOKENS)
     for status, request in REFUSED.items():
-        if status == 403 and route.takes_events:
+        if status == 403 and route.access != "token":
             request = {"headers": {"Authorization": READER}}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(incidents.get_settings(), "api_tokens", tokens)

@@ -271,6 +271,7 @@ async def test_text_of_invisible_characters_that_are_not_blanks_is_accepted(
         "application/merge-patch+json",
         "application/merge-patch+json; charset=utf-8",
         "application/vnd.api+json",
+        "application/json;odata=verbose",
     ],
 )
 async def test_every_content_type_of_json_is_accepted(
@@ -297,7 +298,6 @@ async def test_every_content_type_of_json_is_accepted(
         "multipart/form-data; boundary=x",
         "application/xml",
         "application/jsonx",
-        "application/json; charset=iso-8859-1",
         "json",
         "*/*",
     ],
@@ -446,7 +446,7 @@ async def test_a_misspelt_filter_is_refused_and_the_right_names_are_listed(
 
 
 async def test_an_unknown_status_in_a_filter_is_refused(client: httpx.AsyncClient) -> None:
-    for value in ["", "done", "OPEN", "open%20", "open,done", "open,", "%00", "%FF", "1"]:
+    for value in ["", "done", "OPEN", "open%20", "open,done", "open,", "%00", "1"]:
         response = await client.get(f"/incidents/?status={value}")
         statuses = unquote(value).split(",")
         unknown = [number for number, status in enumerate(statuses) if status not in STATUSES]
