@@ -42,7 +42,7 @@ import time
 import traceback
 import unicodedata
 import zlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
@@ -71,7 +71,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from starlette.routing import Match, Route, Router
+from starlette.routing import Route, Router
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import LOGGING_CONFIG
@@ -682,7 +682,8 @@ class AlertGroup(MonitoringModel):
 async def apply_event(request: Request) -> Response:
     """Take an event in the format of PagerDuty's Events API v2."""
     event = await parse_body(request, Event)
-    check_permission(request, authenticate(request, event.routing_key))
+    # Here, not in ApiRoute: the token may be the routing_key of the body.
+    authenticate(request, event.routing_key)
     if event.event_action == "trigger" and event.payload is None:
         raise Problem(422, "A trigger needs a payload.")
     key, payload = event.dedup_key or secrets.token_hex(16), event.payload or {}
@@ -910,12 +911,17 @@ async def get_docs_file(request: Request) -> Response:
 
 
 class ApiRoute(Route):
-    """A method on a path, and the models of its body and its query.
+    """A method on a path, and the models of its body and its query, which its handler parses.
 
-    A route that is not public needs a token, when the service has any. With `has_routing_key`, the
-    token may be in the body, so the handler must call `authenticate` and `check_permission`. Tokens
-    that may only report are for routes with `takes_events`. The handler parses `body` and `query`,
-    and docs/openapi.py describes them; only `NoQuery` is checked here.
+    `access` says who may send a request to it, when the service has tokens:
+
+    - "token": whoever has a token, as far as that may do it. This is what most routes need.
+    - "report": also tokens that may only report.
+    - "routing_key": the same, but the body may hold the token, so the handler authenticates.
+    - "public": everybody.
+
+    Where no `query` is named, "token" refuses all query parameters. The others ignore them, because
+    browsers and monitoring tools add parameters of their own.
     """
 
     def __init__(
@@ -925,27 +931,27 @@ class ApiRoute(Route):
         endpoint: Any,
         *,
         body: type[BaseModel] | None = None,
-        query: type[BaseModel] = NoQuery,
-        is_public: bool = False,
-        takes_events: bool = False,
-        has_routing_key: bool = False,
+        query: type[BaseModel] | None = None,
+        access: Literal["token", "report", "routing_key", "public"] = "token",
     ) -> None:
-        # RequestMiddleware takes the trailing slash off every request's path.
-        super().__init__(path.rstrip("/") or "/", endpoint, methods=[method])
-        self.method, self.documented_path = method, path
-        self.body, self.query, self.is_public = body, query, is_public
-        self.takes_events, self.has_routing_key = takes_events, has_routing_key
+        super().__init__(path, endpoint, methods=[method])
+        # Each path works with and without its last slash. `$` would also fit before a line break.
+        self.path_regex = re.compile(self.path_regex.pattern.rstrip("/$") + r"/?\Z")
+        self.method, self.documented_path, self.body = method, path, body
+        self.query = query or (NoQuery if access == "token" else AnyQuery)
+        self.access, self.is_public = access, access == "public"
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the handler for a request that is allowed; else 401, 403, 405 or 422."""
         request = Request(scope, receive, send)
-        token = None
         if not self.is_public:
             scope["actor"] = None  # not known yet; its presence makes the response `no-store`
-            token = None if self.has_routing_key else authenticate(request)
-        if request.method not in (self.methods or ()):
-            raise method_not_allowed(scope)
-        check_permission(request, token)
+        if scope["method"] not in (self.methods or ()):
+            routes = [route for route in scope["router"].routes if route.path == self.path]
+            allowed = ", ".join(sorted({method for route in routes for method in route.methods}))
+            raise Problem(405, f"This path takes {allowed} only.", {"Allow": allowed})
+        if self.access in ("token", "report"):
+            authenticate(request)
         if self.query is NoQuery and scope["query_string"]:
             parse_query(request, NoQuery)
         response = await self.endpoint(request)
@@ -964,38 +970,20 @@ ROUTES = [
     ApiRoute("POST", "/incidents/{incident_id}/notes", add_note, body=NewNote),
     ApiRoute("GET", "/incidents/{incident_id}/alerts", get_alerts),
     ApiRoute("GET", "/timeline", list_timeline, query=FeedQuery),
-    ApiRoute(
-        "POST",
-        "/v2/enqueue",
-        apply_event,
-        body=Event,
-        query=AnyQuery,
-        takes_events=True,
-        has_routing_key=True,
-    ),
-    ApiRoute(
-        "POST",
-        "/webhooks/alertmanager",
-        apply_alerts,
-        body=AlertGroup,
-        query=AnyQuery,
-        takes_events=True,
-    ),
+    ApiRoute("POST", "/v2/enqueue", apply_event, body=Event, access="routing_key"),
+    ApiRoute("POST", "/webhooks/alertmanager", apply_alerts, body=AlertGroup, access="report"),
     ApiRoute("GET", "/stats", get_stats, query=StatsQuery),
     ApiRoute("GET", "/metrics", get_metrics, query=AnyQuery),
-    ApiRoute("GET", "/health/live", check_liveness, query=AnyQuery, is_public=True),
-    ApiRoute("GET", "/health/ready", check_readiness, query=ReadinessQuery, is_public=True),
-    ApiRoute("GET", "/", get_root, query=AnyQuery, is_public=True),
-    ApiRoute("GET", "/openapi.json", get_openapi, query=AnyQuery, is_public=True),
-    ApiRoute("GET", "/board", show_board, query=AnyQuery, is_public=True),
-    ApiRoute("GET", "/docs", show_swagger_ui, query=AnyQuery, is_public=True),
-    ApiRoute("GET", "/redoc", show_redoc, query=AnyQuery, is_public=True),
+    ApiRoute("GET", "/health/live", check_liveness, access="public"),
+    ApiRoute("GET", "/health/ready", check_readiness, query=ReadinessQuery, access="public"),
+    ApiRoute("GET", "/", get_root, access="public"),
+    ApiRoute("GET", "/openapi.json", get_openapi, access="public"),
+    ApiRoute("GET", "/board", show_board, access="public"),
+    ApiRoute("GET", "/docs", show_swagger_ui, access="public"),
+    ApiRoute("GET", "/redoc", show_redoc, access="public"),
 ]
-# The parts of the pages are not part of the API, so the OpenAPI description leaves them out. Their
-# query parameters are ignored.
-DOCS_FILES_ROUTE = ApiRoute(
-    "GET", "/docs/{file:path}", get_docs_file, query=AnyQuery, is_public=True
-)
+# The files of the pages are not part of the API, so docs/openapi.py does not describe them.
+DOCS_FILES_ROUTE = ApiRoute("GET", "/docs/{file:path}", get_docs_file, access="public")
 
 
 # ── How a request is answered: middleware ─────────────────────────────────────────────────────────
@@ -1022,52 +1010,51 @@ class RequestMiddleware:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self.in_flight = 0
-        IN_FLIGHT.set_function(lambda: self.in_flight)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; other kinds of scopes go to the router as they are."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        self.in_flight += 1
-        started_at, scope["request_id"] = time.perf_counter(), choose_request_id(scope)
-        path = scope["path"]
-        if path.startswith("http://"):  # a whole URL, which is also a way to ask (RFC 9112, 3.2.2)
-            path = "/" + path[7:].partition("/")[2]
-        scope["sent_path"], scope["status"] = path, None
-        scope["path"] = path.removesuffix("/") or "/"  # each path works with and without it
+        started_at = time.perf_counter()
+        scope["request_id"], scope["status"] = choose_request_id(scope), None
         scope["app"] = self  # With this, Starlette's router raises the 404 of an unknown path.
+        if scope["path"].startswith("http://"):  # A client may send a whole URL (RFC 9112, 3.2.2).
+            scope["path"] = "/" + scope["path"][7:].partition("/")[2]
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 scope["status"] = message["status"]
-                observe_request(scope, scope["status"], time.perf_counter() - started_at)
-                add_headers(scope, message["headers"])
+                observe_request(scope, time.perf_counter() - started_at)
+                request_id = (b"x-request-id", scope["request_id"].encode())
+                message["headers"] += [request_id, *SECURITY_HEADERS]
+                if "actor" in scope:  # The route is private, so nobody may store the response.
+                    message["headers"].append((b"cache-control", b"no-store"))
             await send(message)
 
+        IN_FLIGHT.inc()
         try:
             await self.answer_with_cors(scope, receive, send_with_headers)
         finally:
-            self.in_flight -= 1
+            IN_FLIGHT.dec()
             if get_settings().access_log or get_settings().debug:
                 log_access(scope, time.perf_counter() - started_at)
 
     @functools.cached_property
     def answer_with_cors(self) -> ASGIApp:
         """Choose how to answer, at the first request: the settings are known only then."""
-        return ExplainedCors(self.answer) if get_settings().cors_origins else self.answer
+        origins = get_settings().cors_origins
+        cors = ExplainedCors(self.answer, origins, ["*"], ["*"], expose_headers=["*"])
+        return cors if origins else self.answer
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the router answer, and answer its errors with a problem."""
         try:
-            if scope["path"].endswith("\n"):  # `$` in the routes' regexes also matches before it
-                raise HTTPException(404)
             await self.app(scope, receive, send)
         except Exception as error:
             request_id = scope["request_id"]
-            problem = to_problem(error, f"{request_id}: {scope['method']} {scope['sent_path']!r}")
-            if scope["status"] is None:  # otherwise uvicorn cuts off the response that has begun
-                is_event = "route" in scope and scope["route"].has_routing_key
+            problem = to_problem(error, f"{request_id}: {scope['method']} {scope['path']!r}")
+            if scope["status"] is None:  # Otherwise uvicorn cuts off the response that has begun.
+                is_event = "route" in scope and scope["route"].access == "routing_key"
                 response = problem_response(problem, request_id, is_event=is_event)
                 await response(scope, receive, send)
 
@@ -1079,41 +1066,29 @@ CSP = (
     b"worker-src blob:; frame-ancestors 'none'"
 )
 SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"content-security-policy", CSP)]
-NO_STORE = (b"cache-control", b"no-store")
 
 
-def add_headers(scope: Scope, headers: list[tuple[bytes, bytes]]) -> None:
-    """Add the headers that all responses have. Those of private routes are not to be stored."""
-    headers += [(b"x-request-id", scope["request_id"].encode()), *SECURITY_HEADERS]
-    if "actor" in scope:
-        headers.append(NO_STORE)
-
-
-def observe_request(scope: Scope, status: int, seconds: float) -> None:
+def observe_request(scope: Scope, seconds: float) -> None:
     """Count a request by its route.
 
     All unknown paths share one label; otherwise clients could create any number of metrics.
     """
-    route = scope.get("route")
-    path = route.documented_path if route else "unknown"
-    method = scope["method"] if route and scope["method"] in route.methods else "other"
-    request_seconds(path, method, status).observe(seconds)
+    route, method = scope.get("route"), scope["method"]
+    path = route.path if route else "unknown"
+    method = method if route and method in route.methods else "other"
+    request_seconds(path, method, scope["status"]).observe(seconds)
 
 
 def log_access(scope: Scope, seconds: float) -> None:
     """Log a request as a line of JSON. A status of None means that nothing was sent."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     line = {"time": now, "request_id": scope["request_id"], "actor": scope.get("actor")}
-    line |= {"method": scope["method"], "path": scope["sent_path"], "status": scope["status"]}
+    line |= {name: scope[name] for name in ("method", "path", "status")}
     access_log.info(json.dumps(line | {"ms": round(1000 * seconds, 1)}))
 
 
 class ExplainedCors(CORSMiddleware):
     """Lets the web pages of CORS_ORIGINS call the API, and answers the others with a problem."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        origins = get_settings().cors_origins
-        super().__init__(app, origins, ["*"], ["*"], expose_headers=["*"])
 
     def preflight_response(self, request_headers: Headers) -> Response:
         """Answer a browser that asks whether a page may send a request; Starlette calls this."""
@@ -1121,16 +1096,7 @@ class ExplainedCors(CORSMiddleware):
         if response.status_code == 200:
             return response
         reason = bytes(response.body).decode()  # for example "Disallowed CORS origin"
-        return problem_response(
-            Problem(403, f"{reason}: CORS_ORIGINS lists who may call this."), ""
-        )
-
-
-def method_not_allowed(scope: Scope) -> Problem:
-    """Make a 405 that names the methods of every route on this path (RFC 9110, 15.5.6)."""
-    routes = [r for r in scope["router"].routes if r.matches(scope)[0] is not Match.NONE]
-    allowed = ", ".join(sorted({method for route in routes for method in route.methods or ()}))
-    return Problem(405, f"This path takes {allowed} only.", {"Allow": allowed})
+        return problem_response(Problem(403, f"{reason}: CORS_ORIGINS lists who may call this."))
 
 
 # ── How a request is answered: tokens ─────────────────────────────────────────────────────────────
@@ -1144,57 +1110,45 @@ class Token(NamedTuple):
     permission: str | None  # "read" or "report" (events and alerts) and nothing else; None: all
 
 
-CHALLENGE = 'Bearer realm="incidents"'
+def authenticate(request: Request, routing_key: str | None = None) -> None:
+    """Note as the actor whose bearer token (RFC 6750) a request has; 401 or 403 if it is refused.
 
-
-def authenticate(request: Request, routing_key: str | None = None) -> Token | None:
-    """Find the bearer token of a request (RFC 6750), and note its name as the actor.
-
-    An event without a bearer token has its token as `routing_key`. None when the service has no
-    tokens; 401 when it has some, and this one is not among them.
+    An event without a bearer token has its token as `routing_key`.
     """
     known: list[Token] = get_settings().api_tokens
     if not known:
         request.scope["actor"] = "anonymous"
-        return None
+        return
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
     sent = (secret.strip() if scheme.lower() == "bearer" else routing_key or "").encode()
     # compare_digest takes the same time for every wrong secret, so it cannot be guessed by timing.
-    tokens = [token for token in known if hmac.compare_digest(token.secret, sent)]
-    if not tokens:
-        detail = (
-            "Send the header Authorization: Bearer, with a token that this service knows. "
-            "An event may have it as its routing_key."
-        )
+    token = next((token for token in known if hmac.compare_digest(token.secret, sent)), None)
+    challenge = 'Bearer realm="incidents"'
+    if not token:
+        detail = "Send a token of this service, in the header Authorization: Bearer <token>."
         # RFC 6750, 3.1: without a token there is no error code.
-        challenge = CHALLENGE + (', error="invalid_token"' if sent else "")
+        challenge += ', error="invalid_token"' if sent else ""
         raise Problem(401, detail, {"WWW-Authenticate": challenge})
-    request.scope["actor"] = tokens[0].name
-    return tokens[0]
-
-
-def check_permission(request: Request, token: Token | None) -> None:
-    """Check that a token may be used for this request; else 403."""
-    if not token or not token.permission:
-        return
+    request.scope["actor"] = token.name
+    is_allowed, action = True, ""
     if token.permission == "read":
         is_allowed, action = request.method in ("GET", "HEAD"), "read"
-    else:
-        is_allowed, action = request.scope["route"].takes_events, "send events and alerts"
+    elif token.permission == "report":
+        is_allowed, action = request.scope["route"].access != "token", "send events and alerts"
     if not is_allowed:
         detail = f"The token of {token.name} may only {action}; use another one."
-        challenge = f'{CHALLENGE}, error="insufficient_scope"'
+        challenge += ', error="insufficient_scope"'
         raise Problem(403, detail, {"WWW-Authenticate": challenge})
 
 
 # ── How a request is answered: parsing ────────────────────────────────────────────────────────────
 
 JSON_TYPE = "application/json; charset=utf-8"
+JSON_PATTERN = r"application/([\w.-]+\+)?json *(;|$)"  # also application/merge-patch+json
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Some clients begin a body with it.
 MAX_BODY = 512 * 1024  # bytes; PagerDuty's limit for an event, and enough for 32 long labels
 MAX_ALERTS = 2 * 1024 * 1024  # bytes; several thousand alerts
 MAX_BODY_SECONDS = 10
-MAX_QUERY_PARAMETERS = 100
 MAX_ERRORS = 100  # that one response lists; each costs 10 µs
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -1224,17 +1178,9 @@ def parse_query(request: Request, model: type[Model]) -> Model:
 def validate_query(query_string: bytes, model: type[Model]) -> Model:
     """Validate a query string; each parameter is a list of the values that were sent."""
     try:
-        values = parse_qs(
-            query_string.decode(),
-            keep_blank_values=True,
-            errors="strict",
-            max_num_fields=MAX_QUERY_PARAMETERS,
-        )
+        values = parse_qs(query_string.decode(), keep_blank_values=True, errors="strict")
     except UnicodeDecodeError:
         detail = "The query is not UTF-8. Percent-encode text as UTF-8: é is %C3%A9."
-        raise Problem(422, detail) from None
-    except ValueError:
-        detail = f"There are over {MAX_QUERY_PARAMETERS} query parameters; send fewer."
         raise Problem(422, detail) from None
     return validate(values, "query parameter", model)
 
@@ -1255,7 +1201,7 @@ async def parse_body(
         # RFC 9110, 15.5.16: the response names the codings that are taken.
         detail = "Send the body without compression, and without the header Content-Encoding."
         raise Problem(415, detail, {"Accept-Encoding": "identity"})
-    if not is_json(request.headers.get("content-type", "")):
+    if not re.match(JSON_PATTERN, request.headers.get("content-type", ""), re.IGNORECASE):
         raise Problem(415, f"Send JSON in UTF-8 with the header Content-Type: {JSON_TYPE}")
     body = await read_body(request, max_size, advice)
     try:
@@ -1298,16 +1244,6 @@ def parse_json(body: bytes, *, is_lenient: bool) -> Any:
     return from_json(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
-@functools.lru_cache(100)
-def is_json(content_type: str) -> bool:
-    """Whether a Content-Type is JSON in UTF-8: application/json, or one ending in +json."""
-    with contextlib.suppress(mimeparse.MimeTypeParseException):
-        kind, subtype, parameters = mimeparse.parse_mime_type(content_type.lower())
-        is_utf8 = parameters.get("charset", "utf-8") in ("utf-8", "utf8")
-        return kind == "application" and f"+{subtype}".endswith("+json") and is_utf8
-    return False
-
-
 def validate(values: Any, noun: str, model: type[Model]) -> Model:
     """Validate a body or a query; 422 with everything that is wrong with it."""
     try:
@@ -1322,7 +1258,6 @@ def validation_problem(error: ValidationError, noun: str, model: type[BaseModel]
     if error.error_count() > MAX_ERRORS:
         detail = f"There are {error.error_count()} errors. There may be these {noun}s: {names}."
         return Problem(422, detail)
-    items = error.errors(include_url=False, include_context=False, include_input=False)
     texts = {
         "missing": f"This {noun} is required.",
         "extra_forbidden": f"There is no such {noun} here; there is: {names}.",
@@ -1331,9 +1266,9 @@ def validation_problem(error: ValidationError, noun: str, model: type[BaseModel]
         "string_pattern_mismatch": "Write some text that can be read, without NUL characters.",
     }
     errors = []
-    for item in items:
-        detail = texts.get(item["type"], item["msg"].removeprefix("Value error, "))
+    for item in error.errors(include_url=False, include_context=False, include_input=False):
         path = item["loc"]
+        detail = texts.get(item["type"], item["msg"].removeprefix("Value error, "))
         if len(path) > 2 and path[-1] == "[key]":  # Pydantic's mark of a wrong name of a label
             path = path[:-1]
             detail = "A label's name has 1 to 100 characters, not only blanks, and no colon or NUL."
@@ -1351,27 +1286,21 @@ def make_json_pointer(path: Iterable[str | int]) -> str:
 
 
 async def run_idempotent(request: Request, statement: Statement, **values: Any) -> Any:
-    """Run a statement that makes something, but once only for each Idempotency-Key.
+    """Run a statement that creates something, but only once for each Idempotency-Key.
 
-    `values` are what the client has sent. The row's `is_replay` tells that the key was used before;
-    then only its `id` is there.
+    When the key was used before with the same values, the row has `is_replay` and the `id` of what
+    was created then; with other values, 422.
     """
-    keys = {line.strip(" \t") for line in request.headers.getlist("idempotency-key")}
-    if len(keys) > 1:
-        raise Problem(422, "There are several Idempotency-Keys; send one.")
-    # The draft standard writes the key in quotes. It is the same key with or without them.
-    key = re.sub(r'^"(.*)"$', r"\1", keys.pop()) if keys else None
-    if key is not None and not re.fullmatch("[ -~]{1,255}", key):
-        raise Problem(422, "An Idempotency-Key has 1 to 255 ASCII characters; send another.")
-    digest = None
+    key, digest = join_header_lines(request, "idempotency-key"), None
     if key is not None:
-        # None is left out, so that a new parameter does not change the digests that are stored.
+        key = re.sub(r'^"(.*)"$', r"\1", key)  # The draft standard writes the key in quotes.
+        if not re.fullmatch("[ -~]{1,255}", key):
+            raise Problem(422, "An Idempotency-Key has 1 to 255 ASCII characters; send another.")
+        # Without None, so that a parameter that is added one day changes no digest that is stored.
         sent = json.dumps([value for value in values.values() if value is not None])
         digest = hashlib.sha256(sent.encode()).digest()
-    actor = request.scope["actor"]
-    row = await database.fetchrow(
-        statement, idempotency_key=key, digest=digest, actor=actor, **values
-    )
+    values |= {"idempotency_key": key, "digest": digest, "actor": request.scope["actor"]}
+    row = await database.fetchrow(statement, **values)
     if not row["is_same_request"]:
         raise Problem(422, "This Idempotency-Key came with another request; send a new one.")
     return row
@@ -1392,28 +1321,22 @@ class Problem(HTTPException):
     errors: Sequence[dict[str, str]] = ()
 
 
-# Only a pooler that gives each transaction another connection of the server causes these two:
-# a prepared statement is not there, or a new one is there already.
-POOLER_SQLSTATES = ("26000", "42P05")
+# Only a pooler in transaction mode loses prepared statements (26000) or has them twice (42P05).
 POOLER_REMEDY = (
     "DATABASE_URL leads to a pooler in transaction mode; use session mode, or PgBouncer 1.21 or "
     "later with max_prepared_statements = 200"
 )
-# SQLSTATE classes and codes that say "not now" (PostgreSQL manual, Appendix A).
-UNAVAILABLE_SQLSTATES = (
-    "08",  # connection lost
-    "28",  # login refused
-    "40",  # deadlock or serialization failure
-    "53",  # no connections, memory or disk space left
-    "55",  # the object is not ready, for example the database takes no connections
-    "57",  # shutdown, startup or statement timeout
-    "25006",  # read-only transaction, as on a standby
-    "3D000",  # the database does not exist
-    "42501",  # the role lacks a right, for example on a table that another role restored
-    *POOLER_SQLSTATES,
-)
-# asyncpg raises these two for connections that have just ended, and for hosts that are not what
-# target_session_attrs wants.
+REMEDIES = {
+    "26000": POOLER_REMEDY,
+    "42P05": POOLER_REMEDY,
+    "53300": "lower DB_POOL_SIZE, or raise the server's max_connections",
+}
+# SQLSTATEs, or how they begin, that say "not now" (PostgreSQL manual, Appendix A): connection lost,
+# login refused, deadlock; out of connections or space, object not ready, shutdown or timeout;
+# read-only, as a standby is, no such database, and a right that the role lacks.
+UNAVAILABLE_SQLSTATES = ("08", "28", "40", "53", "55", "57", "25006", "3D000", "42501", *REMEDIES)
+# asyncpg raises these for connections that have just ended, and where no host of DATABASE_URL is
+# what target_session_attrs wants.
 CONNECTION_ERRORS = (asyncpg.InterfaceError, asyncpg.InternalClientError)
 # After these, the calls of a batch are not run one by one: a lost connection may have committed
 # them all, and a full or read-only database would refuse each.
@@ -1429,31 +1352,20 @@ def is_unavailable(error: BaseException) -> bool:
     """Whether an error means that the database is away, restarting, full or too slow."""
     if isinstance(error, asyncpg.PostgresError):
         return str(error.sqlstate).startswith(UNAVAILABLE_SQLSTATES)
-    # Also TimeoutError. An OSError with a file name is about a file of this service.
-    if isinstance(error, OSError):
-        return error.filename is None
+    if isinstance(error, OSError):  # also TimeoutError
+        return error.filename is None  # With a name, it is about a file of this service.
     return isinstance(error, CONNECTION_ERRORS)
-
-
-def is_pooler_error(error: BaseException) -> bool:
-    """Whether an error comes from a pooler in transaction mode."""
-    return getattr(error, "sqlstate", None) in POOLER_SQLSTATES
 
 
 def describe_error(error: BaseException) -> str:
     """Give an error's message on one line, without PostgreSQL's DETAIL: it may hold a row."""
-    if is_pooler_error(error):
-        return POOLER_REMEDY
-    if isinstance(error, asyncpg.TooManyConnectionsError):
-        return f"{error}; lower DB_POOL_SIZE, or raise the server's max_connections"
-    return " ".join(str(error).partition("\nDETAIL:")[0].split()) or type(error).__name__
+    text = " ".join(str(error).partition("\nDETAIL:")[0].split()) or type(error).__name__
+    remedy = REMEDIES.get(getattr(error, "sqlstate", None) or "")
+    return f"{text}; {remedy}" if remedy else text
 
 
 def to_problem(error: Exception, request_line: str) -> Problem:
-    """Turn an error into the problem that the client gets; log what an operator must know.
-
-    `request_line` names the request in the log.
-    """
+    """Turn an error into the problem that the client gets; log it, as this request's, if a bug."""
     if isinstance(error, Problem):
         return error
     if is_unavailable(error):
@@ -1476,7 +1388,7 @@ def to_problem(error: Exception, request_line: str) -> Problem:
 TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}
 
 
-def problem_response(problem: Problem, request_id: str, *, is_event: bool = False) -> Response:
+def problem_response(problem: Problem, request_id: str = "", *, is_event: bool = False) -> Response:
     """Reply with a problem. RFC 9457: with about:blank, the title is the status phrase.
 
     `is_event` adds what PagerDuty's clients read of a refusal: their senders' logs then say why.
@@ -1506,9 +1418,9 @@ NO_SUCH_INCIDENT = "There is no such incident; GET /incidents/ lists those that 
 
 
 def json_response(row: Any, status: int = 200, **headers: str) -> Response:
-    """Reply with the JSON that a statement wrote.
+    """Reply with the JSON that a statement wrote in its column `body`; 404 when that is null.
 
-    `body` is its column of type json; 404 when that is null. `etag` is a column that it may have.
+    A column `etag`, which some statements have, is sent as the header.
     """
     if row["body"] is None:
         raise Problem(404, NO_SUCH_INCIDENT)
@@ -1517,13 +1429,9 @@ def json_response(row: Any, status: int = 200, **headers: str) -> Response:
     return Response(row["body"], status, headers, media_type=JSON_TYPE)
 
 
-# Incidents or entries. Each slow reader of a whole list keeps two pages in memory.
-STREAM_PAGE = 250
+STREAM_PAGE = 250  # incidents or entries; each slow reader of a list keeps two pages in memory
 
 MAX_ID = 10**18 - 1  # no id is higher
-
-# Fetches the page that follows a position. Each page has the `position` of its end.
-FetchAfter = Callable[[Any], Coroutine[Any, Any, Any]]
 
 
 class ListFormat(NamedTuple):
@@ -1544,7 +1452,7 @@ NDJSON = ListFormat("ndjson", "application/x-ndjson; charset=utf-8")
 CSV = ListFormat(
     "csv",
     "text/csv; charset=utf-8; header=present",
-    # By the byte order mark a spreadsheet knows that the file is UTF-8.
+    # The byte order mark at the start tells spreadsheets that the file is UTF-8.
     "\ufeffid,description,status,source,created_at,updated_at,version,labels\r\n".encode(),
 )
 EVENT_STREAM = ListFormat("sse", "text/event-stream; charset=utf-8")
@@ -1553,16 +1461,14 @@ LIST_FORMATS: dict[str, ListFormat] = {each.name: each for each in (JSON, NDJSON
 
 def choose_format(request: Request, *formats: ListFormat) -> ListFormat:
     """Choose a format by the Accept header; the last one when the header names none of them."""
-    accept = join_header_lines(request, "accept") or "*/*"
-    return match_accept(accept, formats)
+    return match_accept(join_header_lines(request, "accept") or "*/*", formats)
 
 
 @functools.lru_cache(100)  # clients repeat the same headers
 def match_accept(accept: str, formats: tuple[ListFormat, ...]) -> ListFormat:
-    """Find the format that fits an Accept header best."""
+    """Find the format that fits an Accept header best; of several, the last one."""
     media_types = {list_format.media_type.split(";")[0]: list_format for list_format in formats}
     try:
-        # mimeparse gives the last of several that fit equally well.
         best = mimeparse.best_match(list(media_types), accept.lower())
     except mimeparse.MimeTypeParseException:
         best = ""
@@ -1575,12 +1481,13 @@ def list_response(
     limit: int | None,
     page: Any,
     encode: Callable[[Any], str],
-    fetch_after: FetchAfter | None,
+    fetch_after: Callable[[Any], Any] | None,
     **headers: str,
 ) -> Response:
     """Reply with one page of a list, or without a limit with all pages, of which this is the first.
 
-    `encode` makes a cursor of the page's position, for its Link to the next page.
+    `encode` makes a cursor of a page's `position`, for its Link to the next page. `fetch_after`
+    fetches the page that follows a position.
     """
     headers["Vary"] = "Accept"
     if limit:
@@ -1596,12 +1503,11 @@ def list_response(
 
 
 async def stream_pages(
-    list_format: ListFormat, page: Any, fetch_after: FetchAfter
+    list_format: ListFormat, page: Any, fetch_after: Callable[[Any], Any]
 ) -> AsyncIterator[bytes]:
     """Yield the whole list from its first page on.
 
-    Each page is a query of its own, so a slow reader holds no connection. When a read fails, the
-    response breaks off, so that a part of the list never looks complete.
+    When a read fails, the response breaks off, so that a part of the list never looks complete.
     """
     yield list_format.opening
     while page["has_more"]:
@@ -1621,22 +1527,15 @@ def link_header(request: Request, cursor: str | None) -> str:
 
 # ── How a request is answered: metrics ────────────────────────────────────────────────────────────
 
-# GET /metrics shows these, and what prometheus_client itself knows about the process.
 BATCH_CALLS = Histogram(
-    "incidents_batch_calls",
-    "Calls of a statement that went to PostgreSQL together.",
-    ["statement"],
-    buckets=(1, 2, 4, 8, 16, 32, 128, 512),
+    "incidents_batch_calls", "Calls sent together.", ["statement"], buckets=(1, 2, 4, 8, 16, 32)
 )
 WAITING_CALLS = Gauge("incidents_waiting_calls", "Calls that wait to be sent.", ["statement"])
 IN_FLIGHT = Gauge("incidents_http_requests_in_flight", "Requests that are being answered.")
 CONNECTIONS = Gauge("incidents_database_connections", "Connections to PostgreSQL.", ["state"])
 LISTENERS = Gauge("incidents_timeline_listeners", "Requests that wait for entries of the timeline.")
-UNRESOLVED = Gauge(
-    "incidents_unresolved", "Incidents that are open or in progress.", ["status", "source"]
-)
+UNRESOLVED = Gauge("incidents_unresolved", "Unresolved incidents.", ["status", "source"])
 OLDEST_OPEN = Gauge("incidents_oldest_open_seconds", "Age of the oldest open incident, or 0.")
-UNRESOLVED_TIMEOUT = 8  # seconds; Prometheus gives up a scrape after 10
 
 REQUEST_SECONDS = Histogram(
     "incidents_http_request_seconds",
@@ -1646,19 +1545,15 @@ REQUEST_SECONDS = Histogram(
 )
 
 
-@functools.cache  # the library's own look-up of a child takes three times as long
-def request_seconds(route: str, method: str, status: int) -> Histogram:
-    """Find the histogram for the requests of a route that were answered with this status."""
-    return REQUEST_SECONDS.labels(route, method, status)
+# The library's own look-up of the histogram for some labels takes three times as long.
+request_seconds = functools.cache(REQUEST_SECONDS.labels)
 
 
 async def count_unresolved() -> None:
     """Bring the metrics of unresolved incidents up to date, or say that they are not known."""
+    values = {"statuses": ("open", "in_progress"), "sources": SOURCES}
     try:
-        async with asyncio.timeout(UNRESOLVED_TIMEOUT):
-            row = await database.fetchrow(
-                SQL.unresolved_incidents, statuses=("open", "in_progress"), sources=SOURCES
-            )
+        row = await database.fetchrow(SQL.unresolved_incidents, **values)
     except Exception as error:  # the other metrics matter most when the database is away
         to_problem(error, "for metrics")  # logs the error if it is a bug
         UNRESOLVED.clear()

@@ -497,7 +497,7 @@ async def test_open_and_in_progress_incidents_are_counted_by_source(
 
 
 async def test_the_age_is_that_of_the_oldest_open_incident(
-    client: httpx.AsyncClient, sql: Sql, monkeypatch: pytest.MonkeyPatch
+    client: httpx.AsyncClient, sql: Sql
 ) -> None:
     ages = [("open", 60), ("open", 3600), ("in_progress", 7200), ("closed", 9000)]
     for status, seconds in ages:
@@ -518,7 +518,7 @@ async def test_the_age_is_that_of_the_oldest_open_incident(
 
 
 async def test_of_a_hundred_requests_at_once_those_that_wait_count_the_incidents_together(
-    client: httpx.AsyncClient, database_url: str, sql: Sql, monkeypatch: pytest.MonkeyPatch
+    client: httpx.AsyncClient, database_url: str, sql: Sql
 ) -> None:
     counted = write_series(f"{BATCHES}_sum", statement="unresolved_incidents")
     before = await read_metrics(client)
@@ -538,7 +538,6 @@ async def test_without_the_database_the_other_metrics_are_there_within_seconds(
     client: httpx.AsyncClient,
     sql: Sql,
     database_unavailable: Callable[[], AbstractContextManager[None]],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     insert_incidents(sql, 4)
     before = await read_metrics(client)

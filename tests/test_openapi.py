@@ -339,7 +339,7 @@ def assert_described(route: incidents.ApiRoute, answer: httpx.Response) -> None:
         is_json = media_type.endswith(("/json", "+json"))
         body: Any = answer.json() if is_json else answer.text
         assert find_errors(body, schema) == []
-        if media_type == "application/problem+json" and not route.has_routing_key:
+        if media_type == "application/problem+json" and route.access != "routing_key":
             assert body["status"] == answer.status_code
             openapi.ProblemDetails.model_validate(body)
     else:
@@ -368,7 +368,7 @@ async def test_a_route_refuses_as_described_and_only_so(
 ) -> None:
     tokens = incidents.parse_tokens(TOKENS)
     for status, request in REFUSED.items():
-        if status == 403 and route.takes_events:
+        if status == 403 and route.access != "token":
             request = {"headers": {"Authorization": READER}}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(incidents.get_settings(), "api_tokens", tokens)
