@@ -43,7 +43,7 @@ import traceback
 import unicodedata
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
@@ -987,8 +987,9 @@ DOCS_FILES_ROUTE = ApiRoute("GET", "/docs/{file:path}", get_docs_file, access="p
 
 
 # ── How a request is answered: middleware ─────────────────────────────────────────────────────────
-# Every request passes `RequestMiddleware` and then its route. Whoever writes a handler need know
-# only that each error becomes a problem, and that `request.scope["actor"]` names who asks.
+# Every request passes `RequestMiddleware`, then its `ApiRoute`, then its handler. Whoever writes a
+# handler need know only that each error that it raises becomes a problem, and that
+# `request.scope["actor"]` names who asks.
 
 REQUEST_NUMBERS = itertools.count(1)
 
@@ -1100,6 +1101,8 @@ class ExplainedCors(CORSMiddleware):
 
 
 # ── How a request is answered: tokens ─────────────────────────────────────────────────────────────
+# Who may do what. Without API_TOKENS, everybody may do everything and is called "anonymous". Each
+# `ApiRoute` authenticates its requests before its handler runs.
 
 
 class Token(NamedTuple):
@@ -1142,6 +1145,9 @@ def authenticate(request: Request, routing_key: str | None = None) -> None:
 
 
 # ── How a request is answered: parsing ────────────────────────────────────────────────────────────
+# Everything that a client sends is parsed here before SQL sees it; what is wrong gets a 4xx that
+# says what to correct. A handler needs `parse_incident_id`, `parse_query` and `parse_body`, and
+# `run_idempotent` when it creates something.
 
 JSON_TYPE = "application/json; charset=utf-8"
 JSON_PATTERN = r"application/([\w.-]+\+)?json *(;|$)"  # also application/merge-patch+json
@@ -1310,6 +1316,8 @@ REPLAYED = {"Idempotent-Replayed": "true"}
 
 
 # ── How a request is answered: problems ───────────────────────────────────────────────────────────
+# An error response is a `Problem`: handlers raise it, and `to_problem` makes one of every other
+# error. What the database cannot do now is a 503, which clients try again; a 500 is a bug.
 
 
 class Problem(HTTPException):
@@ -1413,6 +1421,8 @@ def problem_response(problem: Problem, request_id: str = "", *, is_event: bool =
 
 
 # ── How a request is answered: JSON and lists ─────────────────────────────────────────────────────
+# SQL writes the JSON of every row, so a body is only framed here. A list without a limit is sent
+# page by page, in constant memory and without a connection that waits for a slow reader.
 
 NO_SUCH_INCIDENT = "There is no such incident; GET /incidents/ lists those that there are."
 
@@ -1526,6 +1536,8 @@ def link_header(request: Request, cursor: str | None) -> str:
 
 
 # ── How a request is answered: metrics ────────────────────────────────────────────────────────────
+# GET /metrics shows these, and what prometheus_client itself knows about the process. Each process
+# counts its own requests; the numbers of incidents come from the database.
 
 BATCH_CALLS = Histogram(
     "incidents_batch_calls", "Calls sent together.", ["statement"], buckets=(1, 2, 4, 8, 16, 32)
@@ -1565,6 +1577,8 @@ async def count_unresolved() -> None:
 
 
 # ── How it is stored: statements ──────────────────────────────────────────────────────────────────
+# Each file of `sql/` is one statement, and handlers run it by `database.fetchrow`. Whoever writes a
+# statement must know what its file declares, which the docstring of `Statement` says.
 
 QUERY_TIMEOUT = 4.5  # seconds until a call gets a 503; a write that was sent may still be stored
 BATCH_SIZE = 32  # calls that go to the server together
@@ -1573,8 +1587,7 @@ WORKERS = 3  # batches of one statement that are on their way at once
 FIRST_LINE = re.compile(
     # -- write, batch
     # -- read, at most 30 s, 1 at once
-    r"-- (?P<access>read|write)(?P<batch>, batch)?"
-    r"(?P<slow>, at most (?P<seconds>[0-9]+) s, (?P<workers>[0-9]+) at once)?\n"
+    r"-- (read|write)(, batch)?(?:, at most ([0-9]+) s, ([0-9]+) at once)?\n"
 )
 PARAMETER = re.compile(r"^--   \$[0-9]+ (\w+)  ", re.MULTILINE)  # --   $1 incident_id  bigint[]
 
@@ -1611,22 +1624,20 @@ class Statement:
         if not first:
             examples = "'-- read', '-- write, batch' or '-- read, at most 30 s, 1 at once'"
             raise ValueError(f"sql/{file.name} must begin with a line like {examples}")
+        access, batch, seconds, workers = first.groups()
         return cls(
             name=file.stem,
             text=text,
-            is_read=first["access"] == "read",
-            is_batch=bool(first["batch"]),
-            is_slow=bool(first["slow"]),
-            seconds=float(first["seconds"] or QUERY_TIMEOUT),
-            workers=int(first["workers"] or WORKERS),
+            is_read=access == "read",
+            is_batch=bool(batch),
+            is_slow=bool(seconds),
+            seconds=float(seconds or QUERY_TIMEOUT),
+            workers=int(workers or WORKERS),
             parameters=tuple(PARAMETER.findall(text)),
         )
 
     def order_values(self, values: dict[str, Any]) -> tuple[Any, ...]:
-        """Put values in the order of the parameters; `TypeError` when a name is wrong or missing.
-
-        Every value must be hashable: a tuple, not a list.
-        """
+        """Put values, which must be hashable, in the order of the parameters."""
         if tuple(values) != self.parameters:  # Most calls have them in order, which is quicker.
             if values.keys() != set(self.parameters):
                 wanted, given = ", ".join(self.parameters), ", ".join(values)
@@ -1639,7 +1650,8 @@ SQL = SimpleNamespace(**{file.stem: Statement.load(file) for file in HERE.glob("
 
 
 # ── How it is stored: group commit ────────────────────────────────────────────────────────────────
-# The hardest part, and the reason for the speed. Its rules are in the docstring of `Batcher`.
+# The hardest part, and the reason for the speed. To trust the rest, it is enough to know the rules
+# in the docstring of `Batcher`; its methods may be skipped.
 
 MAX_WAITING = 1000  # calls of one statement; about a tenth of a second of work
 SLOW_ADVICE = (
@@ -1649,30 +1661,22 @@ SLOW_ADVICE = (
 LOCKED_ADVICE = "Another transaction holds this incident; try again soon."
 
 
-@dataclass
-class PendingCall:
+class PendingCall(NamedTuple):
     """A call that waits, and the futures of all who wait for its row: identical reads share one."""
 
     arguments: tuple[Any, ...]
-    lock_key: Any  # the first argument of a write, otherwise None
-    deadline: float = 0.0  # the loop's time when the last of the callers stops waiting
-    futures: list[asyncio.Future[Any]] = field(default_factory=list)
-
-    def finish(self, row: Any, error: Exception | None = None) -> None:
-        """Give the row, or raise the error, to all who still wait for it."""
-        for future in self.futures:
-            if future.done():
-                continue
-            if error:
-                future.set_exception(error)
-            else:
-                future.set_result(row)
+    futures: list[asyncio.Future[Any]]
 
 
-def raise_timeout(future: asyncio.Future[Any], error: Exception) -> None:
-    """Raise an error at a caller that still waits."""
-    if not future.done():
-        future.set_exception(error)
+def give_outcome(futures: Iterable[asyncio.Future[Any]], outcome: Any) -> None:
+    """Give a row, or raise an error, to all who still wait."""
+    for future in futures:
+        if future.done():
+            continue
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
 
 
 class Batcher:
@@ -1687,8 +1691,8 @@ class Batcher:
     - If PostgreSQL refuses a batch, nothing of it was stored, so its calls are run one by one: one
       bad call cannot fail the others.
     - After a lost connection nothing is run again, because the batch may have been committed.
-    - Writes with the same `lock_key` go in separate batches, and each batch is sorted by that key,
-      so two batches cannot deadlock.
+    - Writes that lock the same incident or key go in separate batches, and each batch is sorted by
+      what it locks, so two batches cannot deadlock.
     - A statement does not wait for an incident that another transaction holds. It passes that call
       over, and the call is run again a little later. So one held incident delays no other.
     - Identical reads that are still waiting share one result. A read never joins one that was
@@ -1709,45 +1713,38 @@ class Batcher:
         Raises `Problem` 503 when too many calls wait or another transaction holds the incident, and
         `TimeoutError` when the database does not answer in time.
         """
-        deadline, pause = asyncio.get_running_loop().time() + self.statement.seconds, 0.01
-        row = await self.wait_for_row(arguments, deadline, TimeoutError())
-        while row.get("is_locked"):
-            # Pauses stay short, so that new calls do not always come before those that wait.
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, 0.05)
-            held = Problem(503, LOCKED_ADVICE, {"Retry-After": "2"})
-            row = await self.wait_for_row(arguments, deadline, held)
-        return row
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.statement.seconds
+        late_error: Exception = TimeoutError()
+        if self.statement.is_slow:
+            late_error = Problem(503, SLOW_ADVICE, {"Retry-After": "10"})
+        while loop.time() < deadline:
+            future = self.add_call(arguments)
+            # asyncio.timeout costs five times as much, and would add a tenth to each request.
+            timer = loop.call_at(deadline, give_outcome, [future], late_error)
+            try:
+                row = await future
+            finally:
+                timer.cancel()
+            if not row.get("is_locked"):
+                return row
+            late_error = Problem(503, LOCKED_ADVICE, {"Retry-After": "2"})
+            # This is short, so that new calls do not always come before those that wait.
+            await asyncio.sleep(0.03)
+        raise late_error
 
-    async def wait_for_row(
-        self, arguments: tuple[Any, ...], deadline: float, late_error: Exception
-    ) -> Any:
-        """Put a call into the queue and wait for its row; raise `late_error` after the deadline."""
+    def add_call(self, arguments: tuple[Any, ...]) -> asyncio.Future[Any]:
+        """Put a call into the queue, and give the future of its row."""
         if len(self.waiting) >= MAX_WAITING:
             raise Problem(503, "Too many requests wait; try again soon.", {"Retry-After": "1"})
-        loop, statement = asyncio.get_running_loop(), self.statement
-        future = loop.create_future()
-        lock_key = None if statement.is_read or not arguments else arguments[0]
+        future = asyncio.get_running_loop().create_future()
         # Identical reads have one place in the queue; each write has its own.
-        place = arguments if statement.is_read else future
-        call = self.waiting.setdefault(place, PendingCall(arguments, lock_key))
-        call.futures.append(future)
-        call.deadline = deadline
-        is_worker_needed = len(self.waiting) == 1 or statement.is_slow
-        if is_worker_needed and len(self.workers) < statement.workers:
-            self.workers.add(loop.create_task(self.run_worker()))
-        # asyncio.timeout costs five times as much, and would add a tenth to each request.
-        timer = loop.call_at(deadline, raise_timeout, future, late_error)
-        try:
-            return await future
-        except Exception as error:
-            if statement.is_slow and isinstance(error, TimeoutError):
-                raise Problem(503, SLOW_ADVICE, {"Retry-After": "10"}) from None
-            if is_unavailable(error):
-                self.database.log_failure(error)
-            raise
-        finally:
-            timer.cancel()
+        place = arguments if self.statement.is_read else future
+        self.waiting.setdefault(place, PendingCall(arguments, [])).futures.append(future)
+        is_worker_needed = len(self.waiting) == 1 or self.statement.is_slow
+        if is_worker_needed and len(self.workers) < self.statement.workers:
+            self.workers.add(asyncio.create_task(self.run_worker()))
+        return future
 
     async def run_worker(self) -> None:
         """Send batch after batch until no call waits."""
@@ -1755,9 +1752,9 @@ class Batcher:
             batch: list[PendingCall] = []
             try:
                 async with self.database.borrow_connection() as connection:
-                    if self.statement.seconds > QUERY_TIMEOUT:
+                    if self.statement.is_slow:
                         # It may run long, so ask first whether the server answers at all.
-                        await connection.fetchval("SELECT 1", timeout=QUERY_TIMEOUT)
+                        await connection.fetchval("SELECT 1")
                     batch = self.take_batch()
                     if batch:
                         await self.execute_batch(connection, batch)
@@ -1765,130 +1762,100 @@ class Batcher:
                 if not batch:  # No connection could be had, for any call.
                     batch, self.waiting = list(self.waiting.values()), {}
                 for call in batch:
-                    call.finish(None, error)
+                    give_outcome(call.futures, error)
         # There is no await between the check above and this line. Otherwise a call could join the
         # queue in between, count on this worker, and wait for ever.
         self.workers.discard(asyncio.current_task())
 
     def take_batch(self) -> list[PendingCall]:
-        """Take the oldest waiting calls, sorted by lock key.
+        """Take the oldest waiting calls that somebody still waits for, sorted by what they lock.
 
-        A write stays in the queue when its lock key is in the batch already. Calls that nobody
-        waits for any more are dropped.
+        A write stays in the queue when the batch already has one that locks the same.
         """
-        batch: dict[Any, PendingCall] = {}
+        is_locking = self.statement.is_batch and not self.statement.is_read
         size = 1 if self.statement.is_slow else BATCH_SIZE
+        batch: dict[Any, PendingCall] = {}
         for place, call in list(itertools.islice(self.waiting.items(), size)):
-            key = place if call.lock_key is None else call.lock_key
+            lock_key = call.arguments[0] if is_locking else None
+            key = place if lock_key is None else lock_key
             if key not in batch:
                 batch[key] = self.waiting.pop(place)
         wanted = [call for call in batch.values() if not all(f.done() for f in call.futures)]
-        return sorted(wanted, key=lambda call: str(call.lock_key))
+        return sorted(wanted, key=lambda call: str(call.arguments[0])) if is_locking else wanted
 
     async def execute_batch(self, connection: Any, batch: list[PendingCall]) -> None:
         """Run a batch in one round trip and one transaction, or else its calls one by one."""
-        started_at = time.monotonic()
         try:
-            rows = await self.fetch_rows(connection, batch)
+            rows = await self.fetch_rows(connection, [call.arguments for call in batch])
+            self.batch_calls.observe(len(batch))
         except asyncpg.PostgresError as error:
-            if len(batch) == 1 or isinstance(error, STOPPING_ERRORS):
-                raise
-            for call in batch:
-                try:
+            if len(batch) > 1 and not isinstance(error, STOPPING_ERRORS):
+                for call in batch:
                     await self.execute_batch(connection, [call])
-                except asyncpg.PostgresError as call_error:
-                    call.finish(None, call_error)
-            return
-        self.batch_calls.observe(len(batch))
+                return
+            rows = [error] * len(batch)
         for call, row in zip(batch, rows, strict=True):
-            call.finish(row)
-        if not self.statement.is_read:
-            self.database.log_write(started_at)
+            give_outcome(call.futures, row)
 
-    async def fetch_rows(self, connection: Any, batch: list[PendingCall]) -> Any:
-        """Run a batch as long as somebody waits for it, and check that each call has its row."""
-        calls = [call.arguments for call in batch]
-        deadline = max(call.deadline for call in batch)
-        timeout = max(deadline - asyncio.get_running_loop().time(), 0.001)
+    async def fetch_rows(self, connection: Any, calls: list[tuple[Any, ...]]) -> Any:
+        """Execute the statement for these arguments, and check that each call has its row."""
+        name, text, seconds = self.statement.name, self.statement.text, self.statement.seconds
         try:
             if self.statement.is_batch:
-                columns = zip(*calls, strict=True)
-                rows = await connection.fetch(self.statement.text, *columns, timeout=timeout)
+                rows = await connection.fetch(text, *zip(*calls, strict=True), timeout=seconds)
             else:
-                rows = await connection.fetchmany(self.statement.text, calls, timeout=timeout)
+                rows = await connection.fetchmany(text, calls, timeout=seconds)
         except (TimeoutError, asyncpg.ReadOnlySQLTransactionError):
-            # The server is gone or a standby: connect anew. A call sent late does not tell that.
-            if timeout > QUERY_TIMEOUT / 2 and not self.statement.is_slow:
+            if not self.statement.is_slow:  # The server is gone or a standby: connect anew.
                 await self.database.pool.expire_connections()
             raise
         except asyncpg.InterfaceError as error:
             if connection.is_closed():
                 raise
-            reason = f"sql/{self.statement.name}.sql cannot be run: {describe_error(error)}"
-            raise RuntimeError(reason) from None
+            raise RuntimeError(f"sql/{name}.sql cannot be run: {describe_error(error)}") from None
         if len(rows) != len(calls):
             raise RuntimeError(
-                f"sql/{self.statement.name}.sql returned {len(rows)} rows for {len(calls)} calls; "
+                f"sql/{name}.sql returned {len(rows)} rows for {len(calls)} calls; "
                 "a statement must return exactly one row per call"
             )
         return rows
 
 
 # ── How it is stored: connections ─────────────────────────────────────────────────────────────────
+# Handlers know only `database.fetchrow`. The rest finds the right one of several servers, and logs
+# when the database cannot serve. It may be skipped if DATABASE_URL names one server.
 
 PROCESS_ID = secrets.token_hex(4)
+# asyncpg numbers its prepared statements. Behind a pooler in transaction mode, processes share
+# connections of the server, and with the same numbers one would run the statement of another.
+asyncpg.connection._uid = secrets.randbits(64)
 
 
-class Connection(asyncpg.Connection):  # type: ignore[misc]
-    """A connection whose prepared statements have names that no other process uses.
-
-    Behind a pooler in transaction mode, processes share connections of the server. With the same
-    names, one process would run the statement of another and give a wrong answer.
-    """
-
-    def _get_unique_id(self, prefix: str) -> str:
-        """Name a prepared statement; asyncpg calls this."""
-        return f"{super()._get_unique_id(prefix)}{PROCESS_ID}"
-
-
-class Server(NamedTuple):
-    """A server that DATABASE_URL names. None stands for a default of the driver."""
-
-    host: str | None
-    port: int | None
-
-    def __str__(self) -> str:
-        """Give host and port for log lines."""
-        return f"{self.host or 'localhost'}:{self.port or 5432}"
-
-
-def list_servers(url: str) -> list[Server]:
-    """Give the servers of a URL, in its order; one port may be there for all hosts."""
+def list_servers(url: str) -> dict[str, dict[str, Any]]:
+    """Give the hosts and ports of a URL, in its order, by the names that the log has for them."""
     parts = conninfo_to_dict(url)
     hosts = str(parts.get("host", "")).split(",")
     ports = str(parts.get("port", "")).split(",")
     ports = ports * len(hosts) if len(ports) == 1 else ports
-    pairs = zip(hosts, ports, strict=True)
-    return [Server(host or None, int(port) if port else None) for host, port in pairs]
+    return {
+        # None stands for a default of the driver.
+        f"{host or 'localhost'}:{port or 5432}": {"host": host or None, "port": port or None}
+        for host, port in zip(hosts, ports, strict=True)
+    }
 
 
 class Database:
     """A pool of connections, with a `Batcher` for each statement."""
 
     pool: Any
-    url: str
-    servers: list[Server]
-    server: Server | None = None  # the one of the newest connection
-    batchers: dict[str, Batcher]
+    server: str | None = None  # the one of the newest connection
     failed_at: float | None = None  # when a call failed last; None after a write has succeeded
     logged_at = float("-inf")  # when that was logged last
 
     async def open(self, url: str, tries: int = 30, pause: float = 2) -> None:
-        """Open the pool once the server answers.
-
-        Raises `RuntimeError` after 30 tries, which take one to three minutes.
-        """
+        """Open the pool once the server answers; `RuntimeError` after one to three minutes."""
         self.url, self.servers = url, list_servers(url)
+        self.address = ", ".join(self.servers)  # for log lines; the URL has a password
         self.batchers = {name: Batcher(self, statement) for name, statement in vars(SQL).items()}
         self.pool = await asyncpg.create_pool(
             make_asyncpg_url(url),
@@ -1896,7 +1863,6 @@ class Database:
             max_size=get_settings().db_pool_size,
             command_timeout=QUERY_TIMEOUT,
             connect=self.connect,
-            connection_class=Connection,
             server_settings={} if "application_name=" in url else {"application_name": "incidents"},
             init=prepare_session,
             reset=keep_session,
@@ -1905,45 +1871,36 @@ class Database:
             try:
                 async with self.borrow_connection():
                     return
-            except Exception as error:
-                if not (isinstance(error, asyncpg.PostgresError) or is_unavailable(error)):
-                    raise
-                reason = describe_error(error)
-            log.warning("Try %d of %d: cannot connect to %s: %s", attempt, tries, self, reason)
-            await asyncio.sleep(pause if attempt < tries else 0)
-        raise RuntimeError(f"the database at {self} did not answer; check DATABASE_URL")
-
-    def __str__(self) -> str:
-        """Give hosts and ports for log lines, never the password."""
-        return ", ".join(str(server) for server in list_servers(self.url))
+            except (OSError, asyncpg.PostgresError, *CONNECTION_ERRORS) as error:
+                failure = f"cannot connect to {self.address}: {describe_error(error)}"
+            log.warning("Try %d of %d: %s", attempt, tries, failure)
+            await asyncio.sleep(pause)
+        raise RuntimeError(f"the database at {self.address} did not answer; check DATABASE_URL")
 
     async def connect(self, url: str, **options: Any) -> Any:
         """Connect to the first server that answers and is what target_session_attrs wants.
 
         asyncpg has one timeout for all hosts, so a silent one would use it up. Here each has its
-        share of the time, and those that were silent are tried last from then on.
+        share of the time, and the server that was used last is tried first.
         """
         role = conninfo_to_dict(url).get("target_session_attrs", "any")
         roles = ("standby", "any") if role == "prefer-standby" else (role,)
-        attempts = list(itertools.product(roles, self.servers))
-        timeout = QUERY_TIMEOUT / (len(attempts) + 1)
+        servers = sorted(self.servers, key=lambda server: server != self.server)
+        timeout = QUERY_TIMEOUT / (len(roles) * len(servers) + 1)
         errors: list[Exception] = []
-        for role, server in attempts:
-            options |= {**server._asdict(), "target_session_attrs": role}
+        for role, server in itertools.product(roles, servers):
+            options |= self.servers[server] | {"target_session_attrs": role}
             try:
                 connection = await asyncpg.connect(url, **options, timeout=timeout)
             except (OSError, asyncpg.PostgresError, *CONNECTION_ERRORS) as error:
                 errors.append(error)
-                if isinstance(error, TimeoutError):
-                    self.servers.remove(server)
-                    self.servers.append(server)
                 continue
             if self.server not in (None, server):
                 log.warning("The database at %s is used from now on", server)
             self.server = server
             return connection
         # A server that refuses says more than one that is silent or gone.
-        raise next((error for error in errors if not isinstance(error, OSError)), errors[0])
+        raise min(errors, key=lambda error: isinstance(error, OSError))
 
     @contextlib.asynccontextmanager
     async def borrow_connection(self) -> AsyncIterator[Any]:
@@ -1961,24 +1918,26 @@ class Database:
 
         Raises `Problem` 503, or an error of which `to_problem` makes one.
         """
-        return await self.batchers[statement.name].run(statement.order_values(values))
+        started_at = time.monotonic()
+        try:
+            row = await self.batchers[statement.name].run(statement.order_values(values))
+        except Exception as error:
+            if is_unavailable(error):
+                self.log_failure(error)
+            raise
+        # Only a write shows that the database serves again: reads also work on a standby, and while
+        # the disk is full. And at a limit of connections, some calls fail while others succeed.
+        if self.failed_at and not statement.is_read and started_at > self.failed_at + 1:
+            log.warning("The database at %s serves again", self.address)
+            self.failed_at, self.logged_at = None, float("-inf")
+        return row
 
     def log_failure(self, error: Exception) -> None:
         """Log that the database cannot serve: when that begins, and then once a minute."""
         self.failed_at = time.monotonic()
         if self.failed_at > self.logged_at + 60:
-            log.warning("The database at %s cannot serve: %s", self, describe_error(error))
+            log.warning("The database at %s cannot serve: %s", self.address, describe_error(error))
             self.logged_at = self.failed_at
-
-    def log_write(self, started_at: float) -> None:
-        """Log that the database serves again, when a write has begun a second after a failure.
-
-        Only a write shows that: reads also work on a standby, and while the disk is full. And at a
-        limit of connections, some calls fail while others succeed.
-        """
-        if self.failed_at and started_at > self.failed_at + 1:
-            log.warning("The database at %s serves again", self)
-            self.failed_at, self.logged_at = None, float("-inf")
 
 
 async def prepare_session(connection: Any) -> None:
@@ -1986,13 +1945,11 @@ async def prepare_session(connection: Any) -> None:
     # Return json columns as raw bytes: they are the response body.
     binary: Any = {"schema": "pg_catalog", "format": "binary"}
     await connection.set_type_codec("json", encoder=bytes, decoder=bytes, **binary)
+    # These are no options of the connection, because PgBouncer would refuse them.
     await connection.execute(
-        # A generic plan is made once per connection and serves all parameters, so that nothing is
-        # planned again for each call. The statements are written for it. JIT costs more than it
-        # saves.
+        # Plan a statement once, and not for each call. JIT costs more than it saves.
         "SET plan_cache_mode = force_generic_plan; SET jit = off;"
-        # While a table is small, the planner prefers to scan all of it, and a generic plan would
-        # keep doing so when the table has grown. Every statement has an index for what it reads.
+        # A plan that was made while a table was small would scan all of it for ever.
         "SET enable_seqscan = off;"
         # rfc3339() in the schema relies on this form of timestamps.
         "SET datestyle = 'ISO';"
@@ -2017,6 +1974,9 @@ CONNECTIONS.labels("in_use").set_function(
 
 
 # ── How it is stored: the feed ────────────────────────────────────────────────────────────────────
+# An id is drawn before its transaction commits, so an entry may appear after one with a higher id,
+# and a reader of `GET /timeline` that went on from there would lose it. So entries are shown only
+# up to `settled_id`, below which nothing can appear any more. How it is found may be skipped.
 
 FEED_PAUSE = 0.1  # seconds between two looks for new entries
 FEED_PAUSE_PER_LISTENER = 0.0003  # so that a thousand listeners leave most time to the writers
@@ -2034,16 +1994,7 @@ async def fetch_from_primary(statement: Statement, **values: Any) -> Any:
 
 
 class Feed:
-    """Keeps the id up to which the timeline is complete. `GET /timeline` shows nothing above it.
-
-    An id is drawn before its transaction commits, so an entry may appear after one with a higher
-    id, and a reader that went on from there would lose it. So entries are shown only up to
-    `settled_id`. To find it, look which entry is the newest, and which transactions are writing
-    entries. When all of those have ended, nothing can appear before that entry any more. The
-    writers do nothing for this.
-
-    While somebody listens, one task looks for new entries.
-    """
+    """Keeps `settled_id`. While somebody listens, one task looks for new entries."""
 
     def __init__(self) -> None:
         self.settled_id = -1  # every entry up to this id can be seen; -1: not known yet
@@ -2054,17 +2005,19 @@ class Feed:
         self.watcher: asyncio.Task[None] | None = None
 
     async def update_settled_id(self) -> None:
-        """Find a new `settled_id`. This may take hours when a transaction was left open."""
-        started_at, pause = time.monotonic(), 0.01
+        """Find a new `settled_id`. This may take hours when a transaction was left open.
+
+        First see which entry is the newest, and which transactions are writing entries. When all of
+        those have ended, nothing can appear before that entry any more.
+        """
+        started_at = time.monotonic()
         row = await fetch_from_primary(SQL.timeline_writers)
         newest_id, writers = row["newest_id"], set(row["writers"] or ())
         while writers:
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, 0.2)
+            await asyncio.sleep(0.02)
             row = await fetch_from_primary(SQL.timeline_writers)
             writers.intersection_update(row["writers"] or ())
-        # Another look may have begun later and ended earlier.
-        if started_at > self.settled_at:
+        if started_at > self.settled_at:  # Another look may have begun later and ended earlier.
             has_news = newest_id != self.settled_id
             self.settled_id, self.settled_at = newest_id, started_at
             if has_news:
@@ -2119,6 +2072,8 @@ LISTENERS.set_function(lambda: feed.listeners)
 
 
 # ── How it is stored: migrations ──────────────────────────────────────────────────────────────────
+# The tables are made and changed by the files of `migrations/`, which yoyo applies when the service
+# starts. A reader needs only the files; this runs them while other processes start and serve.
 
 MIGRATION_FILES = sorted(file.stem for file in HERE.glob("migrations/*.sql"))
 MIGRATIONS = tuple(name for name in MIGRATION_FILES if not name.endswith(".rollback"))
@@ -2127,8 +2082,7 @@ MIGRATIONS = tuple(name for name in MIGRATION_FILES if not name.endswith(".rollb
 def migrate(url: str, tries: int = 100, pause: float = 3) -> None:
     """Apply the missing migrations with yoyo, one process at a time.
 
-    A migration waits for a table that is in use for three seconds, and is tried again. Raises
-    `psycopg.errors.LockNotAvailable` when the table was in use at each try, for ten minutes.
+    A migration waits three seconds for a table that is in use, and is tried again for ten minutes.
     """
     os.environ.setdefault("USER", "incidents")  # yoyo asks for it, and a container has no user name
     with psycopg.connect(url, autocommit=True) as session:
@@ -2153,8 +2107,7 @@ def migrate(url: str, tries: int = 100, pause: float = 3) -> None:
 def apply_migrations(url: str) -> None:
     """Apply the missing migrations; the caller holds the advisory lock."""
     # As parameters only: yoyo's own URL parser does not know several hosts or sockets.
-    address = f"postgresql+psycopg://?{urlencode(conninfo_to_dict(url))}"
-    with yoyo.get_backend(address) as backend:
+    with yoyo.get_backend(f"postgresql+psycopg://?{urlencode(conninfo_to_dict(url))}") as backend:
         backend.break_lock()  # a row that a killed process has left behind
         with backend.lock():
             migrations = yoyo.read_migrations(str(HERE / "migrations"))
@@ -2171,15 +2124,14 @@ async def fetch_readiness() -> Any:
 
 async def ensure_migrated() -> None:
     """Apply missing migrations. When none is missing, the role need not own the schema."""
+    if not (await fetch_readiness())["missing"]:
+        return
+    # To the server that answered: libpq would first wait for those that are silent.
+    url = make_conninfo(database.url, **database.servers[str(database.server)])
     try:
-        if (await fetch_readiness())["missing"]:
-            # To the server that answered: libpq would first wait for those that are silent.
-            url = make_conninfo(database.url, **(database.server or Server(None, None))._asdict())
-            await asyncio.to_thread(migrate, url)
+        await asyncio.to_thread(migrate, url)
     except psycopg.Error as error:
         raise RuntimeError(f"a migration failed: {describe_error(error)}") from None
-    if missing := (await fetch_readiness())["missing"]:
-        raise RuntimeError(f"the database lacks the migrations {', '.join(missing)}")
 
 
 # ── How it is run: settings ───────────────────────────────────────────────────────────────────────
