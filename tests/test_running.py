@@ -435,7 +435,7 @@ def test_requests_that_were_read_before_a_signal_are_answered(
     httpx.post(f"{server.url}/incidents/", json=NEW_INCIDENT)
     clients = [http.client.HTTPConnection(address, timeout=10) for _ in range(20)]
     with psycopg.connect(database_url) as session:
-        session.execute("SELECT FROM incidents FOR UPDATE")
+        session.execute("LOCK TABLE incidents IN EXCLUSIVE MODE")
         for client in clients:
             body, headers = '{"status": "closed"}', {"Content-Type": "application/json"}
             client.request("PATCH", "/incidents/1/status", body, headers)
