@@ -37,12 +37,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import unicodedata
 import zlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
@@ -70,7 +71,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from starlette.routing import Match, Route, Router
+from starlette.routing import Route, Router
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import LOGGING_CONFIG
@@ -126,6 +127,7 @@ class RequestModel(BaseModel, extra="forbid"):
 
 
 # ── The API: incidents ────────────────────────────────────────────────────────────────────────────
+# Report, read and change one incident. Each handler parses, runs one statement, and replies.
 
 
 class NewIncident(RequestModel):
@@ -190,7 +192,10 @@ class IncidentChange(
 
     description: Text = OMITTED
     source: Source = OMITTED
-    labels: dict[LabelName, LabelValue | None] = OMITTED
+    # A change may remove all labels and add as many others.
+    labels: Annotated[dict[LabelName, LabelValue | None], Field(max_length=2 * MAX_LABELS)] = (
+        OMITTED
+    )
     status: Status = OMITTED
     note: Text = OMITTED
 
@@ -588,6 +593,8 @@ async def stream_events(query: FeedQuery, position: int) -> AsyncIterator[bytes]
 
 
 # ── The API: monitoring tools ─────────────────────────────────────────────────────────────────────
+# Events of tools that can page with PagerDuty, and webhooks of Alertmanager and Grafana. Each names
+# its problem by a key; sql/event_apply.sql says what an event does to the incident of that key.
 
 # What becomes of what tools say, by its name. These texts become the description.
 TEXTS = ("summary", "description", "message", "Error")
@@ -628,9 +635,9 @@ def to_time(value: Any) -> datetime | None:
     Go writes the year 1 for no time. After a time in the future, all events would look late.
     """
     with contextlib.suppress(ValueError, OverflowError):
-        time = datetime.fromisoformat(to_text(value).upper())
-        if time.tzinfo and time.year > 1 and time < datetime.now(UTC) + timedelta(days=1):
-            return time
+        moment = datetime.fromisoformat(to_text(value).upper())
+        if moment.tzinfo and moment.year > 1 and moment < datetime.now(UTC) + timedelta(days=1):
+            return moment
     return None
 
 
@@ -675,7 +682,8 @@ class AlertGroup(MonitoringModel):
 async def apply_event(request: Request) -> Response:
     """Take an event in the format of PagerDuty's Events API v2."""
     event = await parse_body(request, Event)
-    check_permission(request, authenticate(request, event.routing_key))
+    # Here, not in ApiRoute: the token may be the routing_key of the body.
+    authenticate(request, event.routing_key)
     if event.event_action == "trigger" and event.payload is None:
         raise Problem(422, "A trigger needs a payload.")
     key, payload = event.dedup_key or secrets.token_hex(16), event.payload or {}
@@ -785,6 +793,7 @@ async def get_alerts(request: Request) -> Response:
 
 
 # ── The API: statistics ───────────────────────────────────────────────────────────────────────────
+# The counting is done in sql/stats.sql.
 
 
 class StatsQuery(Period):
@@ -810,6 +819,7 @@ async def get_stats(request: Request) -> Response:
 
 
 # ── The API: the service itself ───────────────────────────────────────────────────────────────────
+# Probes, metrics, and the pages of docs/pages, which load everything from this server.
 
 
 async def get_root(request: Request) -> Response:
@@ -900,15 +910,21 @@ async def get_docs_file(request: Request) -> Response:
 
 
 # ── The API: routes ───────────────────────────────────────────────────────────────────────────────
+# `ROUTES` lists the whole API, and docs/openapi.py describes it from this table.
 
 
 class ApiRoute(Route):
-    """A method on a path, and the models of its body and its query.
+    """A method on a path, and the models of its body and its query, which its handler parses.
 
-    A route that is not public needs a token, when the service has any. With `has_routing_key`, the
-    token may be in the body, so the handler must call `authenticate` and `check_permission`. Tokens
-    that may only report are for routes with `takes_events`. The handler parses `body` and `query`,
-    and docs/openapi.py describes them; only `NoQuery` is checked here.
+    `access` says who may send a request to it, when the service has tokens:
+
+    - "token": whoever has a token, as far as that may do it. This is what most routes need.
+    - "report": also tokens that may only report.
+    - "routing_key": the same, but the body may hold the token, so the handler authenticates.
+    - "public": everybody.
+
+    Where no `query` is named, "token" refuses all query parameters. The others ignore them, because
+    browsers and monitoring tools add parameters of their own.
     """
 
     def __init__(
@@ -918,27 +934,27 @@ class ApiRoute(Route):
         endpoint: Any,
         *,
         body: type[BaseModel] | None = None,
-        query: type[BaseModel] = NoQuery,
-        is_public: bool = False,
-        takes_events: bool = False,
-        has_routing_key: bool = False,
+        query: type[BaseModel] | None = None,
+        access: Literal["token", "report", "routing_key", "public"] = "token",
     ) -> None:
-        # RequestMiddleware takes the trailing slash off every request's path.
-        super().__init__(path.rstrip("/") or "/", endpoint, methods=[method])
-        self.method, self.documented_path = method, path
-        self.body, self.query, self.is_public = body, query, is_public
-        self.takes_events, self.has_routing_key = takes_events, has_routing_key
+        super().__init__(path, endpoint, methods=[method])
+        # Each path works with and without its last slash. `$` would also fit before a line break.
+        self.path_regex = re.compile(self.path_regex.pattern.rstrip("/$") + r"/?\Z")
+        self.method, self.documented_path, self.body = method, path, body
+        self.query = query or (NoQuery if access == "token" else AnyQuery)
+        self.access, self.is_public = access, access == "public"
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the handler for a request that is allowed; else 401, 403, 405 or 422."""
         request = Request(scope, receive, send)
-        token = None
         if not self.is_public:
             scope["actor"] = None  # not known yet; its presence makes the response `no-store`
-            token = None if self.has_routing_key else authenticate(request)
-        if request.method not in (self.methods or ()):
-            raise method_not_allowed(scope)
-        check_permission(request, token)
+        if scope["method"] not in (self.methods or ()):
+            routes = [route for route in scope["router"].routes if route.path == self.path]
+            allowed = ", ".join(sorted({method for route in routes for method in route.methods}))
+            raise Problem(405, f"This path takes {allowed} only.", {"Allow": allowed})
+        if self.access in ("token", "report"):
+            authenticate(request)
         if self.query is NoQuery and scope["query_string"]:
             parse_query(request, NoQuery)
         response = await self.endpoint(request)
@@ -957,43 +973,26 @@ ROUTES = [
     ApiRoute("POST", "/incidents/{incident_id}/notes", add_note, body=NewNote),
     ApiRoute("GET", "/incidents/{incident_id}/alerts", get_alerts),
     ApiRoute("GET", "/timeline", list_timeline, query=FeedQuery),
-    ApiRoute(
-        "POST",
-        "/v2/enqueue",
-        apply_event,
-        body=Event,
-        query=AnyQuery,
-        takes_events=True,
-        has_routing_key=True,
-    ),
-    ApiRoute(
-        "POST",
-        "/webhooks/alertmanager",
-        apply_alerts,
-        body=AlertGroup,
-        query=AnyQuery,
-        takes_events=True,
-    ),
+    ApiRoute("POST", "/v2/enqueue", apply_event, body=Event, access="routing_key"),
+    ApiRoute("POST", "/webhooks/alertmanager", apply_alerts, body=AlertGroup, access="report"),
     ApiRoute("GET", "/stats", get_stats, query=StatsQuery),
     ApiRoute("GET", "/metrics", get_metrics, query=AnyQuery),
-    ApiRoute("GET", "/health/live", check_liveness, query=AnyQuery, is_public=True),
-    ApiRoute("GET", "/health/ready", check_readiness, query=ReadinessQuery, is_public=True),
-    ApiRoute("GET", "/", get_root, query=AnyQuery, is_public=True),
-    ApiRoute("GET", "/openapi.json", get_openapi, query=AnyQuery, is_public=True),
-    ApiRoute("GET", "/board", show_board, query=AnyQuery, is_public=True),
-    ApiRoute("GET", "/docs", show_swagger_ui, query=AnyQuery, is_public=True),
-    ApiRoute("GET", "/redoc", show_redoc, query=AnyQuery, is_public=True),
+    ApiRoute("GET", "/health/live", check_liveness, access="public"),
+    ApiRoute("GET", "/health/ready", check_readiness, query=ReadinessQuery, access="public"),
+    ApiRoute("GET", "/", get_root, access="public"),
+    ApiRoute("GET", "/openapi.json", get_openapi, access="public"),
+    ApiRoute("GET", "/board", show_board, access="public"),
+    ApiRoute("GET", "/docs", show_swagger_ui, access="public"),
+    ApiRoute("GET", "/redoc", show_redoc, access="public"),
 ]
-# The parts of the pages are not part of the API, so the OpenAPI description leaves them out. Their
-# query parameters are ignored.
-DOCS_FILES_ROUTE = ApiRoute(
-    "GET", "/docs/{file:path}", get_docs_file, query=AnyQuery, is_public=True
-)
+# The files of the pages are not part of the API, so docs/openapi.py does not describe them.
+DOCS_FILES_ROUTE = ApiRoute("GET", "/docs/{file:path}", get_docs_file, access="public")
 
 
 # ── How a request is answered: middleware ─────────────────────────────────────────────────────────
-# Every request passes `RequestMiddleware` and then its route. Whoever writes a handler need know
-# only that each error becomes a problem, and that `request.scope["actor"]` names who asks.
+# Every request passes `RequestMiddleware`, then its `ApiRoute`, then its handler. Whoever writes a
+# handler need know only that each error that it raises becomes a problem, and that
+# `request.scope["actor"]` names who asks.
 
 REQUEST_NUMBERS = itertools.count(1)
 
@@ -1015,52 +1014,51 @@ class RequestMiddleware:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self.in_flight = 0
-        IN_FLIGHT.set_function(lambda: self.in_flight)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; other kinds of scopes go to the router as they are."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        self.in_flight += 1
-        started_at, scope["request_id"] = time.perf_counter(), choose_request_id(scope)
-        path = scope["path"]
-        if path.startswith("http://"):  # a whole URL, which is also a way to ask (RFC 9112, 3.2.2)
-            path = "/" + path[7:].partition("/")[2]
-        scope["sent_path"], scope["status"] = path, None
-        scope["path"] = path.removesuffix("/") or "/"  # each path works with and without it
+        started_at = time.perf_counter()
+        scope["request_id"], scope["status"] = choose_request_id(scope), None
         scope["app"] = self  # With this, Starlette's router raises the 404 of an unknown path.
+        if scope["path"].startswith("http://"):  # A client may send a whole URL (RFC 9112, 3.2.2).
+            scope["path"] = "/" + scope["path"][7:].partition("/")[2]
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 scope["status"] = message["status"]
-                observe_request(scope, scope["status"], time.perf_counter() - started_at)
-                add_headers(scope, message["headers"])
+                observe_request(scope, time.perf_counter() - started_at)
+                request_id = (b"x-request-id", scope["request_id"].encode())
+                message["headers"] += [request_id, *SECURITY_HEADERS]
+                if "actor" in scope:  # The route is private, so nobody may store the response.
+                    message["headers"].append((b"cache-control", b"no-store"))
             await send(message)
 
+        IN_FLIGHT.inc()
         try:
             await self.answer_with_cors(scope, receive, send_with_headers)
         finally:
-            self.in_flight -= 1
+            IN_FLIGHT.dec()
             if get_settings().access_log or get_settings().debug:
                 log_access(scope, time.perf_counter() - started_at)
 
     @functools.cached_property
     def answer_with_cors(self) -> ASGIApp:
         """Choose how to answer, at the first request: the settings are known only then."""
-        return ExplainedCors(self.answer) if get_settings().cors_origins else self.answer
+        origins = get_settings().cors_origins
+        cors = ExplainedCors(self.answer, origins, ["*"], ["*"], expose_headers=["*"])
+        return cors if origins else self.answer
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the router answer, and answer its errors with a problem."""
         try:
-            if scope["path"].endswith("\n"):  # `$` in the routes' regexes also matches before it
-                raise HTTPException(404)
             await self.app(scope, receive, send)
         except Exception as error:
             request_id = scope["request_id"]
-            problem = to_problem(error, f"{request_id}: {scope['method']} {scope['sent_path']!r}")
-            if scope["status"] is None:  # otherwise uvicorn cuts off the response that has begun
-                is_event = "route" in scope and scope["route"].has_routing_key
+            problem = to_problem(error, f"{request_id}: {scope['method']} {scope['path']!r}")
+            if scope["status"] is None:  # Otherwise uvicorn cuts off the response that has begun.
+                is_event = "route" in scope and scope["route"].access == "routing_key"
                 response = problem_response(problem, request_id, is_event=is_event)
                 await response(scope, receive, send)
 
@@ -1072,41 +1070,29 @@ CSP = (
     b"worker-src blob:; frame-ancestors 'none'"
 )
 SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"content-security-policy", CSP)]
-NO_STORE = (b"cache-control", b"no-store")
 
 
-def add_headers(scope: Scope, headers: list[tuple[bytes, bytes]]) -> None:
-    """Add the headers that all responses have. Those of private routes are not to be stored."""
-    headers += [(b"x-request-id", scope["request_id"].encode()), *SECURITY_HEADERS]
-    if "actor" in scope:
-        headers.append(NO_STORE)
-
-
-def observe_request(scope: Scope, status: int, seconds: float) -> None:
+def observe_request(scope: Scope, seconds: float) -> None:
     """Count a request by its route.
 
     All unknown paths share one label; otherwise clients could create any number of metrics.
     """
-    route = scope.get("route")
-    path = route.documented_path if route else "unknown"
-    method = scope["method"] if route and scope["method"] in route.methods else "other"
-    request_seconds(path, method, status).observe(seconds)
+    route, method = scope.get("route"), scope["method"]
+    path = route.path if route else "unknown"
+    method = method if route and method in route.methods else "other"
+    request_seconds(path, method, scope["status"]).observe(seconds)
 
 
 def log_access(scope: Scope, seconds: float) -> None:
     """Log a request as a line of JSON. A status of None means that nothing was sent."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     line = {"time": now, "request_id": scope["request_id"], "actor": scope.get("actor")}
-    line |= {"method": scope["method"], "path": scope["sent_path"], "status": scope["status"]}
+    line |= {name: scope[name] for name in ("method", "path", "status")}
     access_log.info(json.dumps(line | {"ms": round(1000 * seconds, 1)}))
 
 
 class ExplainedCors(CORSMiddleware):
     """Lets the web pages of CORS_ORIGINS call the API, and answers the others with a problem."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        origins = get_settings().cors_origins
-        super().__init__(app, origins, ["*"], ["*"], expose_headers=["*"])
 
     def preflight_response(self, request_headers: Headers) -> Response:
         """Answer a browser that asks whether a page may send a request; Starlette calls this."""
@@ -1114,19 +1100,12 @@ class ExplainedCors(CORSMiddleware):
         if response.status_code == 200:
             return response
         reason = bytes(response.body).decode()  # for example "Disallowed CORS origin"
-        return problem_response(
-            Problem(403, f"{reason}: CORS_ORIGINS lists who may call this."), ""
-        )
-
-
-def method_not_allowed(scope: Scope) -> Problem:
-    """Make a 405 that names the methods of every route on this path (RFC 9110, 15.5.6)."""
-    routes = [r for r in scope["router"].routes if r.matches(scope)[0] is not Match.NONE]
-    allowed = ", ".join(sorted({method for route in routes for method in route.methods or ()}))
-    return Problem(405, f"This path takes {allowed} only.", {"Allow": allowed})
+        return problem_response(Problem(403, f"{reason}: CORS_ORIGINS lists who may call this."))
 
 
 # ── How a request is answered: tokens ─────────────────────────────────────────────────────────────
+# Who may do what. Without API_TOKENS, everybody may do everything and is called "anonymous". Each
+# `ApiRoute` authenticates its requests before its handler runs.
 
 
 class Token(NamedTuple):
@@ -1137,57 +1116,48 @@ class Token(NamedTuple):
     permission: str | None  # "read" or "report" (events and alerts) and nothing else; None: all
 
 
-CHALLENGE = 'Bearer realm="incidents"'
+def authenticate(request: Request, routing_key: str | None = None) -> None:
+    """Note as the actor whose bearer token (RFC 6750) a request has; 401 or 403 if it is refused.
 
-
-def authenticate(request: Request, routing_key: str | None = None) -> Token | None:
-    """Find the bearer token of a request (RFC 6750), and note its name as the actor.
-
-    An event without a bearer token has its token as `routing_key`. None when the service has no
-    tokens; 401 when it has some, and this one is not among them.
+    An event without a bearer token has its token as `routing_key`.
     """
     known: list[Token] = get_settings().api_tokens
     if not known:
         request.scope["actor"] = "anonymous"
-        return None
+        return
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
     sent = (secret.strip() if scheme.lower() == "bearer" else routing_key or "").encode()
     # compare_digest takes the same time for every wrong secret, so it cannot be guessed by timing.
-    tokens = [token for token in known if hmac.compare_digest(token.secret, sent)]
-    if not tokens:
-        detail = (
-            "Send the header Authorization: Bearer, with a token that this service knows. "
-            "An event may have it as its routing_key."
-        )
+    token = next((token for token in known if hmac.compare_digest(token.secret, sent)), None)
+    challenge = 'Bearer realm="incidents"'
+    if not token:
+        detail = "Send a token of this service, in the header Authorization: Bearer <token>."
         # RFC 6750, 3.1: without a token there is no error code.
-        challenge = CHALLENGE + (', error="invalid_token"' if sent else "")
+        challenge += ', error="invalid_token"' if sent else ""
         raise Problem(401, detail, {"WWW-Authenticate": challenge})
-    request.scope["actor"] = tokens[0].name
-    return tokens[0]
-
-
-def check_permission(request: Request, token: Token | None) -> None:
-    """Check that a token may be used for this request; else 403."""
-    if not token or not token.permission:
-        return
+    request.scope["actor"] = token.name
+    is_allowed, action = True, ""
     if token.permission == "read":
         is_allowed, action = request.method in ("GET", "HEAD"), "read"
-    else:
-        is_allowed, action = request.scope["route"].takes_events, "send events and alerts"
+    elif token.permission == "report":
+        is_allowed, action = request.scope["route"].access != "token", "send events and alerts"
     if not is_allowed:
         detail = f"The token of {token.name} may only {action}; use another one."
-        challenge = f'{CHALLENGE}, error="insufficient_scope"'
+        challenge += ', error="insufficient_scope"'
         raise Problem(403, detail, {"WWW-Authenticate": challenge})
 
 
 # ── How a request is answered: parsing ────────────────────────────────────────────────────────────
+# Everything that a client sends is parsed here before SQL sees it; what is wrong gets a 4xx that
+# says what to correct. A handler needs `parse_incident_id`, `parse_query` and `parse_body`, and
+# `run_idempotent` when it creates something.
 
 JSON_TYPE = "application/json; charset=utf-8"
+JSON_PATTERN = r"application/([\w.-]+\+)?json *(;|$)"  # also application/merge-patch+json
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Some clients begin a body with it.
 MAX_BODY = 512 * 1024  # bytes; PagerDuty's limit for an event, and enough for 32 long labels
 MAX_ALERTS = 2 * 1024 * 1024  # bytes; several thousand alerts
 MAX_BODY_SECONDS = 10
-MAX_QUERY_PARAMETERS = 100
 MAX_ERRORS = 100  # that one response lists; each costs 10 µs
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -1217,17 +1187,9 @@ def parse_query(request: Request, model: type[Model]) -> Model:
 def validate_query(query_string: bytes, model: type[Model]) -> Model:
     """Validate a query string; each parameter is a list of the values that were sent."""
     try:
-        values = parse_qs(
-            query_string.decode(),
-            keep_blank_values=True,
-            errors="strict",
-            max_num_fields=MAX_QUERY_PARAMETERS,
-        )
+        values = parse_qs(query_string.decode(), keep_blank_values=True, errors="strict")
     except UnicodeDecodeError:
         detail = "The query is not UTF-8. Percent-encode text as UTF-8: é is %C3%A9."
-        raise Problem(422, detail) from None
-    except ValueError:
-        detail = f"There are over {MAX_QUERY_PARAMETERS} query parameters; send fewer."
         raise Problem(422, detail) from None
     return validate(values, "query parameter", model)
 
@@ -1248,7 +1210,7 @@ async def parse_body(
         # RFC 9110, 15.5.16: the response names the codings that are taken.
         detail = "Send the body without compression, and without the header Content-Encoding."
         raise Problem(415, detail, {"Accept-Encoding": "identity"})
-    if not is_json(request.headers.get("content-type", "")):
+    if not re.match(JSON_PATTERN, request.headers.get("content-type", ""), re.IGNORECASE):
         raise Problem(415, f"Send JSON in UTF-8 with the header Content-Type: {JSON_TYPE}")
     body = await read_body(request, max_size, advice)
     try:
@@ -1291,16 +1253,6 @@ def parse_json(body: bytes, *, is_lenient: bool) -> Any:
     return from_json(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
-@functools.lru_cache(100)
-def is_json(content_type: str) -> bool:
-    """Whether a Content-Type is JSON in UTF-8: application/json, or one ending in +json."""
-    with contextlib.suppress(mimeparse.MimeTypeParseException):
-        kind, subtype, parameters = mimeparse.parse_mime_type(content_type.lower())
-        is_utf8 = parameters.get("charset", "utf-8") in ("utf-8", "utf8")
-        return kind == "application" and f"+{subtype}".endswith("+json") and is_utf8
-    return False
-
-
 def validate(values: Any, noun: str, model: type[Model]) -> Model:
     """Validate a body or a query; 422 with everything that is wrong with it."""
     try:
@@ -1315,7 +1267,6 @@ def validation_problem(error: ValidationError, noun: str, model: type[BaseModel]
     if error.error_count() > MAX_ERRORS:
         detail = f"There are {error.error_count()} errors. There may be these {noun}s: {names}."
         return Problem(422, detail)
-    items = error.errors(include_url=False, include_context=False, include_input=False)
     texts = {
         "missing": f"This {noun} is required.",
         "extra_forbidden": f"There is no such {noun} here; there is: {names}.",
@@ -1324,9 +1275,9 @@ def validation_problem(error: ValidationError, noun: str, model: type[BaseModel]
         "string_pattern_mismatch": "Write some text that can be read, without NUL characters.",
     }
     errors = []
-    for item in items:
-        detail = texts.get(item["type"], item["msg"].removeprefix("Value error, "))
+    for item in error.errors(include_url=False, include_context=False, include_input=False):
         path = item["loc"]
+        detail = texts.get(item["type"], item["msg"].removeprefix("Value error, "))
         if len(path) > 2 and path[-1] == "[key]":  # Pydantic's mark of a wrong name of a label
             path = path[:-1]
             detail = "A label's name has 1 to 100 characters, not only blanks, and no colon or NUL."
@@ -1344,27 +1295,21 @@ def make_json_pointer(path: Iterable[str | int]) -> str:
 
 
 async def run_idempotent(request: Request, statement: Statement, **values: Any) -> Any:
-    """Run a statement that makes something, but once only for each Idempotency-Key.
+    """Run a statement that creates something, but only once for each Idempotency-Key.
 
-    `values` are what the client has sent. The row's `is_replay` tells that the key was used before;
-    then only its `id` is there.
+    When the key was used before with the same values, the row has `is_replay` and the `id` of what
+    was created then; with other values, 422.
     """
-    keys = {line.strip(" \t") for line in request.headers.getlist("idempotency-key")}
-    if len(keys) > 1:
-        raise Problem(422, "There are several Idempotency-Keys; send one.")
-    # The draft standard writes the key in quotes. It is the same key with or without them.
-    key = re.sub(r'^"(.*)"$', r"\1", keys.pop()) if keys else None
-    if key is not None and not re.fullmatch("[ -~]{1,255}", key):
-        raise Problem(422, "An Idempotency-Key has 1 to 255 ASCII characters; send another.")
-    digest = None
+    key, digest = join_header_lines(request, "idempotency-key"), None
     if key is not None:
-        # None is left out, so that a new parameter does not change the digests that are stored.
+        key = re.sub(r'^"(.*)"$', r"\1", key)  # The draft standard writes the key in quotes.
+        if not re.fullmatch("[ -~]{1,255}", key):
+            raise Problem(422, "An Idempotency-Key has 1 to 255 ASCII characters; send another.")
+        # Without None, so that a parameter that is added one day changes no digest that is stored.
         sent = json.dumps([value for value in values.values() if value is not None])
         digest = hashlib.sha256(sent.encode()).digest()
-    actor = request.scope["actor"]
-    row = await database.fetchrow(
-        statement, idempotency_key=key, digest=digest, actor=actor, **values
-    )
+    values |= {"idempotency_key": key, "digest": digest, "actor": request.scope["actor"]}
+    row = await database.fetchrow(statement, **values)
     if not row["is_same_request"]:
         raise Problem(422, "This Idempotency-Key came with another request; send a new one.")
     return row
@@ -1374,6 +1319,8 @@ REPLAYED = {"Idempotent-Replayed": "true"}
 
 
 # ── How a request is answered: problems ───────────────────────────────────────────────────────────
+# An error response is a `Problem`: handlers raise it, and `to_problem` makes one of every other
+# error. What the database cannot do now is a 503, which clients try again; a 500 is a bug.
 
 
 class Problem(HTTPException):
@@ -1385,28 +1332,22 @@ class Problem(HTTPException):
     errors: Sequence[dict[str, str]] = ()
 
 
-# Only a pooler that gives each transaction another connection of the server causes these two:
-# a prepared statement is not there, or a new one is there already.
-POOLER_SQLSTATES = ("26000", "42P05")
+# Only a pooler in transaction mode loses prepared statements (26000) or has them twice (42P05).
 POOLER_REMEDY = (
     "DATABASE_URL leads to a pooler in transaction mode; use session mode, or PgBouncer 1.21 or "
     "later with max_prepared_statements = 200"
 )
-# SQLSTATE classes and codes that say "not now" (PostgreSQL manual, Appendix A).
-UNAVAILABLE_SQLSTATES = (
-    "08",  # connection lost
-    "28",  # login refused
-    "40",  # deadlock or serialization failure
-    "53",  # no connections, memory or disk space left
-    "55",  # the object is not ready, for example the database takes no connections
-    "57",  # shutdown, startup or statement timeout
-    "25006",  # read-only transaction, as on a standby
-    "3D000",  # the database does not exist
-    "42501",  # the role lacks a right, for example on a table that another role restored
-    *POOLER_SQLSTATES,
-)
-# asyncpg raises these two for connections that have just ended, and for hosts that are not what
-# target_session_attrs wants.
+REMEDIES = {
+    "26000": POOLER_REMEDY,
+    "42P05": POOLER_REMEDY,
+    "53300": "lower DB_POOL_SIZE, or raise the server's max_connections",
+}
+# SQLSTATEs, or how they begin, that say "not now" (PostgreSQL manual, Appendix A): connection lost,
+# login refused, deadlock; out of connections or space, object not ready, shutdown or timeout;
+# read-only, as a standby is, no such database, and a right that the role lacks.
+UNAVAILABLE_SQLSTATES = ("08", "28", "40", "53", "55", "57", "25006", "3D000", "42501", *REMEDIES)
+# asyncpg raises these for connections that have just ended, and where no host of DATABASE_URL is
+# what target_session_attrs wants.
 CONNECTION_ERRORS = (asyncpg.InterfaceError, asyncpg.InternalClientError)
 # After these, the calls of a batch are not run one by one: a lost connection may have committed
 # them all, and a full or read-only database would refuse each.
@@ -1422,31 +1363,20 @@ def is_unavailable(error: BaseException) -> bool:
     """Whether an error means that the database is away, restarting, full or too slow."""
     if isinstance(error, asyncpg.PostgresError):
         return str(error.sqlstate).startswith(UNAVAILABLE_SQLSTATES)
-    # Also TimeoutError. An OSError with a file name is about a file of this service.
-    if isinstance(error, OSError):
-        return error.filename is None
+    if isinstance(error, OSError):  # also TimeoutError
+        return error.filename is None  # With a name, it is about a file of this service.
     return isinstance(error, CONNECTION_ERRORS)
-
-
-def is_pooler_error(error: BaseException) -> bool:
-    """Whether an error comes from a pooler in transaction mode."""
-    return getattr(error, "sqlstate", None) in POOLER_SQLSTATES
 
 
 def describe_error(error: BaseException) -> str:
     """Give an error's message on one line, without PostgreSQL's DETAIL: it may hold a row."""
-    if is_pooler_error(error):
-        return POOLER_REMEDY
-    if isinstance(error, asyncpg.TooManyConnectionsError):
-        return f"{error}; lower DB_POOL_SIZE, or raise the server's max_connections"
-    return " ".join(str(error).partition("\nDETAIL:")[0].split()) or type(error).__name__
+    text = " ".join(str(error).partition("\nDETAIL:")[0].split()) or type(error).__name__
+    remedy = REMEDIES.get(getattr(error, "sqlstate", None) or "")
+    return f"{text}; {remedy}" if remedy else text
 
 
 def to_problem(error: Exception, request_line: str) -> Problem:
-    """Turn an error into the problem that the client gets; log what an operator must know.
-
-    `request_line` names the request in the log.
-    """
+    """Turn an error into the problem that the client gets; log it, as this request's, if a bug."""
     if isinstance(error, Problem):
         return error
     if is_unavailable(error):
@@ -1469,7 +1399,7 @@ def to_problem(error: Exception, request_line: str) -> Problem:
 TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}
 
 
-def problem_response(problem: Problem, request_id: str, *, is_event: bool = False) -> Response:
+def problem_response(problem: Problem, request_id: str = "", *, is_event: bool = False) -> Response:
     """Reply with a problem. RFC 9457: with about:blank, the title is the status phrase.
 
     `is_event` adds what PagerDuty's clients read of a refusal: their senders' logs then say why.
@@ -1494,14 +1424,16 @@ def problem_response(problem: Problem, request_id: str, *, is_event: bool = Fals
 
 
 # ── How a request is answered: JSON and lists ─────────────────────────────────────────────────────
+# SQL writes the JSON of every row, so a body is only framed here. A list without a limit is sent
+# page by page, in constant memory and without a connection that waits for a slow reader.
 
 NO_SUCH_INCIDENT = "There is no such incident; GET /incidents/ lists those that there are."
 
 
 def json_response(row: Any, status: int = 200, **headers: str) -> Response:
-    """Reply with the JSON that a statement wrote.
+    """Reply with the JSON that a statement wrote in its column `body`; 404 when that is null.
 
-    `body` is its column of type json; 404 when that is null. `etag` is a column that it may have.
+    A column `etag`, which some statements have, is sent as the header.
     """
     if row["body"] is None:
         raise Problem(404, NO_SUCH_INCIDENT)
@@ -1510,13 +1442,9 @@ def json_response(row: Any, status: int = 200, **headers: str) -> Response:
     return Response(row["body"], status, headers, media_type=JSON_TYPE)
 
 
-# Incidents or entries. Each slow reader of a whole list keeps two pages in memory.
-STREAM_PAGE = 250
+STREAM_PAGE = 250  # incidents or entries; each slow reader of a list keeps two pages in memory
 
 MAX_ID = 10**18 - 1  # no id is higher
-
-# Fetches the page that follows a position. Each page has the `position` of its end.
-FetchAfter = Callable[[Any], Coroutine[Any, Any, Any]]
 
 
 class ListFormat(NamedTuple):
@@ -1537,7 +1465,7 @@ NDJSON = ListFormat("ndjson", "application/x-ndjson; charset=utf-8")
 CSV = ListFormat(
     "csv",
     "text/csv; charset=utf-8; header=present",
-    # By the byte order mark a spreadsheet knows that the file is UTF-8.
+    # The byte order mark at the start tells spreadsheets that the file is UTF-8.
     "\ufeffid,description,status,source,created_at,updated_at,version,labels\r\n".encode(),
 )
 EVENT_STREAM = ListFormat("sse", "text/event-stream; charset=utf-8")
@@ -1546,16 +1474,14 @@ LIST_FORMATS: dict[str, ListFormat] = {each.name: each for each in (JSON, NDJSON
 
 def choose_format(request: Request, *formats: ListFormat) -> ListFormat:
     """Choose a format by the Accept header; the last one when the header names none of them."""
-    accept = join_header_lines(request, "accept") or "*/*"
-    return match_accept(accept, formats)
+    return match_accept(join_header_lines(request, "accept") or "*/*", formats)
 
 
 @functools.lru_cache(100)  # clients repeat the same headers
 def match_accept(accept: str, formats: tuple[ListFormat, ...]) -> ListFormat:
-    """Find the format that fits an Accept header best."""
+    """Find the format that fits an Accept header best; of several, the last one."""
     media_types = {list_format.media_type.split(";")[0]: list_format for list_format in formats}
     try:
-        # mimeparse gives the last of several that fit equally well.
         best = mimeparse.best_match(list(media_types), accept.lower())
     except mimeparse.MimeTypeParseException:
         best = ""
@@ -1568,12 +1494,13 @@ def list_response(
     limit: int | None,
     page: Any,
     encode: Callable[[Any], str],
-    fetch_after: FetchAfter | None,
+    fetch_after: Callable[[Any], Any] | None,
     **headers: str,
 ) -> Response:
     """Reply with one page of a list, or without a limit with all pages, of which this is the first.
 
-    `encode` makes a cursor of the page's position, for its Link to the next page.
+    `encode` makes a cursor of a page's `position`, for its Link to the next page. `fetch_after`
+    fetches the page that follows a position.
     """
     headers["Vary"] = "Accept"
     if limit:
@@ -1589,12 +1516,11 @@ def list_response(
 
 
 async def stream_pages(
-    list_format: ListFormat, page: Any, fetch_after: FetchAfter
+    list_format: ListFormat, page: Any, fetch_after: Callable[[Any], Any]
 ) -> AsyncIterator[bytes]:
     """Yield the whole list from its first page on.
 
-    Each page is a query of its own, so a slow reader holds no connection. When a read fails, the
-    response breaks off, so that a part of the list never looks complete.
+    When a read fails, the response breaks off, so that a part of the list never looks complete.
     """
     yield list_format.opening
     while page["has_more"]:
@@ -1613,23 +1539,18 @@ def link_header(request: Request, cursor: str | None) -> str:
 
 
 # ── How a request is answered: metrics ────────────────────────────────────────────────────────────
+# GET /metrics shows these, and what prometheus_client itself knows about the process. Each process
+# counts its own requests; the numbers of incidents come from the database.
 
-# GET /metrics shows these, and what prometheus_client itself knows about the process.
 BATCH_CALLS = Histogram(
-    "incidents_batch_calls",
-    "Calls of a statement that went to PostgreSQL together.",
-    ["statement"],
-    buckets=(1, 2, 4, 8, 16, 32, 128, 512),
+    "incidents_batch_calls", "Calls sent together.", ["statement"], buckets=(1, 2, 4, 8, 16, 32)
 )
 WAITING_CALLS = Gauge("incidents_waiting_calls", "Calls that wait to be sent.", ["statement"])
 IN_FLIGHT = Gauge("incidents_http_requests_in_flight", "Requests that are being answered.")
 CONNECTIONS = Gauge("incidents_database_connections", "Connections to PostgreSQL.", ["state"])
 LISTENERS = Gauge("incidents_timeline_listeners", "Requests that wait for entries of the timeline.")
-UNRESOLVED = Gauge(
-    "incidents_unresolved", "Incidents that are open or in progress.", ["status", "source"]
-)
+UNRESOLVED = Gauge("incidents_unresolved", "Unresolved incidents.", ["status", "source"])
 OLDEST_OPEN = Gauge("incidents_oldest_open_seconds", "Age of the oldest open incident, or 0.")
-UNRESOLVED_TIMEOUT = 8  # seconds; Prometheus gives up a scrape after 10
 
 REQUEST_SECONDS = Histogram(
     "incidents_http_request_seconds",
@@ -1639,19 +1560,15 @@ REQUEST_SECONDS = Histogram(
 )
 
 
-@functools.cache  # the library's own look-up of a child takes three times as long
-def request_seconds(route: str, method: str, status: int) -> Histogram:
-    """Find the histogram for the requests of a route that were answered with this status."""
-    return REQUEST_SECONDS.labels(route, method, status)
+# The library's own look-up of the histogram for some labels takes three times as long.
+request_seconds = functools.cache(REQUEST_SECONDS.labels)
 
 
 async def count_unresolved() -> None:
     """Bring the metrics of unresolved incidents up to date, or say that they are not known."""
+    values = {"statuses": ("open", "in_progress"), "sources": SOURCES}
     try:
-        async with asyncio.timeout(UNRESOLVED_TIMEOUT):
-            row = await database.fetchrow(
-                SQL.unresolved_incidents, statuses=("open", "in_progress"), sources=SOURCES
-            )
+        row = await database.fetchrow(SQL.unresolved_incidents, **values)
     except Exception as error:  # the other metrics matter most when the database is away
         to_problem(error, "for metrics")  # logs the error if it is a bug
         UNRESOLVED.clear()
@@ -1663,6 +1580,8 @@ async def count_unresolved() -> None:
 
 
 # ── How it is stored: statements ──────────────────────────────────────────────────────────────────
+# Each file of `sql/` is one statement, and handlers run it by `database.fetchrow`. Whoever writes a
+# statement must know what its file declares, which the docstring of `Statement` says.
 
 QUERY_TIMEOUT = 4.5  # seconds until a call gets a 503; a write that was sent may still be stored
 BATCH_SIZE = 32  # calls that go to the server together
@@ -1671,8 +1590,7 @@ WORKERS = 3  # batches of one statement that are on their way at once
 FIRST_LINE = re.compile(
     # -- write, batch
     # -- read, at most 30 s, 1 at once
-    r"-- (?P<access>read|write)(?P<batch>, batch)?"
-    r"(?P<slow>, at most (?P<seconds>[0-9]+) s, (?P<workers>[0-9]+) at once)?\n"
+    r"-- (read|write)(, batch)?(?:, at most ([0-9]+) s, ([0-9]+) at once)?\n"
 )
 PARAMETER = re.compile(r"^--   \$[0-9]+ (\w+)  ", re.MULTILINE)  # --   $1 incident_id  bigint[]
 
@@ -1709,22 +1627,20 @@ class Statement:
         if not first:
             examples = "'-- read', '-- write, batch' or '-- read, at most 30 s, 1 at once'"
             raise ValueError(f"sql/{file.name} must begin with a line like {examples}")
+        access, batch, seconds, workers = first.groups()
         return cls(
             name=file.stem,
             text=text,
-            is_read=first["access"] == "read",
-            is_batch=bool(first["batch"]),
-            is_slow=bool(first["slow"]),
-            seconds=float(first["seconds"] or QUERY_TIMEOUT),
-            workers=int(first["workers"] or WORKERS),
+            is_read=access == "read",
+            is_batch=bool(batch),
+            is_slow=bool(seconds),
+            seconds=float(seconds or QUERY_TIMEOUT),
+            workers=int(workers or WORKERS),
             parameters=tuple(PARAMETER.findall(text)),
         )
 
     def order_values(self, values: dict[str, Any]) -> tuple[Any, ...]:
-        """Put values in the order of the parameters; `TypeError` when a name is wrong or missing.
-
-        Every value must be hashable: a tuple, not a list.
-        """
+        """Put values, which must be hashable, in the order of the parameters."""
         if tuple(values) != self.parameters:  # Most calls have them in order, which is quicker.
             if values.keys() != set(self.parameters):
                 wanted, given = ", ".join(self.parameters), ", ".join(values)
@@ -1737,7 +1653,8 @@ SQL = SimpleNamespace(**{file.stem: Statement.load(file) for file in HERE.glob("
 
 
 # ── How it is stored: group commit ────────────────────────────────────────────────────────────────
-# The hardest part, and the reason for the speed. Its rules are in the docstring of `Batcher`.
+# The hardest part, and the reason for the speed. To trust the rest, it is enough to know the rules
+# in the docstring of `Batcher`; its methods may be skipped.
 
 MAX_WAITING = 1000  # calls of one statement; about a tenth of a second of work
 SLOW_ADVICE = (
@@ -1747,30 +1664,22 @@ SLOW_ADVICE = (
 LOCKED_ADVICE = "Another transaction holds this incident; try again soon."
 
 
-@dataclass
-class PendingCall:
+class PendingCall(NamedTuple):
     """A call that waits, and the futures of all who wait for its row: identical reads share one."""
 
     arguments: tuple[Any, ...]
-    lock_key: Any  # the first argument of a write, otherwise None
-    deadline: float = 0.0  # the loop's time when the last of the callers stops waiting
-    futures: list[asyncio.Future[Any]] = field(default_factory=list)
-
-    def finish(self, row: Any, error: Exception | None = None) -> None:
-        """Give the row, or raise the error, to all who still wait for it."""
-        for future in self.futures:
-            if future.done():
-                continue
-            if error:
-                future.set_exception(error)
-            else:
-                future.set_result(row)
+    futures: list[asyncio.Future[Any]]
 
 
-def raise_timeout(future: asyncio.Future[Any], error: Exception) -> None:
-    """Raise an error at a caller that still waits."""
-    if not future.done():
-        future.set_exception(error)
+def give_outcome(futures: Iterable[asyncio.Future[Any]], outcome: Any) -> None:
+    """Give a row, or raise an error, to all who still wait."""
+    for future in futures:
+        if future.done():
+            continue
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
 
 
 class Batcher:
@@ -1785,8 +1694,8 @@ class Batcher:
     - If PostgreSQL refuses a batch, nothing of it was stored, so its calls are run one by one: one
       bad call cannot fail the others.
     - After a lost connection nothing is run again, because the batch may have been committed.
-    - Writes with the same `lock_key` go in separate batches, and each batch is sorted by that key,
-      so two batches cannot deadlock.
+    - Writes that lock the same incident or key go in separate batches, and each batch is sorted by
+      what it locks, so two batches cannot deadlock.
     - A statement does not wait for an incident that another transaction holds. It passes that call
       over, and the call is run again a little later. So one held incident delays no other.
     - Identical reads that are still waiting share one result. A read never joins one that was
@@ -1807,45 +1716,38 @@ class Batcher:
         Raises `Problem` 503 when too many calls wait or another transaction holds the incident, and
         `TimeoutError` when the database does not answer in time.
         """
-        deadline, pause = asyncio.get_running_loop().time() + self.statement.seconds, 0.01
-        row = await self.wait_for_row(arguments, deadline, TimeoutError())
-        while row.get("is_locked"):
-            # Pauses stay short, so that new calls do not always come before those that wait.
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, 0.05)
-            held = Problem(503, LOCKED_ADVICE, {"Retry-After": "2"})
-            row = await self.wait_for_row(arguments, deadline, held)
-        return row
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.statement.seconds
+        late_error: Exception = TimeoutError()
+        if self.statement.is_slow:
+            late_error = Problem(503, SLOW_ADVICE, {"Retry-After": "10"})
+        while loop.time() < deadline:
+            future = self.add_call(arguments)
+            # asyncio.timeout costs five times as much, and would add a tenth to each request.
+            timer = loop.call_at(deadline, give_outcome, [future], late_error)
+            try:
+                row = await future
+            finally:
+                timer.cancel()
+            if not row.get("is_locked"):
+                return row
+            late_error = Problem(503, LOCKED_ADVICE, {"Retry-After": "2"})
+            # This is short, so that new calls do not always come before those that wait.
+            await asyncio.sleep(0.03)
+        raise late_error
 
-    async def wait_for_row(
-        self, arguments: tuple[Any, ...], deadline: float, late_error: Exception
-    ) -> Any:
-        """Put a call into the queue and wait for its row; raise `late_error` after the deadline."""
+    def add_call(self, arguments: tuple[Any, ...]) -> asyncio.Future[Any]:
+        """Put a call into the queue, and give the future of its row."""
         if len(self.waiting) >= MAX_WAITING:
             raise Problem(503, "Too many requests wait; try again soon.", {"Retry-After": "1"})
-        loop, statement = asyncio.get_running_loop(), self.statement
-        future = loop.create_future()
-        lock_key = None if statement.is_read or not arguments else arguments[0]
+        future = asyncio.get_running_loop().create_future()
         # Identical reads have one place in the queue; each write has its own.
-        place = arguments if statement.is_read else future
-        call = self.waiting.setdefault(place, PendingCall(arguments, lock_key))
-        call.futures.append(future)
-        call.deadline = deadline
-        is_worker_needed = len(self.waiting) == 1 or statement.is_slow
-        if is_worker_needed and len(self.workers) < statement.workers:
-            self.workers.add(loop.create_task(self.run_worker()))
-        # asyncio.timeout costs five times as much, and would add a tenth to each request.
-        timer = loop.call_at(deadline, raise_timeout, future, late_error)
-        try:
-            return await future
-        except Exception as error:
-            if statement.is_slow and isinstance(error, TimeoutError):
-                raise Problem(503, SLOW_ADVICE, {"Retry-After": "10"}) from None
-            if is_unavailable(error):
-                self.database.log_failure(error)
-            raise
-        finally:
-            timer.cancel()
+        place = arguments if self.statement.is_read else future
+        self.waiting.setdefault(place, PendingCall(arguments, [])).futures.append(future)
+        is_worker_needed = len(self.waiting) == 1 or self.statement.is_slow
+        if is_worker_needed and len(self.workers) < self.statement.workers:
+            self.workers.add(asyncio.create_task(self.run_worker()))
+        return future
 
     async def run_worker(self) -> None:
         """Send batch after batch until no call waits."""
@@ -1853,9 +1755,9 @@ class Batcher:
             batch: list[PendingCall] = []
             try:
                 async with self.database.borrow_connection() as connection:
-                    if self.statement.seconds > QUERY_TIMEOUT:
+                    if self.statement.is_slow:
                         # It may run long, so ask first whether the server answers at all.
-                        await connection.fetchval("SELECT 1", timeout=QUERY_TIMEOUT)
+                        await connection.fetchval("SELECT 1")
                     batch = self.take_batch()
                     if batch:
                         await self.execute_batch(connection, batch)
@@ -1863,130 +1765,100 @@ class Batcher:
                 if not batch:  # No connection could be had, for any call.
                     batch, self.waiting = list(self.waiting.values()), {}
                 for call in batch:
-                    call.finish(None, error)
+                    give_outcome(call.futures, error)
         # There is no await between the check above and this line. Otherwise a call could join the
         # queue in between, count on this worker, and wait for ever.
         self.workers.discard(asyncio.current_task())
 
     def take_batch(self) -> list[PendingCall]:
-        """Take the oldest waiting calls, sorted by lock key.
+        """Take the oldest waiting calls that somebody still waits for, sorted by what they lock.
 
-        A write stays in the queue when its lock key is in the batch already. Calls that nobody
-        waits for any more are dropped.
+        A write stays in the queue when the batch already has one that locks the same.
         """
-        batch: dict[Any, PendingCall] = {}
+        is_locking = self.statement.is_batch and not self.statement.is_read
         size = 1 if self.statement.is_slow else BATCH_SIZE
+        batch: dict[Any, PendingCall] = {}
         for place, call in list(itertools.islice(self.waiting.items(), size)):
-            key = place if call.lock_key is None else call.lock_key
+            lock_key = call.arguments[0] if is_locking else None
+            key = place if lock_key is None else lock_key
             if key not in batch:
                 batch[key] = self.waiting.pop(place)
         wanted = [call for call in batch.values() if not all(f.done() for f in call.futures)]
-        return sorted(wanted, key=lambda call: str(call.lock_key))
+        return sorted(wanted, key=lambda call: str(call.arguments[0])) if is_locking else wanted
 
     async def execute_batch(self, connection: Any, batch: list[PendingCall]) -> None:
         """Run a batch in one round trip and one transaction, or else its calls one by one."""
-        started_at = time.monotonic()
         try:
-            rows = await self.fetch_rows(connection, batch)
+            rows = await self.fetch_rows(connection, [call.arguments for call in batch])
+            self.batch_calls.observe(len(batch))
         except asyncpg.PostgresError as error:
-            if len(batch) == 1 or isinstance(error, STOPPING_ERRORS):
-                raise
-            for call in batch:
-                try:
+            if len(batch) > 1 and not isinstance(error, STOPPING_ERRORS):
+                for call in batch:
                     await self.execute_batch(connection, [call])
-                except asyncpg.PostgresError as call_error:
-                    call.finish(None, call_error)
-            return
-        self.batch_calls.observe(len(batch))
+                return
+            rows = [error] * len(batch)
         for call, row in zip(batch, rows, strict=True):
-            call.finish(row)
-        if not self.statement.is_read:
-            self.database.log_write(started_at)
+            give_outcome(call.futures, row)
 
-    async def fetch_rows(self, connection: Any, batch: list[PendingCall]) -> Any:
-        """Run a batch as long as somebody waits for it, and check that each call has its row."""
-        calls = [call.arguments for call in batch]
-        deadline = max(call.deadline for call in batch)
-        timeout = max(deadline - asyncio.get_running_loop().time(), 0.001)
+    async def fetch_rows(self, connection: Any, calls: list[tuple[Any, ...]]) -> Any:
+        """Execute the statement for these arguments, and check that each call has its row."""
+        name, text, seconds = self.statement.name, self.statement.text, self.statement.seconds
         try:
             if self.statement.is_batch:
-                columns = zip(*calls, strict=True)
-                rows = await connection.fetch(self.statement.text, *columns, timeout=timeout)
+                rows = await connection.fetch(text, *zip(*calls, strict=True), timeout=seconds)
             else:
-                rows = await connection.fetchmany(self.statement.text, calls, timeout=timeout)
+                rows = await connection.fetchmany(text, calls, timeout=seconds)
         except (TimeoutError, asyncpg.ReadOnlySQLTransactionError):
-            # The server is gone or a standby: connect anew. A call sent late does not tell that.
-            if timeout > QUERY_TIMEOUT / 2 and not self.statement.is_slow:
+            if not self.statement.is_slow:  # The server is gone or a standby: connect anew.
                 await self.database.pool.expire_connections()
             raise
         except asyncpg.InterfaceError as error:
             if connection.is_closed():
                 raise
-            reason = f"sql/{self.statement.name}.sql cannot be run: {describe_error(error)}"
-            raise RuntimeError(reason) from None
+            raise RuntimeError(f"sql/{name}.sql cannot be run: {describe_error(error)}") from None
         if len(rows) != len(calls):
             raise RuntimeError(
-                f"sql/{self.statement.name}.sql returned {len(rows)} rows for {len(calls)} calls; "
+                f"sql/{name}.sql returned {len(rows)} rows for {len(calls)} calls; "
                 "a statement must return exactly one row per call"
             )
         return rows
 
 
 # ── How it is stored: connections ─────────────────────────────────────────────────────────────────
+# Handlers know only `database.fetchrow`. The rest finds the right one of several servers, and logs
+# when the database cannot serve. It may be skipped if DATABASE_URL names one server.
 
 PROCESS_ID = secrets.token_hex(4)
+# asyncpg numbers its prepared statements. Behind a pooler in transaction mode, processes share
+# connections of the server, and with the same numbers one would run the statement of another.
+asyncpg.connection._uid = secrets.randbits(64)
 
 
-class Connection(asyncpg.Connection):  # type: ignore[misc]
-    """A connection whose prepared statements have names that no other process uses.
-
-    Behind a pooler in transaction mode, processes share connections of the server. With the same
-    names, one process would run the statement of another and give a wrong answer.
-    """
-
-    def _get_unique_id(self, prefix: str) -> str:
-        """Name a prepared statement; asyncpg calls this."""
-        return f"{super()._get_unique_id(prefix)}{PROCESS_ID}"
-
-
-class Server(NamedTuple):
-    """A server that DATABASE_URL names. None stands for a default of the driver."""
-
-    host: str | None
-    port: int | None
-
-    def __str__(self) -> str:
-        """Give host and port for log lines."""
-        return f"{self.host or 'localhost'}:{self.port or 5432}"
-
-
-def list_servers(url: str) -> list[Server]:
-    """Give the servers of a URL, in its order; one port may be there for all hosts."""
+def list_servers(url: str) -> dict[str, dict[str, Any]]:
+    """Give the hosts and ports of a URL, in its order, by the names that the log has for them."""
     parts = conninfo_to_dict(url)
     hosts = str(parts.get("host", "")).split(",")
     ports = str(parts.get("port", "")).split(",")
     ports = ports * len(hosts) if len(ports) == 1 else ports
-    pairs = zip(hosts, ports, strict=True)
-    return [Server(host or None, int(port) if port else None) for host, port in pairs]
+    return {
+        # None stands for a default of the driver.
+        f"{host or 'localhost'}:{port or 5432}": {"host": host or None, "port": port or None}
+        for host, port in zip(hosts, ports, strict=True)
+    }
 
 
 class Database:
     """A pool of connections, with a `Batcher` for each statement."""
 
     pool: Any
-    url: str
-    servers: list[Server]
-    server: Server | None = None  # the one of the newest connection
-    batchers: dict[str, Batcher]
+    server: str | None = None  # the one of the newest connection
     failed_at: float | None = None  # when a call failed last; None after a write has succeeded
     logged_at = float("-inf")  # when that was logged last
 
     async def open(self, url: str, tries: int = 30, pause: float = 2) -> None:
-        """Open the pool once the server answers.
-
-        Raises `RuntimeError` after 30 tries, which take one to three minutes.
-        """
+        """Open the pool once the server answers; `RuntimeError` after one to three minutes."""
         self.url, self.servers = url, list_servers(url)
+        self.address = ", ".join(self.servers)  # for log lines; the URL has a password
         self.batchers = {name: Batcher(self, statement) for name, statement in vars(SQL).items()}
         self.pool = await asyncpg.create_pool(
             make_asyncpg_url(url),
@@ -1994,7 +1866,6 @@ class Database:
             max_size=get_settings().db_pool_size,
             command_timeout=QUERY_TIMEOUT,
             connect=self.connect,
-            connection_class=Connection,
             server_settings={} if "application_name=" in url else {"application_name": "incidents"},
             init=prepare_session,
             reset=keep_session,
@@ -2003,45 +1874,36 @@ class Database:
             try:
                 async with self.borrow_connection():
                     return
-            except Exception as error:
-                if not (isinstance(error, asyncpg.PostgresError) or is_unavailable(error)):
-                    raise
-                reason = describe_error(error)
-            log.warning("Try %d of %d: cannot connect to %s: %s", attempt, tries, self, reason)
-            await asyncio.sleep(pause if attempt < tries else 0)
-        raise RuntimeError(f"the database at {self} did not answer; check DATABASE_URL")
-
-    def __str__(self) -> str:
-        """Give hosts and ports for log lines, never the password."""
-        return ", ".join(str(server) for server in list_servers(self.url))
+            except (OSError, asyncpg.PostgresError, *CONNECTION_ERRORS) as error:
+                failure = f"cannot connect to {self.address}: {describe_error(error)}"
+            log.warning("Try %d of %d: %s", attempt, tries, failure)
+            await asyncio.sleep(pause)
+        raise RuntimeError(f"the database at {self.address} did not answer; check DATABASE_URL")
 
     async def connect(self, url: str, **options: Any) -> Any:
         """Connect to the first server that answers and is what target_session_attrs wants.
 
         asyncpg has one timeout for all hosts, so a silent one would use it up. Here each has its
-        share of the time, and those that were silent are tried last from then on.
+        share of the time, and the server that was used last is tried first.
         """
         role = conninfo_to_dict(url).get("target_session_attrs", "any")
         roles = ("standby", "any") if role == "prefer-standby" else (role,)
-        attempts = list(itertools.product(roles, self.servers))
-        timeout = QUERY_TIMEOUT / (len(attempts) + 1)
+        servers = sorted(self.servers, key=lambda server: server != self.server)
+        timeout = QUERY_TIMEOUT / (len(roles) * len(servers) + 1)
         errors: list[Exception] = []
-        for role, server in attempts:
-            options |= {**server._asdict(), "target_session_attrs": role}
+        for role, server in itertools.product(roles, servers):
+            options |= self.servers[server] | {"target_session_attrs": role}
             try:
                 connection = await asyncpg.connect(url, **options, timeout=timeout)
             except (OSError, asyncpg.PostgresError, *CONNECTION_ERRORS) as error:
                 errors.append(error)
-                if isinstance(error, TimeoutError):
-                    self.servers.remove(server)
-                    self.servers.append(server)
                 continue
             if self.server not in (None, server):
                 log.warning("The database at %s is used from now on", server)
             self.server = server
             return connection
         # A server that refuses says more than one that is silent or gone.
-        raise next((error for error in errors if not isinstance(error, OSError)), errors[0])
+        raise min(errors, key=lambda error: isinstance(error, OSError))
 
     @contextlib.asynccontextmanager
     async def borrow_connection(self) -> AsyncIterator[Any]:
@@ -2059,24 +1921,26 @@ class Database:
 
         Raises `Problem` 503, or an error of which `to_problem` makes one.
         """
-        return await self.batchers[statement.name].run(statement.order_values(values))
+        started_at = time.monotonic()
+        try:
+            row = await self.batchers[statement.name].run(statement.order_values(values))
+        except Exception as error:
+            if is_unavailable(error):
+                self.log_failure(error)
+            raise
+        # Only a write shows that the database serves again: reads also work on a standby, and while
+        # the disk is full. And at a limit of connections, some calls fail while others succeed.
+        if self.failed_at and not statement.is_read and started_at > self.failed_at + 1:
+            log.warning("The database at %s serves again", self.address)
+            self.failed_at, self.logged_at = None, float("-inf")
+        return row
 
     def log_failure(self, error: Exception) -> None:
         """Log that the database cannot serve: when that begins, and then once a minute."""
         self.failed_at = time.monotonic()
         if self.failed_at > self.logged_at + 60:
-            log.warning("The database at %s cannot serve: %s", self, describe_error(error))
+            log.warning("The database at %s cannot serve: %s", self.address, describe_error(error))
             self.logged_at = self.failed_at
-
-    def log_write(self, started_at: float) -> None:
-        """Log that the database serves again, when a write has begun a second after a failure.
-
-        Only a write shows that: reads also work on a standby, and while the disk is full. And at a
-        limit of connections, some calls fail while others succeed.
-        """
-        if self.failed_at and started_at > self.failed_at + 1:
-            log.warning("The database at %s serves again", self)
-            self.failed_at, self.logged_at = None, float("-inf")
 
 
 async def prepare_session(connection: Any) -> None:
@@ -2084,13 +1948,11 @@ async def prepare_session(connection: Any) -> None:
     # Return json columns as raw bytes: they are the response body.
     binary: Any = {"schema": "pg_catalog", "format": "binary"}
     await connection.set_type_codec("json", encoder=bytes, decoder=bytes, **binary)
+    # These are no options of the connection, because PgBouncer would refuse them.
     await connection.execute(
-        # A generic plan is made once per connection and serves all parameters, so that nothing is
-        # planned again for each call. The statements are written for it. JIT costs more than it
-        # saves.
+        # Plan a statement once, and not for each call. JIT costs more than it saves.
         "SET plan_cache_mode = force_generic_plan; SET jit = off;"
-        # While a table is small, the planner prefers to scan all of it, and a generic plan would
-        # keep doing so when the table has grown. Every statement has an index for what it reads.
+        # A plan that was made while a table was small would scan all of it for ever.
         "SET enable_seqscan = off;"
         # rfc3339() in the schema relies on this form of timestamps.
         "SET datestyle = 'ISO';"
@@ -2115,6 +1977,9 @@ CONNECTIONS.labels("in_use").set_function(
 
 
 # ── How it is stored: the feed ────────────────────────────────────────────────────────────────────
+# An id is drawn before its transaction commits, so an entry may appear after one with a higher id,
+# and a reader of `GET /timeline` that went on from there would lose it. So entries are shown only
+# up to `settled_id`, below which nothing can appear any more. How it is found may be skipped.
 
 FEED_PAUSE = 0.1  # seconds between two looks for new entries
 FEED_PAUSE_PER_LISTENER = 0.0003  # so that a thousand listeners leave most time to the writers
@@ -2132,16 +1997,7 @@ async def fetch_from_primary(statement: Statement, **values: Any) -> Any:
 
 
 class Feed:
-    """Keeps the id up to which the timeline is complete. `GET /timeline` shows nothing above it.
-
-    An id is drawn before its transaction commits, so an entry may appear after one with a higher
-    id, and a reader that went on from there would lose it. So entries are shown only up to
-    `settled_id`. To find it, look which entry is the newest, and which transactions are writing
-    entries. When all of those have ended, nothing can appear before that entry any more. The
-    writers do nothing for this.
-
-    While somebody listens, one task looks for new entries.
-    """
+    """Keeps `settled_id`. While somebody listens, one task looks for new entries."""
 
     def __init__(self) -> None:
         self.settled_id = -1  # every entry up to this id can be seen; -1: not known yet
@@ -2152,17 +2008,19 @@ class Feed:
         self.watcher: asyncio.Task[None] | None = None
 
     async def update_settled_id(self) -> None:
-        """Find a new `settled_id`. This may take hours when a transaction was left open."""
-        started_at, pause = time.monotonic(), 0.01
+        """Find a new `settled_id`. This may take hours when a transaction was left open.
+
+        First see which entry is the newest, and which transactions are writing entries. When all of
+        those have ended, nothing can appear before that entry any more.
+        """
+        started_at = time.monotonic()
         row = await fetch_from_primary(SQL.timeline_writers)
         newest_id, writers = row["newest_id"], set(row["writers"] or ())
         while writers:
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, 0.2)
+            await asyncio.sleep(0.02)
             row = await fetch_from_primary(SQL.timeline_writers)
             writers.intersection_update(row["writers"] or ())
-        # Another look may have begun later and ended earlier.
-        if started_at > self.settled_at:
+        if started_at > self.settled_at:  # Another look may have begun later and ended earlier.
             has_news = newest_id != self.settled_id
             self.settled_id, self.settled_at = newest_id, started_at
             if has_news:
@@ -2217,6 +2075,8 @@ LISTENERS.set_function(lambda: feed.listeners)
 
 
 # ── How it is stored: migrations ──────────────────────────────────────────────────────────────────
+# The tables are made and changed by the files of `migrations/`, which yoyo applies when the service
+# starts. A reader needs only the files; this runs them while other processes start and serve.
 
 MIGRATION_FILES = sorted(file.stem for file in HERE.glob("migrations/*.sql"))
 MIGRATIONS = tuple(name for name in MIGRATION_FILES if not name.endswith(".rollback"))
@@ -2225,8 +2085,7 @@ MIGRATIONS = tuple(name for name in MIGRATION_FILES if not name.endswith(".rollb
 def migrate(url: str, tries: int = 100, pause: float = 3) -> None:
     """Apply the missing migrations with yoyo, one process at a time.
 
-    A migration waits for a table that is in use for three seconds, and is tried again. Raises
-    `psycopg.errors.LockNotAvailable` when the table was in use at each try, for ten minutes.
+    A migration waits three seconds for a table that is in use, and is tried again for ten minutes.
     """
     os.environ.setdefault("USER", "incidents")  # yoyo asks for it, and a container has no user name
     with psycopg.connect(url, autocommit=True) as session:
@@ -2251,8 +2110,7 @@ def migrate(url: str, tries: int = 100, pause: float = 3) -> None:
 def apply_migrations(url: str) -> None:
     """Apply the missing migrations; the caller holds the advisory lock."""
     # As parameters only: yoyo's own URL parser does not know several hosts or sockets.
-    address = f"postgresql+psycopg://?{urlencode(conninfo_to_dict(url))}"
-    with yoyo.get_backend(address) as backend:
+    with yoyo.get_backend(f"postgresql+psycopg://?{urlencode(conninfo_to_dict(url))}") as backend:
         backend.break_lock()  # a row that a killed process has left behind
         with backend.lock():
             migrations = yoyo.read_migrations(str(HERE / "migrations"))
@@ -2269,18 +2127,19 @@ async def fetch_readiness() -> Any:
 
 async def ensure_migrated() -> None:
     """Apply missing migrations. When none is missing, the role need not own the schema."""
+    if not (await fetch_readiness())["missing"]:
+        return
+    # To the server that answered: libpq would first wait for those that are silent.
+    url = make_conninfo(database.url, **database.servers[str(database.server)])
     try:
-        if (await fetch_readiness())["missing"]:
-            # To the server that answered: libpq would first wait for those that are silent.
-            url = make_conninfo(database.url, **(database.server or Server(None, None))._asdict())
-            await asyncio.to_thread(migrate, url)
+        await asyncio.to_thread(migrate, url)
     except psycopg.Error as error:
         raise RuntimeError(f"a migration failed: {describe_error(error)}") from None
-    if missing := (await fetch_readiness())["missing"]:
-        raise RuntimeError(f"the database lacks the migrations {', '.join(missing)}")
 
 
 # ── How it is run: settings ───────────────────────────────────────────────────────────────────────
+# Settings come from the environment and from `.env`. When the service starts, it says in one line
+# what is wrong with a setting. You may skip the parsers.
 
 # Options of DATABASE_URL that psycopg does not check before it connects.
 URL_CHOICES = {
@@ -2456,8 +2315,9 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
     data_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         with lock_folder(data_dir) as starting:
-            run = functools.partial(run_program, data_dir, choose_user(data_dir))
-            if failure := start_server(run, data_dir, locks=starting):
+            options = {"cwd": data_dir, **choose_user(data_dir)}
+            run: Callable[..., str | None] = functools.partial(run_program, **options)
+            if failure := start_server(run, data_dir, starting):
                 raise RuntimeError(f"DATA_DIR={data_dir} cannot be used: {failure}")
             using = stack.enter_context(lock_folder(data_dir / "base", is_shared=True))
         try:
@@ -2469,18 +2329,18 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
             with lock_folder(data_dir) as stopping, contextlib.suppress(BlockingIOError):
                 if sys.platform != "win32":  # refused while another process uses the server
                     fcntl.flock(using[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if failure := run("pg_ctl", "stop", "-m", "fast", locks=stopping):
+                if failure := run("pg_ctl", "stop", "-m", "fast", pass_fds=stopping):
                     log.warning("The embedded PostgreSQL was not stopped: %s", failure)
 
 
 def start_server(run: Callable[..., str | None], data_dir: Path, locks: list[int]) -> str | None:
     """Start the server if it does not run, and say why that failed, if it did.
 
-    The server must not have the locks, because it would keep them as long as it runs.
+    If this process is killed, initdb keeps the locks. The server itself must not have them.
     """
     failure = None
     if not (data_dir / "PG_VERSION").exists():
-        failure = run("initdb", *INITDB_OPTIONS.split(), locks=locks)
+        failure = run("initdb", *INITDB_OPTIONS.split(), pass_fds=locks)
     if not failure and run("pg_ctl", "status"):  # It fails when the server does not run.
         failure = run("pg_ctl", "start", "-o", EMBEDDED_SETTINGS)
     return failure
@@ -2503,24 +2363,17 @@ def lock_folder(folder: Path, *, is_shared: bool = False) -> Iterator[list[int]]
         os.close(descriptor)
 
 
-def run_program(
-    data_dir: Path, user: dict[str, Any], program: str, *arguments: str, locks: Sequence[int] = ()
-) -> str | None:
-    """Run a program of PostgreSQL, and say in its own words why it failed, if it did.
-
-    It keeps the locks until it ends, even if this process is killed before.
-    """
+def run_program(program: str, *arguments: str, **options: Any) -> str | None:
+    """Run a program of PostgreSQL, and say in its own words why it failed, if it did."""
     with tempfile.TemporaryFile() as output:  # not a pipe, which the server would keep open
         done = subprocess.run(
             [find_programs() / program, "-D", ".", *arguments],
-            cwd=data_dir,
             # Nothing else from this process's environment. Windows needs SYSTEMROOT.
             env={"LC_ALL": "C", "SYSTEMROOT": os.environ.get("SYSTEMROOT", "")},
             stdout=output,
             stderr=output,
-            pass_fds=locks,
             start_new_session=True,  # A Ctrl-C is for the service, which stops the server itself.
-            **user,
+            **options,
         )
         output.seek(0)
         text = output.read().decode(errors="replace")
@@ -2540,10 +2393,9 @@ def find_programs() -> Path:
 
 
 def choose_user(data_dir: Path) -> dict[str, Any]:
-    """Give the options of `subprocess.run` for the user that runs PostgreSQL's programs.
+    """Give the options of `subprocess.run` for PostgreSQL's user: it refuses to run as root.
 
-    PostgreSQL refuses to run as root. So root gets a user for it, who owns the data folder and may
-    pass the folders above it and above the programs.
+    Root makes that user, gives it the data folder, and lets it pass the folders above its files.
     """
     if sys.platform == "win32" or os.geteuid() != 0:
         return {}
@@ -2554,8 +2406,7 @@ def choose_user(data_dir: Path) -> dict[str, Any]:
     if data_dir.stat().st_uid == 0 and not any(data_dir.iterdir()):
         os.chown(data_dir, user.pw_uid, user.pw_gid)
     if data_dir.stat().st_uid != user.pw_uid:
-        reason = f"it belongs to another user than {POSTGRES_USER}; name another folder"
-        raise RuntimeError(f"DATA_DIR={data_dir} cannot be used: {reason}")
+        raise RuntimeError(f"DATA_DIR={data_dir} belongs to another user; name another folder")
     for folder in (*data_dir.parents, *find_programs().parents):
         if not folder.stat().st_mode & 0o001:
             log.warning("chmod o+x %s, so that PostgreSQL can reach its files", folder)
@@ -2579,6 +2430,8 @@ def short_path(folder: Path) -> Iterator[Path]:
 
 
 # ── How it is run: HTTP ───────────────────────────────────────────────────────────────────────────
+# uvicorn and its parser zttp speak HTTP. Here is only what they leave open: a limit on time,
+# refusals as problem documents, and clients that do not read.
 
 MAX_HEAD_SECONDS = 10
 
@@ -2662,6 +2515,8 @@ def open_listener(host: str, port: int) -> socket.socket:
 
 
 # ── How it is run: the start and the end ──────────────────────────────────────────────────────────
+# `lifespan` starts and ends the service, also under `uvicorn incidents:app`; `main` adds the limits
+# above, log lines with a time, and exit codes.
 
 # The signals that end the service, as far as the system has them: Ctrl-C, the one of `kill`, that
 # of a closed terminal, and Ctrl-\.
@@ -2672,7 +2527,8 @@ END_SIGNALS = [getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal,
 @contextlib.contextmanager
 def call_at_signals(function: Callable[[], Any]) -> Iterator[None]:
     """Call a function at a signal that ends the service, before its handler; not if ignored."""
-    handlers = {n: handler for n in END_SIGNALS if callable(handler := signal.getsignal(n))}
+    may_handle = threading.current_thread() is threading.main_thread()  # no other thread may
+    handlers = {n: h for n in END_SIGNALS if may_handle and callable(h := signal.getsignal(n))}
 
     def handle(number: int, frame: Any) -> None:
         function()

@@ -681,7 +681,7 @@ def find_refusals(route: ApiRoute, headers: Json) -> set[str]:
 def describe_refusals(route: ApiRoute, headers: Json) -> Json:
     """Describe the refusals of a route. Those of events have a form of their own, and no 422."""
     statuses = sorted(find_refusals(route, headers))
-    if not route.has_routing_key:
+    if route.access != "routing_key":
         return refer("responses", *statuses)
     return {
         status: describe_problem(status, is_event=True) for status in statuses if status != "422"

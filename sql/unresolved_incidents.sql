@@ -1,4 +1,4 @@
--- read, at most 30 s, 1 at once
+-- read, at most 8 s, 1 at once
 --
 -- How many incidents are open or in progress, by source, and how old the oldest open one is, in
 -- seconds, or null.

@@ -84,7 +84,7 @@ class Postgres:
         for name in ("postmaster.pid", ".s.PGSQL.5432.lock"):
             (self.data_dir / name).unlink(missing_ok=True)
         user = incidents.choose_user(self.data_dir)
-        run = functools.partial(incidents.run_program, self.data_dir, user)
+        run = functools.partial(incidents.run_program, cwd=self.data_dir, **user)
         assert incidents.start_server(run, self.data_dir, []) is None
 
     def send_signal(self, number: int) -> None:

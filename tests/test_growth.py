@@ -107,8 +107,8 @@ async def test_the_statistics_of_a_day_read_that_day_only_at_any_size(
     for count in (30_000, 300_000):
         url = fill(new_database(template=migrated), count)
         for days, period in ((1, DAY), (7, WEEK)):
-            values: dict[str, Any] = {"statuses": incidents.STATUSES, "sources": incidents.SOURCES}
-            values |= {name: incidents.parse_timestamp(time) for name, time in period.items()}
+            times = {name: incidents.parse_timestamp(time) for name, time in period.items()}
+            values: dict[str, Any] = {**times, "by_day": False}
             nodes = await explain(url, incidents.SQL.stats, values)
             assert count_rows(nodes) == days * PER_DAY, (count, days)
             buffers[count, days] = nodes[0]["Shared Hit Blocks"] + nodes[0]["Shared Read Blocks"]

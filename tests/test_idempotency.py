@@ -6,7 +6,7 @@ import json
 import httpx
 import psycopg
 import pytest
-from helpers import NEW_INCIDENT, Serve, Sql, assert_problem
+from helpers import NEW_INCIDENT, Serve, Sql
 
 pytestmark = pytest.mark.anyio
 
@@ -195,19 +195,6 @@ async def test_a_retry_shows_the_incident_as_it_is_now(client: httpx.AsyncClient
     assert again.headers[REPLAYED] == "true"
     assert again.json() == changed.json()
     assert again.headers["etag"] == '"2"'
-
-
-async def test_a_key_may_be_repeated_in_a_second_line_but_two_keys_are_refused(
-    client: httpx.AsyncClient, sql: Sql
-) -> None:
-    twice = [("Idempotency-Key", "one"), ("Idempotency-Key", " one")]
-    repeated = await client.post("/incidents/", json=NEW_INCIDENT, headers=twice)
-    two = [("Idempotency-Key", "one"), ("Idempotency-Key", "two")]
-    refused = await client.post("/incidents/", json=NEW_INCIDENT, headers=two)
-
-    assert repeated.status_code == 201
-    assert_problem(refused, 422)
-    assert sql("SELECT key FROM idempotency_keys") == [("one",)]
 
 
 async def test_keys_are_deleted_seven_days_after_their_last_use(

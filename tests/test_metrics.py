@@ -56,17 +56,6 @@ def database_url(emptied_database_url: str) -> str:
     return emptied_database_url
 
 
-@pytest.fixture(autouse=True)
-def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget when incidents were last counted: that was in the database of another test."""
-    count_again(monkeypatch)
-
-
-def count_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the next request for metrics count the incidents, however short ago that was done."""
-    monkeypatch.setattr(incidents, "unresolved_counted_at", float("-inf"))
-
-
 def write_series(name: str, **labels: str) -> str:
     """Write the name of a series as Prometheus does, with its labels in alphabetical order."""
     pairs = ",".join(f'{label}="{value}"' for label, value in sorted(labels.items()))
@@ -426,8 +415,11 @@ async def test_connections_are_shown_as_idle_or_in_use(
     idle, in_use = [
         write_series("incidents_database_connections", state=state) for state in ("idle", "in_use")
     ]
-    # Otherwise the request for the metrics would use a connection too.
-    monkeypatch.setattr(incidents, "unresolved_counted_at", float("inf"))
+
+    async def count_nothing() -> None:
+        """Use no connection for the metrics themselves."""
+
+    monkeypatch.setattr(incidents, "count_unresolved", count_nothing)
     before = await read_metrics(client)
     with writes_wait(database_url):
         post = asyncio.create_task(client.post("/incidents/", json=NEW_INCIDENT))
@@ -505,7 +497,7 @@ async def test_open_and_in_progress_incidents_are_counted_by_source(
 
 
 async def test_the_age_is_that_of_the_oldest_open_incident(
-    client: httpx.AsyncClient, sql: Sql, monkeypatch: pytest.MonkeyPatch
+    client: httpx.AsyncClient, sql: Sql
 ) -> None:
     ages = [("open", 60), ("open", 3600), ("in_progress", 7200), ("closed", 9000)]
     for status, seconds in ages:
@@ -516,10 +508,8 @@ async def test_the_age_is_that_of_the_oldest_open_incident(
         )  # fmt: skip
     oldest_of_all = await read_metrics(client)
     await client.patch("/incidents/2/status", json={"status": "in_progress"})
-    count_again(monkeypatch)
     oldest_of_the_others = await read_metrics(client)
     await client.patch("/incidents/1/status", json={"status": "resolved"})
-    count_again(monkeypatch)
     none_is_open = await read_metrics(client)
 
     assert 3600 <= oldest_of_all[OLDEST_OPEN] < 3630
@@ -527,30 +517,11 @@ async def test_the_age_is_that_of_the_oldest_open_incident(
     assert none_is_open[OLDEST_OPEN] == 0
 
 
-async def test_the_incidents_are_counted_at_most_every_five_seconds(
-    client: httpx.AsyncClient, sql: Sql, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    counted = write_series(f"{BATCHES}_sum", statement="unresolved_incidents")
-    first = await read_metrics(client)
-    insert_incidents(sql, 4)
-    within = [await read_metrics(client) for _ in range(2)]
-    monkeypatch.setattr(incidents, "unresolved_counted_at", time.monotonic() - 4)
-    within += [await read_metrics(client)]
-    monkeypatch.setattr(incidents, "unresolved_counted_at", time.monotonic() - 5)
-    afterwards = await read_metrics(client)
-
-    assert [sum(find_unresolved(samples).values()) for samples in within] == [0, 0, 0]
-    assert within[-1][counted] == first[counted]
-    assert sum(find_unresolved(afterwards).values()) == 2
-    assert afterwards[counted] == first[counted] + 1
-
-
-async def test_a_hundred_requests_at_once_count_the_incidents_once(
-    client: httpx.AsyncClient, database_url: str, sql: Sql, monkeypatch: pytest.MonkeyPatch
+async def test_of_a_hundred_requests_at_once_those_that_wait_count_the_incidents_together(
+    client: httpx.AsyncClient, database_url: str, sql: Sql
 ) -> None:
     counted = write_series(f"{BATCHES}_sum", statement="unresolved_incidents")
     before = await read_metrics(client)
-    count_again(monkeypatch)
     with psycopg.connect(database_url) as session:
         session.execute("LOCK TABLE incidents IN ACCESS EXCLUSIVE MODE")
         requests = [asyncio.create_task(client.get("/metrics")) for _ in range(100)]
@@ -560,18 +531,16 @@ async def test_a_hundred_requests_at_once_count_the_incidents_once(
 
     assert {response.status_code for response in responses} == {200}
     after = parse_samples(responses[-1].text)
-    assert after[counted] == before[counted] + 1
+    assert after[counted] == before[counted] + 2  # one that ran, and one for all the others
 
 
 async def test_without_the_database_the_other_metrics_are_there_within_seconds(
     client: httpx.AsyncClient,
     sql: Sql,
     database_unavailable: Callable[[], AbstractContextManager[None]],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     insert_incidents(sql, 4)
     before = await read_metrics(client)
-    count_again(monkeypatch)
     with database_unavailable():
         started_at = time.monotonic()
         without = await read_metrics(client)

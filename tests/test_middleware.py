@@ -170,7 +170,10 @@ def parse_access_log(printed: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in printed.splitlines() if '"request_id"' in line]
 
 
-@pytest.mark.parametrize("command_line", ["python incidents.py", "uvicorn incidents:app"])
+@pytest.mark.parametrize(
+    "command_line",
+    ["python incidents.py", "uvicorn incidents:app --http incidents:LimitedProtocol"],
+)
 def test_the_access_log_has_one_line_of_json_per_request_and_no_secret(
     serve: Serve, database_url: str, command_line: str
 ) -> None:

@@ -339,7 +339,7 @@ def assert_described(route: incidents.ApiRoute, answer: httpx.Response) -> None:
         is_json = media_type.endswith(("/json", "+json"))
         body: Any = answer.json() if is_json else answer.text
         assert find_errors(body, schema) == []
-        if media_type == "application/problem+json" and not route.has_routing_key:
+        if media_type == "application/problem+json" and route.access != "routing_key":
             assert body["status"] == answer.status_code
             openapi.ProblemDetails.model_validate(body)
     else:
@@ -368,7 +368,7 @@ async def test_a_route_refuses_as_described_and_only_so(
 ) -> None:
     tokens = incidents.parse_tokens(TOKENS)
     for status, request in REFUSED.items():
-        if status == 403 and route.takes_events:
+        if status == 403 and route.access != "token":
             request = {"headers": {"Authorization": READER}}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(incidents.get_settings(), "api_tokens", tokens)
@@ -422,16 +422,18 @@ async def test_a_timeline_entry_has_no_field_that_is_not_described(
 async def test_the_statistics_have_the_fields_described_and_no_more(
     client: httpx.AsyncClient,
 ) -> None:
-    stats = (await client.get("/stats")).json()
-    described = COMPONENTS["schemas"]["Stats"]["properties"]
+    stats = (await client.get("/stats?by=day&since=2999-01-01&until=2999-01-02")).json()
+    [day] = stats.pop("days")
+    described = COMPONENTS["schemas"]["StatsOfPeriod"]["properties"]
 
-    assert stats.keys() == described.keys()
+    assert stats.keys() | {"days"} == described.keys()
+    assert day.keys() == COMPONENTS["schemas"]["StatsOfDay"]["properties"].keys()
     assert stats["by_status"].keys() == described["by_status"]["properties"].keys()
     assert stats["by_source"].keys() == described["by_source"]["properties"].keys()
     assert stats["seconds_to"].keys() == openapi.SecondsTo.model_fields.keys()
     for durations in stats["seconds_to"].values():
         assert durations.keys() == openapi.Durations.model_fields.keys()
-    openapi.Stats.model_validate(stats)
+    openapi.StatsOfPeriod.model_validate(stats)
 
 
 @pytest.mark.parametrize("name", ["get_root", "check_liveness", "check_readiness"])

@@ -1,56 +1,85 @@
-"""README.md is true: its commands work, it leaves nothing out, and README.ru.md says the same."""
+"""README and manual are true: what they show works, and the Russian pages say the same."""
 
 import contextlib
 import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import psutil
+import psycopg
 import pytest
-from helpers import ROOT, Serve, free_port, wait_until
+from helpers import ROOT, NewDatabase, Serve, Sql, free_port, wait_until
+from psycopg.conninfo import conninfo_to_dict
 
 import incidents
 
-READMES = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "README.ru.md")}
-README = READMES["README.md"]
-EVERY_README = pytest.mark.parametrize("name", READMES)
+# Every page, by its path; and the English ones that there are in Russian too.
+FILES = [*ROOT.glob("README*.md"), *(ROOT / "docs/manual").rglob("*.md")]
+PAGES = {file.relative_to(ROOT).as_posix(): file.read_text("utf-8") for file in sorted(FILES)}
+RUSSIAN = {
+    name.replace("/ru/", "/").replace(".ru.", "."): name
+    for name in PAGES
+    if "/ru/" in name or ".ru." in name
+}
+ENGLISH = [name for name in PAGES if name not in RUSSIAN.values()]
+README = PAGES["README.md"]
+EVERY_PAGE = pytest.mark.parametrize("name", PAGES)
+EVERY_TRANSLATION = pytest.mark.parametrize(("name", "russian_name"), RUSSIAN.items())
 
 # A block of code: its indentation, its language and its lines.
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
-    """The blocks of code of a page: language and text."""
+    """Give the blocks of code of a page: language and text."""
     return [(language, code) for _, language, code in BLOCK.findall(text)]
 
 
+def find_block(language: str, words: str) -> str:
+    """Find the one block of code of the English pages that has these words."""
+    shown = [block for name in ENGLISH for block in blocks(PAGES[name])]
+    found = [code for kind, code in shown if kind == language and words in code]
+    assert len(found) == 1, f"one block of {language} with {words!r} is needed: {len(found)} found"
+    return found[0]
+
+
 def section(title: str) -> str:
-    """A section of README.md."""
+    """Give a section of README.md."""
     return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 def tables(text: str) -> list[list[str]]:
-    """The tables of a page: the first cell of each row, without the row of dashes."""
+    """Give the tables of a page: the first cell of each row, without the row of dashes."""
     found = re.findall(r"(?:^\|.*\n)+", BLOCK.sub("", text) + "\n", re.MULTILINE)
     rows = [[line for line in table.splitlines() if line[:3] != "|--"] for table in found]
     return [[re.split(r"(?<!\\)\|", row)[1].strip() for row in table] for table in rows]
 
 
+def headings(text: str) -> list[tuple[str, str]]:
+    """Give the headings of a page: their number signs and their words."""
+    return re.findall("^(#+) (.+)$", BLOCK.sub("", text), re.MULTILINE)
+
+
 # ── The examples ──────────────────────────────────────────────────────────────────────────────────
 
 
-def examples() -> list[tuple[str, str | None]]:
-    """Each block of `sh`, with the block of `output` that follows it, or with None."""
-    shown = [*blocks(README), ("", "")]
+def examples(name: str) -> list[tuple[str, str | None]]:
+    """Give each block of `sh`, with the block of `output` that follows it, or with None."""
+    shown = [*blocks(PAGES[name]), ("", "")]
     return [
         (code, following if kind == "output" else None)
         for (language, code), (kind, following) in itertools.pairwise(shown)
@@ -58,13 +87,13 @@ def examples() -> list[tuple[str, str | None]]:
     ]
 
 
-def test_the_examples_print_what_the_readme_says(
-    serve: Serve, database_url: str, tmp_path: Path
+@pytest.mark.parametrize("name", [name for name in ENGLISH if examples(name)])
+def test_the_examples_print_what_the_page_says(
+    serve: Serve, database_url: str, tmp_path: Path, name: str
 ) -> None:
     server = serve(DATABASE_URL=database_url)
-    assert len(examples()) >= 5
 
-    for command, output in examples():
+    for command, output in examples(name):
         # An example without output must succeed; one with output may show a refused request.
         options = "" if output else "--fail-with-body"
         printed = run_example(command, server.url, tmp_path, options)
@@ -74,7 +103,7 @@ def test_the_examples_print_what_the_readme_says(
 
 
 def run_example(command: str, url: str, folder: Path, options: str) -> str:
-    """Run an example against a server. Returns what it prints, with a line end after a response."""
+    """Run an example against a server. Give what it prints, with a line end after a response."""
     command = command.replace("http://127.0.0.1:8000", url)
     curl = f"curl() {{ command curl {options} -w '\\n' \"$@\"; }}"
     script = f"set -euo pipefail; {curl}; {command}"
@@ -84,15 +113,14 @@ def run_example(command: str, url: str, folder: Path, options: str) -> str:
 
 
 def without_times(text: str) -> str:
-    """The text with the same word for every time."""
+    """Give the text with the same word for every time."""
     return re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z", "TIME", text)
 
 
 @contextlib.contextmanager
 def run_mail_script(url: str, folder: Path) -> Iterator[None]:
     """Run the script that mails what happens; here its mails are added to a file."""
-    [script] = [code for _, code in blocks(README) if "mail -s" in code]
-    script = script.replace("http://127.0.0.1:8000", url)
+    script = find_block("bash", "mail -s").replace("http://127.0.0.1:8000", url)
     command = ["bash", "-c", f"mail() {{ cat >> mails.txt; }}; {script}"]
     process = subprocess.Popen(command, cwd=folder, start_new_session=True)
     try:
@@ -130,15 +158,165 @@ def test_the_script_mails_each_entry_once_also_when_it_was_stopped_meanwhile(
     assert {entry["kind"] for entry in entries} == {"created"}
 
 
-@pytest.mark.skipif(shutil.which("amtool") is None, reason="amtool is not installed")
-@EVERY_README
-def test_amtool_accepts_the_configuration_of_alertmanager(name: str, tmp_path: Path) -> None:
-    [code] = [code for _, code in blocks(READMES[name]) if "webhook_configs" in code]
-    file = tmp_path / "alertmanager.yml"
-    file.write_text(code, "utf-8")
-    checked = subprocess.run(["amtool", "check-config", file], capture_output=True, text=True)
+def test_a_dump_is_restored_by_the_commands_of_the_manual(
+    serve: Serve, sql: Sql, database_url: str, new_database: NewDatabase, tmp_path: Path
+) -> None:
+    sql("INSERT INTO incidents (description, source) VALUES ('Нет света', 'operator')")
+    restored = new_database()
+    name, options = urlsplit(restored).path[1:], conninfo_to_dict(database_url)
+    sql(f"DROP DATABASE {name}")  # the script creates it
+    script = find_block("bash", "pg_dump -Fc -f incidents.dump postgresql:")
+    script = script.replace("-O user incidents_restored", f"-O {options['user']} {name}")
+    for place, url in (("incidents_db", database_url), ("incidents_restored", restored)):
+        script = script.replace(f"postgresql://user:password@localhost/{place}", shlex.quote(url))
+    variables = {f"PG{key.upper()}": str(options[key]) for key in ("host", "port")}
+    variables |= {"PATH": f"{incidents.find_programs()}:/usr/bin:/bin"}
+    subprocess.run(["bash", "-ec", script], cwd=tmp_path, env=variables, check=True)
+    url = serve(DATABASE_URL=restored).url
 
+    assert [row["description"] for row in httpx.get(f"{url}/incidents/").json()] == ["Нет света"]
+
+
+def test_the_query_of_the_manual_finds_a_transaction_that_was_left_open(
+    sql: Sql, database_url: str
+) -> None:
+    query = find_block("sql", "pg_stat_activity")
+    with psycopg.connect(database_url) as session:
+        session.execute("SELECT 'left open'")
+        found = sql(query)
+
+    assert [row[-1] for row in found] == ["SELECT 'left open'"]
+    assert sql(query) == []
+
+
+def test_the_service_works_under_a_path_of_the_manuals_nginx(
+    serve: Serve, database_url: str, tmp_path: Path
+) -> None:
+    nginx = shutil.which("nginx", path="/usr/sbin:/usr/bin") or pytest.skip("there is no nginx")
+    server, port = serve(DATABASE_URL=database_url), free_port()
+    code = find_block("nginx", "location /inc/").replace("listen 80;", f"listen 127.0.0.1:{port};")
+    code = code.replace("127.0.0.1:8000", server.url.removeprefix("http://"))
+    files = f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/log; events {{}}"
+    (tmp_path / "conf").write_text(f"{files} http {{ access_log off; {code} }}", "utf-8")
+    process = subprocess.Popen([nginx, "-c", str(tmp_path / "conf"), "-e", str(tmp_path / "log")])
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}/inc/", follow_redirects=True) as client:
+        wait_until(lambda: accepts_connections(port))
+        created = client.post("incidents/", json={"description": "Нет", "source": "operator"})
+        shown = client.get(created.request.url.join(created.headers["location"]))
+        board = client.get("", headers={"Accept": "text/html"})
+        script = client.get(board.url.join("docs/board.js"))
+    process.terminate()
+    process.wait(10)
+
+    assert shown.json() == created.json()
+    assert board.url.path == "/inc/board"
+    assert script.is_success and "docs/board.js" in board.text
+
+
+def accepts_connections(port: int) -> bool:
+    """Tell whether something listens on a port of 127.0.0.1."""
+    with socket.socket() as connection:
+        return connection.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.skipif(shutil.which("amtool") is None, reason="amtool is not installed")
+def test_amtool_accepts_the_configuration_of_alertmanager(tmp_path: Path) -> None:
+    check_file(tmp_path / "alertmanager.yml", "webhook_configs", "amtool", "check-config")
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+@pytest.mark.parametrize(
+    ("words", "arguments"),
+    [("groups:\n", ["rules"]), ("scrape_configs:", ["config", "--syntax-only"])],
+)
+def test_promtool_accepts_the_files_for_prometheus(
+    tmp_path: Path, words: str, arguments: list[str]
+) -> None:
+    check_file(tmp_path / "prometheus.yml", words, "promtool", "check", *arguments)
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd")
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+    programs = {"/opt/incidents/.venv/bin/python": sys.executable, "/opt/incidents": str(ROOT)}
+    check_file(tmp_path / "incidents.service", "[Service]", "systemd-analyze", "verify", **programs)
+
+
+def check_file(file: Path, words: str, *command: str, **replacements: str) -> None:
+    """Write the block of code with these words into a file, and have a program check it."""
+    code = find_block("ini" if file.suffix == ".service" else "yaml", words)
+    for old, new in replacements.items():
+        code = code.replace(old, new)
+    file.write_text(code, "utf-8")
+    checked = subprocess.run([*command, file], capture_output=True, text=True, timeout=30)
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@pytest.mark.anyio
+async def test_the_metrics_of_the_manual_are_there(client: httpx.AsyncClient) -> None:
+    await client.get("/incidents/")
+    text = (await client.get("/metrics")).text
+    [table] = [rows for rows in tables(PAGES["docs/manual/running-it.md"]) if rows[0] == "metric"]
+    used = set(re.findall(r"\bincidents_\w+", find_block("yaml", "groups:\n") + str(table)))
+    shown = set(re.findall(r"^incidents_\w+", text, re.MULTILINE))
+    kinds = set(re.findall(r"^# TYPE (incidents_\w+)", text, re.MULTILINE))
+
+    assert sorted(used - shown - kinds) == []
+    assert sorted(name for name in kinds - used if not name.endswith("_created")) == []
+
+
+def test_the_manifest_for_kubernetes_names_routes_and_settings_that_there_are() -> None:
+    manifest = find_block("yaml", "kind: Deployment")
+    secrets = re.findall("^  ([A-Z_]+): ", manifest, re.MULTILINE)
+    probes = re.findall(r"path: (\S+),", manifest)
+
+    assert secrets and set(secrets) <= SERVICE_SETTINGS
+    assert probes and set(probes) <= {route.path for route in incidents.ROUTES}
+
+
+@pytest.mark.parametrize("name", ["API_TOKENS", "DATABASE_URL"])
+def test_the_service_takes_the_values_of_settings_that_the_pages_show(name: str) -> None:
+    lines = re.findall(rf"^{name}=(.+)$", "\n".join(PAGES.values()), re.MULTILINE)
+
+    assert lines
+    for line in lines:
+        assert incidents.Settings.model_validate({name.lower(): shlex.split(line)[0]})
+
+
+# ── A new route ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.slow
+def test_a_route_is_added_by_the_steps_of_the_readme(checkout: Path, server_url: str) -> None:
+    (statement, handler, description, test) = [code for _, code in blocks(section("Add a route"))]
+    model, operation = map(textwrap.dedent, description.split("# and in OPERATIONS:\n"))
+    [line] = re.findall(r"`(ApiRoute\(.*\),)`", section("Add a route"))
+    route, words = re.findall(r"`([A-Z]+ /\S+)`, which (.*)\.", section("Add a route"))[0]
+
+    def insert(file: str, before: str, text: str) -> None:
+        old = (checkout / file).read_text("utf-8")
+        assert old.count(before) == 1, before
+        (checkout / file).write_text(old.replace(before, text + before), "utf-8")
+
+    def run(*command: str) -> str:
+        variables = os.environ | {"TEST_DATABASE_URL": server_url}
+        arguments = [sys.executable, *command]
+        done = subprocess.run(arguments, cwd=checkout, env=variables, capture_output=True)
+        return f"exit code {done.returncode}\n{done.stdout.decode()}{done.stderr.decode()}"
+
+    (checkout / "sql/incident_summary.sql").write_text(textwrap.dedent(statement), "utf-8")
+    insert("incidents.py", "# ── The API: monitoring tools", textwrap.dedent(handler) + "\n\n")
+    insert("incidents.py", '    ApiRoute("GET", "/timeline"', f"    {line}\n")
+    insert("docs/openapi.py", "class Durations(", model + "\n\n")
+    insert("docs/openapi.py", '    "get_stats": {', textwrap.indent(operation, "    "))
+    insert("README.md", "| `GET /timeline`", f"| `{route}` | {words} |\n")
+    with (checkout / "tests/test_timeline.py").open("a", encoding="utf-8") as file:
+        file.write("\n\n" + textwrap.dedent(test))
+    assert run("docs/openapi.py").startswith("exit code 0")
+    chosen = "summary or test_every_route or test_the_russian_page_has_the_same_rows"
+    tested = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen)
+
+    assert tested.startswith("exit code 0"), tested
+    assert f"to translate: `{route}`" in tested
 
 
 # ── Nothing is missing, nothing is too much ───────────────────────────────────────────────────────
@@ -150,11 +328,11 @@ COMPOSE_SETTINGS = set(re.findall(r"\${(\w+)", (ROOT / "docker-compose.yml").rea
 SETTINGS = sorted(SERVICE_SETTINGS | COMPOSE_SETTINGS)
 
 
-@EVERY_README
-def test_every_setting_is_in_the_readme(name: str) -> None:
-    missing = [setting for setting in SETTINGS if f"`{setting}`" not in READMES[name]]
+def test_every_setting_is_in_the_readme_and_the_readme_names_no_others() -> None:
+    [table] = [rows for rows in tables(README) if any("`DATABASE_URL`" in row for row in rows)]
+    named = re.findall(r"`([A-Z_]+)`", "\n".join(table))
 
-    assert not missing, f"{name} lacks {', '.join(missing)}: add rows to the table of settings"
+    assert sorted(named) == SETTINGS, "README.md needs a row of the table of settings for each"
 
 
 def test_every_setting_is_in_the_example_file() -> None:
@@ -164,122 +342,94 @@ def test_every_setting_is_in_the_example_file() -> None:
     assert not missing, f".env.example lacks {', '.join(missing)}"
 
 
-@EVERY_README
-def test_every_setting_of_the_readme_exists(name: str) -> None:
-    [table] = [rows for rows in tables(READMES[name]) if "`DATABASE_URL`" in rows]
-    named = re.findall(r"`([A-Z_]+)`", "\n".join(table))
-
-    assert named
-    assert [setting for setting in named if setting not in SETTINGS] == []
-
-
-@EVERY_README
-def test_every_route_is_in_the_readme(name: str) -> None:
+def test_every_route_is_in_the_readme() -> None:
     routes = [f"`{route.method} {route.documented_path}`" for route in incidents.ROUTES]
-    rows = "\n".join(tables(READMES[name])[0])
+    rows = "\n".join(tables(README)[0])
     missing = [route for route in routes if route not in rows]
 
-    assert not missing, f"{name} lacks {', '.join(missing)}: add rows to the table of routes"
+    assert not missing, f"README.md lacks {', '.join(missing)}: add rows to the table of routes"
 
 
-@EVERY_README
-def test_the_readme_is_short_enough_to_be_read(name: str) -> None:
-    assert len(READMES[name].splitlines()) <= 495, f"{name} is over 495 lines: shorten it"
+@EVERY_PAGE
+def test_no_command_has_to_be_scrolled_sideways(name: str) -> None:
+    shown = [code for language, code in blocks(PAGES[name]) if language not in ("output", "json")]
+
+    assert [line for line in "\n".join(shown).splitlines() if len(line) > 100] == []
 
 
-@EVERY_README
-def test_no_command_in_the_readme_has_to_be_scrolled_sideways(name: str) -> None:
-    code = [code for language, code in blocks(READMES[name]) if language != "output"]
+@EVERY_PAGE
+def test_every_link_leads_somewhere(name: str) -> None:
+    links = re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", BLOCK.sub("", PAGES[name]))
+    wrong = []
+    for path, anchor in links:
+        target = (ROOT / name).parent / path if path else ROOT / name
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text("utf-8"))):
+            wrong.append(f"{path}#{anchor}")
 
-    assert [line for line in "\n".join(code).splitlines() if len(line) > 100] == []
-
-
-# ── The files for Prometheus ──────────────────────────────────────────────────────────────────────
-
-
-needs_promtool = pytest.mark.skipif(
-    shutil.which("promtool") is None, reason="promtool is not installed"
-)
+    assert links
+    assert wrong == []
 
 
-def prometheus_file(first_line: str) -> str:
-    """The YAML of README.md that begins with this line."""
-    found = [code for language, code in blocks(README) if language == "yaml"]
-    chosen = [code for code in found if code.splitlines()[0] == first_line]
-    assert len(chosen) == 1, f"README.md needs one block of yaml that begins with {first_line}"
-    return chosen[0]
+def anchors(text: str) -> list[str]:
+    """Give the anchors that the hosting site makes of a page's headings."""
+    return [re.sub(r"[^\w -]", "", words.lower()).replace(" ", "-") for _, words in headings(text)]
 
 
-@needs_promtool
-@pytest.mark.parametrize(
-    ("first_line", "arguments"),
-    [("groups:", ["rules"]), ("scrape_configs:", ["config", "--syntax-only"])],
-)
-def test_promtool_accepts_the_files_for_prometheus(
-    tmp_path: Path, first_line: str, arguments: list[str]
-) -> None:
-    file = tmp_path / "prometheus.yml"
-    file.write_text(prometheus_file(first_line), "utf-8")
-    check = ["promtool", "check", *arguments, str(file)]
-    checked = subprocess.run(check, capture_output=True, text=True, timeout=30)
-
-    assert checked.returncode == 0, checked.stdout + checked.stderr
-    assert "FAILED" not in checked.stdout + checked.stderr
+@EVERY_TRANSLATION
+def test_the_pages_lead_to_each_other(name: str, russian_name: str) -> None:
+    for page, other in ((name, russian_name), (russian_name, name)):
+        assert f"]({os.path.relpath(ROOT / other, (ROOT / page).parent)})" in PAGES[page]
 
 
-@pytest.mark.anyio
-async def test_the_metrics_that_the_alerts_use_are_there(client: httpx.AsyncClient) -> None:
-    await client.get("/incidents/")
-    text = (await client.get("/metrics")).text
-    used = set(re.findall(r"\bincidents_\w+", prometheus_file("groups:")))
-    shown = set(re.findall(r"^incidents_\w+", text, re.MULTILINE))
-
-    assert used
-    assert sorted(used - shown) == []
+def test_the_readme_leads_to_every_page_of_the_manual() -> None:
+    assert [name for name in ENGLISH[1:] if f"]({name})" not in README] == []
 
 
-# ── README.ru.md says the same ────────────────────────────────────────────────────────────────────
+# ── The Russian pages say the same ────────────────────────────────────────────────────────────────
 
 
 def commands(text: str) -> list[tuple[str, str]]:
-    """The blocks of code without their comments in words, and without output and diagrams."""
+    """Give the blocks of code without their comments in words, and without diagrams."""
     return [
-        (language, re.sub(r"(^|(?<= ))# .*$", "", code, flags=re.MULTILINE))
+        (language, re.sub("(?:^| +)# .*$", "", code, flags=re.MULTILINE))
         for language, code in blocks(text)
-        if language not in ("output", "text")
+        if language != "text"
     ]
 
 
-def test_the_russian_readme_has_the_same_commands() -> None:
-    english, russian = map(commands, READMES.values())
-
-    assert [re.sub(" +\n", "\n", code) for _, code in russian] == [
-        re.sub(" +\n", "\n", code) for _, code in english
-    ], "README.ru.md must show the commands and code of README.md"
+@EVERY_TRANSLATION
+def test_the_russian_page_has_the_same_commands_and_output(name: str, russian_name: str) -> None:
+    assert commands(PAGES[russian_name]) == commands(PAGES[name])
 
 
-def test_the_russian_readme_shows_the_same_output() -> None:
+@EVERY_TRANSLATION
+def test_the_russian_page_has_the_same_headings(name: str, russian_name: str) -> None:
     english, russian = (
-        [code for language, code in blocks(text) if language == "output"]
-        for text in READMES.values()
+        [signs for signs, _ in headings(PAGES[page])] for page in (name, russian_name)
     )
 
-    assert russian == english
+    assert russian == english, f"{russian_name} must have a heading for each of {name}"
 
 
-def test_the_russian_readme_has_the_same_tables() -> None:
-    english, russian = (
-        [[re.findall("`[^`]+`", cell) for cell in table] for table in tables(text)]
-        for text in READMES.values()
-    )
+@EVERY_TRANSLATION
+@pytest.mark.filterwarnings("default")  # a warning tells what to translate, and nothing fails
+def test_the_russian_page_has_the_same_rows_of_tables(name: str, russian_name: str) -> None:
+    english, russian = (rows(PAGES[page]) for page in (name, russian_name))
+    if missing := [row for row in english if row not in russian]:
+        warnings.warn(
+            f"{russian_name} lacks rows; to translate: {', '.join(missing)}", stacklevel=1
+        )
 
-    assert russian == english, "the tables of README.ru.md must have the rows of README.md"
+    assert [row for row in russian if row not in english] == [], f"{name} has no such rows"
 
 
-def test_the_russian_readme_has_the_same_sections() -> None:
-    english, russian = (BLOCK.sub("", text).count("\n## ") for text in READMES.values())
-
-    assert russian == english
+def rows(text: str) -> list[str]:
+    """Name the rows of a page's tables: by their code, or else by table and number."""
+    return [
+        ", ".join(re.findall("`[^`]+`", cell)) or f"row {number} of table {index}"
+        for index, table in enumerate(tables(text), 1)
+        for number, cell in enumerate(table)
+    ]
 
 
 # ── Its first commands ────────────────────────────────────────────────────────────────────────────

@@ -763,7 +763,7 @@ def test_a_data_dir_of_another_user_is_refused_also_for_root_and_nothing_is_chan
     if file:
         (new_data_dir / file).touch()
     with (
-        pytest.raises(RuntimeError, match="it belongs to another user"),
+        pytest.raises(RuntimeError, match="belongs to another user"),
         incidents.embedded_postgres(new_data_dir),
     ):
         pass

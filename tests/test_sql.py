@@ -38,7 +38,8 @@ VALUES = {
     "statuses": ["open", "closed"],
     "sources": ["monitoring"],
     "since": datetime(1, 1, 1, tzinfo=UTC),
-    "until": datetime(9999, 12, 31, tzinfo=UTC),
+    "until": datetime(1, 1, 3, tzinfo=UTC),
+    "by_day": True,
     "before_created_at": datetime(9999, 12, 31, tzinfo=UTC),
     "before_id": 4_000_000_000,
     "size": 50,
@@ -155,7 +156,7 @@ async def test_each_statement_gives_one_row_per_call_when_it_finds_something(
     await call_three_times(
         connection, "note_create", idempotency_key=None, digest=None, incident_id=1
     )
-    found = {"incident_id": 1, "entry_id": 1, "pattern": "%сервер%"}
+    found = {"incident_id": 1, "entry_id": 1, "pattern": "%сервер%", "dedup_key": None}
 
     rows = {name: await call_three_times(connection, name, **found) for name in TEXTS}
 
