@@ -25,10 +25,11 @@
 
         UNION ALL
 
-       SELECT day::date, NULL, NULL, NULL, NULL
-         FROM generate_series(($1 AT TIME ZONE 'UTC')::date,
-                              ($2 AT TIME ZONE 'UTC' - interval '1 microsecond')::date,
-                              interval '1 day') AS day
+       SELECT first_day + number, NULL, NULL, NULL, NULL
+         FROM (SELECT ($1 AT TIME ZONE 'UTC')::date,
+                      ($2 AT TIME ZONE 'UTC' - interval '1 microsecond')::date)
+              AS bounds (first_day, last_day)
+              CROSS JOIN LATERAL generate_series(0, last_day - first_day) AS number
         WHERE $3),
 
        figures AS (

@@ -1,6 +1,8 @@
 -- read
 --
--- Commit a transaction that changes no table, to see whether the database takes writes. It has to wait
--- for a synchronous standby as any other write does. Logical replication slots get a message, which
--- nobody needs to read.
+-- Commit a transaction that changes no table, to see whether the database takes writes. It has to
+-- wait for a synchronous standby as any other write does. Logical replication slots get a message,
+-- which nobody needs to read.
+-- Marked as a read because it changes no data: probes that wait share one call, and it does not
+-- count as a write that has succeeded.
 SELECT pg_logical_emit_message(true, 'incidents', 'ready');

@@ -668,18 +668,6 @@ def test_a_body_may_have_512_kib_and_twenty_fields_and_not_more(
     assert count_incidents(server) == before + 2
 
 
-def test_a_hundred_query_parameters_are_taken_and_more_are_refused(exchange: Exchange) -> None:
-    def send(count: int) -> list[httpx.Response]:
-        target = b"GET /incidents/?limit=1" + b"&status=open" * count
-        return parse_responses(exchange(target + b" HTTP/1.1\r\nHost: x\r\n" + CLOSE + b"\r\n"))
-
-    [taken], [refused] = send(99), send(100)
-
-    assert taken.status_code == 200
-    assert_problem(refused, 422)
-    assert "100" in refused.json()["detail"]
-
-
 @pytest.mark.slow
 def test_long_requests_do_not_fill_the_memory_of_the_service(
     server: Server, exchange: Exchange

@@ -232,6 +232,13 @@ async def test_an_invalid_period_is_refused(
     assert_problem(response, 422, pointer)
 
 
+async def test_by_day_from_the_first_day_of_all_is_refused(client: httpx.AsyncClient) -> None:
+    # For the driver, this time means that there is no bound.
+    response = await client.get("/stats?by=day&since=0001-01-01&until=0001-01-03")
+
+    assert_problem(response, 422)
+
+
 async def test_head_has_the_headers_of_the_statistics_and_no_body(
     client: httpx.AsyncClient,
 ) -> None:
