@@ -1059,7 +1059,9 @@ class RequestMiddleware:
             request_id = scope["request_id"]
             problem = to_problem(error, f"{request_id}: {scope['method']} {scope['path']!r}")
             if scope["status"] is None:  # Otherwise uvicorn cuts off the response that has begun.
-                await problem_response(problem, request_id)(scope, receive, send)
+                is_event = "route" in scope and scope["route"].access == "routing_key"
+                response = problem_response(problem, request_id, is_event=is_event)
+                await response(scope, receive, send)
 
 
 # All pages load everything from this server. Those of /docs write style attributes, and ReDoc

@@ -669,7 +669,9 @@ def find_refusals(route: ApiRoute, headers: Json) -> set[str]:
         "401": not route.is_public,
         "403": not route.is_public,
         "404": "{incident_id}" in route.documented_path,
-        "405 422 500": True,  # a wrong method, an unknown query parameter, a bug
+        "405 500": True,  # a wrong method, a bug
+        # A wrong body, or a query parameter that this route does not ignore.
+        "422": route.body is not None or route.query is not incidents.AnyQuery,
         "412": "If-Match" in headers,
         # The metrics leave out what the database does not tell.
         "503": route.name == "check_readiness"
