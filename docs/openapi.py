@@ -670,7 +670,7 @@ def find_refusals(route: ApiRoute, headers: Json) -> set[str]:
         "403": not route.is_public,
         "404": "{incident_id}" in route.documented_path,
         "405 500": True,  # a wrong method, a bug
-        # A wrong body, or a query parameter that this route does not ignore.
+        # A wrong field, or a wrong or unknown query parameter.
         "422": route.body is not None or route.query is not incidents.AnyQuery,
         "412": "If-Match" in headers,
         # The metrics leave out what the database does not tell.

@@ -55,7 +55,8 @@
                           'count', count(to_resolved),
                           'mean', round(avg(to_resolved), 6),
                           'p50', percentile_cont(0.5) WITHIN GROUP (ORDER BY to_resolved),
-                          'p95', percentile_cont(0.95) WITHIN GROUP (ORDER BY to_resolved)))) AS body
+                          'p95', percentile_cont(0.95) WITHIN GROUP (ORDER BY to_resolved)))
+              ) AS body
          FROM counted
         GROUP BY day)
 
