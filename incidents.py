@@ -707,12 +707,14 @@ async def apply_alerts(request: Request) -> Response:
     group = await parse_body(request, AlertGroup, max_size=MAX_ALERTS, advice=advice)
     alerts, ignored = {}, []
     for index, alert in enumerate(group.alerts):
-        if isinstance(alert, Alert):
-            # Some senders have no fingerprints. When a key is there twice, the later alert counts.
-            labels = json.dumps(alert.labels, sort_keys=True).encode()
-            alerts[alert.fingerprint or hashlib.sha256(labels).hexdigest()[:16]] = alert
-        else:
+        if not isinstance(alert, Alert):
             ignored.append({"index": index, "detail": WRONG_ALERT})
+            continue
+        key = alert.fingerprint
+        if not key:  # Some senders have none. The labels name the problem too.
+            labels = json.dumps(alert.labels, sort_keys=True)
+            key = hashlib.sha256(labels.encode()).hexdigest()[:16]
+        alerts[key] = alert  # When a key is there twice, the later alert counts.
     if ignored and not alerts:
         raise Problem(422, f"None of the alerts can be understood. {WRONG_ALERT}")
     incident_ids: dict[str, int | None] = {}
@@ -763,7 +765,8 @@ def describe(fallback: str, texts: dict[str, Any], *sources: dict[str, Any]) -> 
     """
     lines = [to_text(texts.pop(name, None)) for name in TEXTS]
     said: dict[str, str] = {}
-    for name, value in itertools.chain(*(source.items() for source in sources)):
+    items = itertools.chain(*(source.items() for source in sources))
+    for name, value in itertools.islice(items, 1000):  # to sort more would hold up other requests
         name, text = to_text(name), to_text(value)
         if text and not name.startswith("__"):  # Grafana's private annotations
             said.setdefault(name, text)
