@@ -2589,6 +2589,8 @@ class LimitedProtocol(ZttpProtocol):
         """Parse what has come. The rest of a URL and its headers must come within ten seconds."""
         if self.cycle is None and data.startswith(b"\x16\x03"):  # TLS: the client means https://
             return self.handle_remote_protocol_error()
+        if self.is_answering():
+            self.transport.pause_reading()
         super().data_received(data)
         is_waiting = self.cycle is None or self.cycle.response_complete
         if is_waiting and not self.head_timer:
@@ -2596,6 +2598,17 @@ class LimitedProtocol(ZttpProtocol):
         elif self.head_timer and not is_waiting:
             self.head_timer.cancel()
             self.head_timer = None
+
+    def is_answering(self) -> bool:
+        """Whether a request has been read to its end, and its answer has not been sent."""
+        cycle = self.cycle
+        return cycle is not None and not (cycle.more_body or cycle.response_complete)
+
+    def on_response_complete(self) -> None:
+        """Start the next request, if it was sent ahead, else read on; uvicorn calls this."""
+        super().on_response_complete()
+        if not (self.is_answering() or self.flow.read_paused or self.transport.is_closing()):
+            self.transport.resume_reading()
 
     def _should_upgrade(self) -> bool:
         """Ignore `Upgrade` (RFC 9110, 7.8). uvicorn and zttp disagree whether `head` is a HEAD."""
