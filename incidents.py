@@ -1029,12 +1029,12 @@ class Database:
             # over a second, the connection is closed.
             await self.pool.release(connection, timeout=1)
 
-    async def fetchrow(self, statement: Statement, **values: Any) -> Any:
+    def fetchrow(self, statement: Statement, **values: Any) -> Coroutine[Any, Any, Any]:
         """Run a statement with these parameters and give its row, after its changes are committed.
 
         Raises `Problem` 503, or an error of which `to_problem` makes one.
         """
-        return await self.batchers[statement.name].run(statement.order_values(values))
+        return self.batchers[statement.name].run(statement.order_values(values))
 
     def log_failure(self, error: Exception) -> None:
         """Log that the database cannot serve: when that begins, and then once a minute."""
