@@ -187,7 +187,11 @@ async def test_a_deadlock_of_a_batch_with_another_session_fails_no_call(
 ) -> None:
     [(name,)] = sql("SELECT current_database()")
     sql(f"ALTER DATABASE {name} SET deadlock_timeout = '200ms'")
-    claim = "INSERT INTO idempotency_keys (actor, key, digest, made_id) VALUES ('test', %s, '', 0)"
+    await database.pool.expire_connections()
+    claim = (
+        "INSERT INTO idempotency_keys (actor, key, digest, made_id) VALUES ('test', %s, '', 0)"
+        " ON CONFLICT DO NOTHING"
+    )
     with psycopg.connect(database_url) as session:
         # The session waits longer than the batch, so PostgreSQL ends the batch.
         session.execute("SET deadlock_timeout = '30s'")

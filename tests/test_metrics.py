@@ -24,11 +24,9 @@ from helpers import (
     NEW_INCIDENT,
     READER,
     TOKENS,
-    WRITER,
     Serve,
     Server,
     Sql,
-    assert_problem,
     async_wait_until,
     insert_incidents,
     wait_until,
@@ -579,21 +577,7 @@ async def test_a_slow_count_does_not_keep_prometheus_waiting(
     assert len(find_unresolved(after)) == 6
 
 
-# ── Who may read, and in which format ─────────────────────────────────────────────────────────────
-
-
-async def test_a_token_is_needed_if_there_are_any_and_one_that_may_only_read_is_enough(
-    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    without_tokens = await client.get("/metrics")
-    monkeypatch.setattr(incidents.get_settings(), "api_tokens", incidents.parse_tokens(TOKENS))
-    refused = await client.get("/metrics")
-    allowed = [await client.get("/metrics", headers=headers) for headers in (READER, WRITER)]
-
-    assert without_tokens.status_code == 200
-    assert_problem(refused, 401)
-    assert refused.headers["www-authenticate"].startswith("Bearer")
-    assert [response.status_code for response in allowed] == [200, 200]
+# ── The format ────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("accept", [None, "*/*", "text/html", "text/plain; version=x", "a"])
@@ -607,16 +591,6 @@ async def test_the_text_is_in_the_format_of_prometheus(
     own = {REQUESTS, BATCHES, IN_FLIGHT, LISTENERS, OLDEST_OPEN, "incidents_unresolved"}
     assert own <= families.keys()
     assert families["process_resident_memory_bytes"].samples
-
-
-async def test_head_has_the_headers_of_the_metrics_and_no_body(client: httpx.AsyncClient) -> None:
-    shown = await client.get("/metrics")
-    response = await client.head("/metrics")
-
-    assert response.status_code == 200
-    assert response.content == b""
-    assert response.headers["content-type"] == shown.headers["content-type"]
-    assert response.headers["cache-control"] == "no-store"
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")

@@ -103,17 +103,6 @@ async def test_each_incident_has_its_own_timeline(client: httpx.AsyncClient) -> 
         assert {entry["incident_id"] for entry in entries} == {incident_id}
 
 
-async def test_head_has_the_headers_of_a_timeline_and_no_body(client: httpx.AsyncClient) -> None:
-    shown = await client.get("/incidents/1/timeline")
-    response = await client.head("/incidents/1/timeline")
-    unknown = await client.head("/incidents/2/timeline")
-
-    assert response.status_code == 200
-    assert response.content == b""
-    assert response.headers == shown.headers
-    assert_problem(unknown, 404)
-
-
 # ── Notes ─────────────────────────────────────────────────────────────────────────────────────────
 
 
