@@ -117,13 +117,14 @@ LABEL_NAME = r"^[^:\x00]*[^:\s\x00][^:\x00]*$"
 LabelName = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_NAME, pattern=LABEL_NAME)]
 LabelValue = Annotated[str, Field(max_length=MAX_LABEL_VALUE, pattern=NO_NUL)]
 
-# The default of an optional field. A field that the client leaves out is None; a null that the
-# client sends is an error. A default_factory keeps `"default": null` out of docs/openapi.json.
+# The default of an optional field. A field that the client leaves out is None, whatever its type
+# says, because defaults are not validated; a null that the client sends is validated, and refused.
+# A default_factory keeps `"default": null` out of docs/openapi.json.
 OMITTED: Any = Field(default_factory=lambda: None)
 
 
 class RequestModel(BaseModel, extra="forbid"):
-    """Base of all request models. Unknown fields are errors, so that a misspelt name is noticed."""
+    """Base of the models that refuse unknown fields, so that a misspelt name is noticed."""
 
 
 # ── The API: incidents ────────────────────────────────────────────────────────────────────────────
@@ -144,15 +145,16 @@ class NewIncident(RequestModel):
 async def create_incident(request: Request) -> Response:
     """Report an incident."""
     new = await parse_body(request, NewIncident)
-    # Sorted, so that a retry may have the labels in another order.
+    # Sorted, because a retry with the same Idempotency-Key may have them in another order.
     labels = json.dumps(new.labels, sort_keys=True) if new.labels else None
     values = {"description": new.description, "source": new.source, "labels": labels}
     row = await run_idempotent(request, SQL.incident_create, **values)
-    # Relative, like all references here, so that the service works under any path of a proxy.
-    is_folder = request.scope["raw_path"].endswith(b"/")
-    location = str(row["id"]) if is_folder else f"incidents/{row['id']}"
+    # Relative to the path of the request, so that it is right behind a proxy that adds a path.
+    has_slash = request.scope["raw_path"].endswith(b"/")
+    location = str(row["id"]) if has_slash else f"incidents/{row['id']}"
     if row["is_replay"]:
-        # A statement cannot see a row that was committed while it waited for the key.
+        # The key's first request may have committed while this statement waited for it. Then the
+        # statement cannot see the incident, so a second one reads it.
         row = await database.fetchrow(SQL.incident_get, incident_id=row["id"], if_none_match=None)
         return json_response(row, 201, Location=location, **REPLAYED)
     return json_response(row, 201, Location=location)
@@ -242,7 +244,8 @@ async def apply_change(
 
 # ── The API: lists ────────────────────────────────────────────────────────────────────────────────
 # First what a query may hold, then the list itself. `parse_query` gives each parameter as the list
-# of the values that were sent; the validators make one value of them, or say what is wrong.
+# of the values that were sent; the validators turn it into what the handler needs, or say what is
+# wrong.
 
 
 class Position(NamedTuple):
@@ -338,7 +341,7 @@ def make_label_filter(filters: list[str]) -> str:
     return " && ".join(groups)
 
 
-# BeforeValidators run from right to left, so SingleValue comes first.
+# BeforeValidators run from right to left: SingleValue, which is written last, runs first.
 SingleValue = BeforeValidator(take_single_value)
 CommaSeparated = BeforeValidator(split_values)
 SearchText = Annotated[str, Field(min_length=1, max_length=200, pattern=NOT_BLANK)]
@@ -401,8 +404,8 @@ async def fetch_page(query: ListQuery, list_format: ListFormat, after: Position 
     statuses, sources = None, None
     if query.status or query.source:
         statuses, sources = tuple(query.status or STATUSES), tuple(query.source or SOURCES)
-    # The page holds what is older than both places: `after`, the last incident of the page before,
-    # and `until`, where 0 is below every id.
+    # The page begins below the earlier of two positions: `after`, the last incident of the page
+    # before, and `until`, where 0 is below every id.
     until = Position(query.until, 0) if query.until else None
     earlier = min([place for place in (until, after) if place], default=None)
     created_at, incident_id = earlier or (None, None)
@@ -439,8 +442,8 @@ def like_pattern(text: str | None) -> tuple[str | None, bool]:
 
 
 # ── The API: timeline ─────────────────────────────────────────────────────────────────────────────
-# What happened to one incident, and to all of them in one order that never changes. Entries are
-# only ever added.
+# What happened to one incident, and to all of them in one order that never changes. An entry is
+# settled when none with a lower id can still appear; `GET /timeline` shows only settled entries.
 
 
 class TimelineQuery(RequestModel):
@@ -456,7 +459,8 @@ async def get_timeline(request: Request) -> Response:
     query = parse_query(request, TimelineQuery)
 
     async def fetch_after(entry_id: int) -> Any:
-        # Whoever adds an entry to an incident locks it first, so their ids are in order.
+        # No need to wait for settled ids: whoever adds an entry to an incident locks it first, so
+        # the entries of one incident are committed in the order of their ids.
         return await database.fetchrow(
             SQL.timeline_page,
             incident_id=incident_id,
@@ -516,7 +520,7 @@ async def list_timeline(request: Request) -> Response:
     deadline = time.monotonic() + wait
     page = await fetch_entries(query, list_format, after)
     if not (page["has_more"] or wait):
-        # Nobody may have looked for entries lately, so look now, and read again.
+        # settled_id is kept up to date only while somebody waits, so look now, and read again.
         await feed.update_settled_id_soon()
         page = await fetch_entries(query, list_format, after)
     while not page["body"] and time.monotonic() < deadline:
@@ -531,7 +535,10 @@ async def list_timeline(request: Request) -> Response:
 
 
 async def choose_start(request: Request, query: FeedQuery) -> int:
-    """Give the id after which the answer begins. A browser that reconnects sends Last-Event-ID."""
+    """Give the id after which the answer begins. A browser that reconnects sends Last-Event-ID.
+
+    422 for a wrong Last-Event-ID; 503 on a standby, or when `latest` is not known yet.
+    """
     last_id = request.headers.get("last-event-id")
     if last_id and not re.fullmatch(ID_PATTERN, last_id):
         raise Problem(422, "Last-Event-ID must be the id of a timeline entry; send that, or none.")
@@ -542,7 +549,7 @@ async def choose_start(request: Request, query: FeedQuery) -> int:
             raise Problem(503, detail, {"Retry-After": "1"})
         return feed.settled_id
     if feed.settled_id < 0:
-        # A stream sends its 200 before it reads anything, so a standby must be refused here.
+        # Nothing is known yet. On a standby this raises 503; later, a stream has sent its 200.
         await feed.update_settled_id_soon()
     return after
 
@@ -562,7 +569,7 @@ async def fetch_entries(query: FeedQuery, list_format: ListFormat, after: int) -
     )
 
 
-LOOK_SECONDS = 5  # between two looks whether the client of a long poll is still there
+LOOK_SECONDS = 5  # how often a long poll looks whether its client is still there
 KEEPALIVE = 15  # seconds; proxies close a connection on which nothing comes for a minute
 
 
@@ -571,8 +578,8 @@ async def stream_events(query: FeedQuery, position: int) -> AsyncIterator[bytes]
 
     The stream outlasts a failing database: after an error response, browsers do not come back.
     """
-    # A browser connects again after so many milliseconds, and sends the id that it got last. An id
-    # without data moves that on, also when the filters hide every entry.
+    # A browser connects again after 2000 milliseconds, and sends the id that it got last. An id
+    # without data moves that id on, also when the filters hide every entry.
     yield b"retry: 2000\nid: %d\n\n" % position
     sent_at = time.monotonic()
     while not feed.is_closing:
@@ -596,7 +603,7 @@ async def stream_events(query: FeedQuery, position: int) -> AsyncIterator[bytes]
 # Events of tools that can page with PagerDuty, and webhooks of Alertmanager and Grafana. Each names
 # its problem by a key; sql/event_apply.sql says what an event does to the incident of that key.
 
-# What becomes of what tools say, by its name. These texts become the description.
+# Values with these names become the description, in this order; all others become labels.
 TEXTS = ("summary", "description", "message", "Error")
 # All else becomes labels. 32 are the most, so those that people filter by come first.
 FIRST_LABELS = re.compile(
@@ -604,7 +611,7 @@ FIRST_LABELS = re.compile(
     "env(ironment)?|region|zone|node|pod|container|app(lication)?|project|owner|source|group|class",
     re.IGNORECASE,
 )
-# Fields that become labels too, though they are not in the payload or in the labels.
+# Fields of an event or alert itself, not of its payload or labels, that become labels too.
 FIELDS = re.compile("client(_url)?|[a-z]+URL|ruleUID")
 
 WEBHOOK_PART = 100  # alerts
@@ -718,12 +725,12 @@ async def apply_alerts(request: Request) -> Response:
     if ignored and not alerts:
         raise Problem(422, f"None of the alerts can be understood. {WRONG_ALERT}")
     incident_ids: dict[str, int | None] = {}
-    # In parts, so that a large webhook leaves room in the queue. When one part fails, the parts
-    # before it are stored already.
+    # In parts, because the queue of a statement takes 1,000 calls of all clients. When one part
+    # fails, the parts before it are stored already.
     for start in range(0, len(alerts), WEBHOOK_PART):
         part = [*alerts][start : start + WEBHOOK_PART]
         results = await asyncio.gather(*(apply_alert(request, key, alerts[key]) for key in part))
-        incident_ids |= zip(part, results, strict=True)
+        incident_ids.update(zip(part, results, strict=True))
     answer = {"incident_ids": incident_ids} | ({"ignored": ignored} if ignored else {})
     return JSONResponse(answer, media_type=JSON_TYPE)
 
@@ -752,7 +759,7 @@ def list_fields(message: Event | Alert) -> dict[str, Any]:
     for name in ("link", "image"):
         items = others.get(f"{name}s")
         for number, item in enumerate(items if isinstance(items, list) else [items], 1):
-            address = item.get("src") or item.get("href") if isinstance(item, dict) else item
+            address = (item.get("src") or item.get("href")) if isinstance(item, dict) else item
             fields[f"{name} {number}"] = address or item
     return fields
 
@@ -760,8 +767,9 @@ def list_fields(message: Event | Alert) -> dict[str, Any]:
 def describe(fallback: str, texts: dict[str, Any], *sources: dict[str, Any]) -> dict[str, str]:
     """Give the description and the labels, as JSON, of what a tool says. Nothing is refused.
 
-    The description is TEXTS, which are taken out of `texts`, or else all that is said, or else the
-    fallback. Of two values with the same name, that of the first source counts.
+    `texts` must also be one of the sources: what TEXTS names is taken out of it first, so that it
+    does not become a label too. Without such texts, the description is all that is said, or else
+    the fallback. Of two values with the same name, that of the first source counts.
     """
     lines = [to_text(texts.pop(name, None)) for name in TEXTS]
     said: dict[str, str] = {}
@@ -852,7 +860,8 @@ async def check_readiness(request: Request) -> Response:
         raise Problem(503, detail, {"Retry-After": "10"})
     if not query.only:
         if readiness["is_read_only"]:
-            # A session keeps a read-only default, and stays on the old server after a failover.
+            # Connect anew: a session keeps its read-only default, and after a failover it stays on
+            # the old server.
             await database.pool.expire_connections()
             detail = "The database takes no writes: it is a standby, or set to read-only."
             raise Problem(503, detail, {"Retry-After": "10"})

@@ -39,8 +39,11 @@
               AS is_repeat
          FROM said
               CROSS JOIN (
-              VALUES (ARRAY['client_url', 'generatorURL', 'imageURL', 'image 1'])) AS x (ignored)),
+              VALUES (ARRAY['client_url', 'generatorURL', 'imageURL', 'image 1']))
+              AS no_news (ignored)),
 
+       -- wait: run the event again; count: count the trigger; edit: count it and change description
+       -- and labels; open: make an incident; move: change the status; ignore: do nothing.
        decided AS MATERIALIZED (
        SELECT seen.*,
               CASE WHEN is_outdated

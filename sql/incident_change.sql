@@ -4,7 +4,7 @@
 -- another value, and one for a note, which does not change the incident itself. No incident may be
 -- in a batch twice. body and etag are null when there is no such incident. Nothing is changed when
 -- is_match is false, because If-Match lacks the incident's etag, or when is_locked is true, because
--- another transaction holds the incident.
+-- another transaction holds the incident; Batcher then runs the call again.
 --   $1 incident_id  bigint[]
 --   $2 description  text[]    null to keep it
 --   $3 source       text[]    null to keep it

@@ -1,7 +1,8 @@
 -- read
 --
 -- One page of the list of incidents, newest first: its lines, and in position the time and the id
--- of its last incident, after which the next page begins. has_more is true when incidents follow.
+-- of its last incident, after which the next page begins, or nulls when the page is not full.
+-- has_more is true when incidents follow.
 --   $1 statuses           text[]       null for no filter, and then $2 must be null too
 --   $2 sources            text[]       null for no filter, and then $1 must be null too
 --   $3 since              timestamptz  created at this time or later, null for no bound
@@ -36,7 +37,7 @@
          ORDER BY newest.created_at DESC, newest.id DESC
          LIMIT $6 + 1)),
 
-       -- The rows of a page are in order already, so array_agg() needs no ORDER BY.
+       -- One half is empty and the other is in order, so array_agg() needs no ORDER BY.
        arrays AS (
        SELECT array_agg(id) AS ids, array_agg(created_at) AS times, array_agg(line) AS lines
          FROM page)

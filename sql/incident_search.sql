@@ -11,10 +11,12 @@
 --   $7 format             text         json, ndjson or csv
 --   $8 separator          text         what stands between two lines
 --   $9 pattern            text         for ILIKE, in the form of search_form(); null for any text
---   $10 has_accents       boolean      whether that form changes the text itself
+--   $10 has_accents       boolean      see below
 --   $11 label_filter      jsonpath     for the operator @@; null for any labels
 --   $12 dedup_key         text         of any actor; null for no such filter
--- Only the part of the union that choice names reads rows.
+-- has_accents tells whether the pattern has letters that can also be written as letter and accent.
+-- Only the part of the union that choice names reads rows: 'keys', or the way that choose_search()
+-- in 0002.functions.sql gives.
   WITH choice AS MATERIALIZED (
        SELECT CASE WHEN $12::text IS NOT NULL THEN 'keys'
                    ELSE choose_search($1, $2, $3, $4, $5, $9, $10, $11) END AS way),

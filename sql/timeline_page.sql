@@ -44,6 +44,7 @@
          ORDER BY oldest.id
          LIMIT $5 + 1)),
 
+       -- incident is null unless $8 is true.
        with_incidents AS (
        SELECT id, entry,
               ',"incident":' || (SELECT incident_json(incidents)
@@ -55,6 +56,7 @@
        SELECT array_agg(id) AS ids, array_agg(timeline_line(entry, incident, $6)) AS lines
          FROM with_incidents)
 
+-- Every incident has a 'created' entry, which shows that the incident exists.
 SELECT convert_to(coalesce(array_to_string(lines[:$5], $7), ''), 'UTF8') AS body,
        coalesce(cardinality(ids) > $5, false) AS has_more,
        pg_is_in_recovery() AS is_standby,
