@@ -1,7 +1,7 @@
 -- write, batch
 --
 -- Append notes to the timelines of incidents. id and body are null when there is no such incident,
--- or when is_locked is true, because another transaction holds it; Batcher then runs the call again.
+-- or when is_locked is true, because another transaction holds it; Batcher then runs it again.
 -- An Idempotency-Key works as in incident_create.sql; it is not used up when no note is added.
 --   $1 idempotency_key  text[]    null for none
 --   $2 digest           bytea[]   of the request, null without a key
