@@ -1671,11 +1671,13 @@ SLOW_ADVICE = (
 LOCKED_ADVICE = "Another transaction holds this incident; try again soon."
 
 
-class PendingCall(NamedTuple):
+@dataclass
+class PendingCall:
     """A call that waits, and the futures of all who wait for its row: identical reads share one."""
 
     arguments: tuple[Any, ...]
     futures: list[asyncio.Future[Any]]
+    deadline: float = 0.0  # the loop's time when the last of them stops waiting
 
 
 def give_outcome(futures: Iterable[asyncio.Future[Any]], outcome: Any) -> None:
@@ -1729,7 +1731,7 @@ class Batcher:
         if self.statement.is_slow:
             late_error = Problem(503, SLOW_ADVICE, {"Retry-After": "10"})
         while loop.time() < deadline:
-            future = self.add_call(arguments)
+            future = self.add_call(arguments, deadline)
             # asyncio.timeout costs five times as much, and would add a tenth to each request.
             timer = loop.call_at(deadline, give_outcome, [future], late_error)
             try:
@@ -1743,14 +1745,16 @@ class Batcher:
             await asyncio.sleep(0.03)
         raise late_error
 
-    def add_call(self, arguments: tuple[Any, ...]) -> asyncio.Future[Any]:
+    def add_call(self, arguments: tuple[Any, ...], deadline: float) -> asyncio.Future[Any]:
         """Put a call into the queue, and give the future of its row."""
         if len(self.waiting) >= MAX_WAITING:
             raise Problem(503, "Too many requests wait; try again soon.", {"Retry-After": "1"})
         future = asyncio.get_running_loop().create_future()
         # Identical reads have one place in the queue; each write has its own.
         place = arguments if self.statement.is_read else future
-        self.waiting.setdefault(place, PendingCall(arguments, [])).futures.append(future)
+        call = self.waiting.setdefault(place, PendingCall(arguments, []))
+        call.futures.append(future)
+        call.deadline = deadline
         is_worker_needed = len(self.waiting) == 1 or self.statement.is_slow
         if is_worker_needed and len(self.workers) < self.statement.workers:
             self.workers.add(asyncio.create_task(self.run_worker()))
@@ -1762,7 +1766,7 @@ class Batcher:
             batch: list[PendingCall] = []
             try:
                 async with self.database.borrow_connection() as connection:
-                    if self.statement.is_slow:
+                    if self.statement.seconds > QUERY_TIMEOUT:
                         # It may run long, so ask first whether the server answers at all.
                         await connection.fetchval("SELECT 1")
                     batch = self.take_batch()
@@ -1796,7 +1800,7 @@ class Batcher:
     async def execute_batch(self, connection: Any, batch: list[PendingCall]) -> None:
         """Run a batch in one round trip and one transaction, or else its calls one by one."""
         try:
-            rows = await self.fetch_rows(connection, [call.arguments for call in batch])
+            rows = await self.fetch_rows(connection, batch)
             self.batch_calls.observe(len(batch))
         except asyncpg.PostgresError as error:
             if len(batch) > 1 and not isinstance(error, STOPPING_ERRORS):
@@ -1807,16 +1811,20 @@ class Batcher:
         for call, row in zip(batch, rows, strict=True):
             give_outcome(call.futures, row)
 
-    async def fetch_rows(self, connection: Any, calls: list[tuple[Any, ...]]) -> Any:
-        """Execute the statement for these arguments, and check that each call has its row."""
-        name, text, seconds = self.statement.name, self.statement.text, self.statement.seconds
+    async def fetch_rows(self, connection: Any, batch: list[PendingCall]) -> Any:
+        """Run a batch as long as somebody waits for it, and check that each call has its row."""
+        name, text = self.statement.name, self.statement.text
+        calls = [call.arguments for call in batch]
+        deadline = max(call.deadline for call in batch)
+        timeout = max(deadline - asyncio.get_running_loop().time(), 0.001)
         try:
             if self.statement.is_batch:
-                rows = await connection.fetch(text, *zip(*calls, strict=True), timeout=seconds)
+                rows = await connection.fetch(text, *zip(*calls, strict=True), timeout=timeout)
             else:
-                rows = await connection.fetchmany(text, calls, timeout=seconds)
+                rows = await connection.fetchmany(text, calls, timeout=timeout)
         except (TimeoutError, asyncpg.ReadOnlySQLTransactionError):
-            if not self.statement.is_slow:  # The server is gone or a standby: connect anew.
+            # The server is gone or a standby: connect anew. A call sent late does not tell that.
+            if timeout > QUERY_TIMEOUT / 2 and not self.statement.is_slow:
                 await self.database.pool.expire_connections()
             raise
         except asyncpg.InterfaceError as error:
