@@ -2463,6 +2463,8 @@ class LimitedProtocol(ZttpProtocol):
         """Parse what has come. The rest of a URL and its headers must come within ten seconds."""
         if self.cycle is None and data.startswith(b"\x16\x03"):  # TLS: the client means https://
             return self.handle_remote_protocol_error()
+        if self.is_answering():
+            self.transport.pause_reading()
         super().data_received(data)
         is_waiting = self.cycle is None or self.cycle.response_complete
         if is_waiting and not self.head_timer:
@@ -2470,6 +2472,17 @@ class LimitedProtocol(ZttpProtocol):
         elif self.head_timer and not is_waiting:
             self.head_timer.cancel()
             self.head_timer = None
+
+    def is_answering(self) -> bool:
+        """Whether a request has been read to its end, and its answer has not been sent."""
+        cycle = self.cycle
+        return cycle is not None and not (cycle.more_body or cycle.response_complete)
+
+    def on_response_complete(self) -> None:
+        """Start the next request, if it was sent ahead, else read on; uvicorn calls this."""
+        super().on_response_complete()
+        if not (self.is_answering() or self.flow.read_paused or self.transport.is_closing()):
+            self.transport.resume_reading()
 
     def _should_upgrade(self) -> bool:
         """Ignore `Upgrade` (RFC 9110, 7.8). uvicorn and zttp disagree whether `head` is a HEAD."""
@@ -2493,12 +2506,16 @@ class LimitedProtocol(ZttpProtocol):
         response = problem_response(problem, "")
         headers = [*self.server_state.default_headers, *response.raw_headers, *SECURITY_HEADERS]
         if self.cycle:  # Its handler may wait for a body that will not come.
-            self.cycle.disconnected = True
+            self.cycle.disconnected, self.cycle.waiting_for_100_continue = True, False
         with contextlib.suppress(zttp.LocalProtocolError):  # Another response may have begun.
             self.conn.send_response(response.status_code, [*headers, (b"connection", b"close")])
             self.conn.send_data(response.body)
             self.transport.write(self.conn.data_to_send())
-        self.transport.close()
+        # To close at once would reset the connection, and a client that is still sending would not
+        # see the answer. Nothing more is read.
+        self.flow.pause_reading()
+        self.transport.write_eof()
+        self.loop.call_later(1, self.transport.close)
 
 
 MAX_UNREAD_SECONDS = 60

@@ -1,4 +1,4 @@
--- read, at most 3 s, 3 at once
+-- read, at most 3 s, 6 at once
 --
 -- One page of the incidents whose description contains a text, in any case, or whose labels pass a
 -- filter, or to which a dedup_key points, or all of these. It returns what incident_page.sql does.
