@@ -2632,12 +2632,16 @@ class LimitedProtocol(ZttpProtocol):
         response = problem_response(problem, "")
         headers = [*self.server_state.default_headers, *response.raw_headers, *SECURITY_HEADERS]
         if self.cycle:  # Its handler may wait for a body that will not come.
-            self.cycle.disconnected = True
+            self.cycle.disconnected, self.cycle.waiting_for_100_continue = True, False
         with contextlib.suppress(zttp.LocalProtocolError):  # Another response may have begun.
             self.conn.send_response(response.status_code, [*headers, (b"connection", b"close")])
             self.conn.send_data(response.body)
             self.transport.write(self.conn.data_to_send())
-        self.transport.close()
+        # To close at once would reset the connection, and a client that is still sending would not
+        # see the answer. Nothing more is read.
+        self.flow.pause_reading()
+        self.transport.write_eof()
+        self.loop.call_later(1, self.transport.close)
 
 
 class OrderlyServer(uvicorn.Server):
