@@ -288,6 +288,15 @@ def test_a_body_that_is_cut_short_creates_no_incident(server: Server, exchange: 
     assert count_incidents(server) == before
 
 
+def test_a_client_that_is_still_sending_can_read_why_it_was_refused(server: Server) -> None:
+    with connect(server) as connection:
+        connection.sendall(b"GET /a b HTTP/1.1\r\n\r\n")
+        assert connection.recv(1)  # so it has been refused
+        connection.sendall(200_000 * b"a")
+
+        assert b"400 Bad Request" in receive(connection)
+
+
 @pytest.mark.parametrize("name", [b"X-Request-ID", b"Idempotency-Key", b"If-None-Match"])
 @pytest.mark.parametrize(
     "value",
@@ -474,9 +483,10 @@ def test_pipelined_requests_may_be_split_at_every_byte(server: Server) -> None:
         (b"\x00\x01\x02\r\n\r\n", 400),
         ("GET /журнал HTTP/1.1\r\nHost: x\r\n\r\n".encode(), 400),
         (GET + b"Bad Header: 1\r\n\r\n", 400),
+        (POST.replace(b"incidents", b"\xff") + LENGTH + b"\r\n" + BODY, 400),
         (GET + b"X-Long: " + MAX_HEAD * b"a" + b"\r\n\r\n", 431),
     ],
-    ids=["garbage", "Cyrillic", "bad header", "too large"],
+    ids=["garbage", "Cyrillic", "bad header", "POST to a bad path", "too large"],
 )
 def test_requests_before_a_bad_one_are_answered_first(
     server: Server, exchange: Exchange, bad: bytes, status: int
