@@ -407,8 +407,7 @@ async def fetch_page(query: ListQuery, list_format: ListFormat, after: Position 
     # The page begins below the earlier of two positions: `after`, the last incident of the page
     # before, and `until`, where 0 is below every id.
     until = Position(query.until, 0) if query.until else None
-    earlier = min([place for place in (until, after) if place], default=None)
-    created_at, incident_id = earlier or (None, None)
+    created_at, incident_id = min(filter(None, (until, after)), default=(None, None))
     values = {
         "statuses": statuses,
         "sources": sources,
