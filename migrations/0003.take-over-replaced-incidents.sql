@@ -8,7 +8,7 @@ DO $$
 DECLARE
     last_id bigint;
 BEGIN
-    IF to_regclass('incidents_replaced') IS NULL OR EXISTS (SELECT FROM incidents) THEN
+    IF to_regclass('incidents_replaced') IS NULL OR EXISTS (SELECT FROM timeline) THEN
         RETURN;
     END IF;
     SELECT coalesce(max(id), 0) INTO last_id FROM incidents_replaced;

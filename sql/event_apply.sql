@@ -4,17 +4,16 @@
 -- to is unresolved, a trigger is counted instead, and where it says something else than the trigger
 -- before it, the incident is changed. An acknowledge moves the incident from open to in_progress, a
 -- resolve moves it from either of them to resolved. An event that happened before what its key told
--- last changes no incident. incident_id is the one that the key points to, null for an unknown key.
--- When is_locked is true, the event has done nothing and is to be run again: another transaction
--- holds its incident, or has just changed its key.
+-- last changes no unresolved incident. incident_id is the one that the key points to, null for an
+-- unknown key. When is_locked is true, the event has done nothing and is to be run again: another
+-- transaction holds its incident or its key, or has just changed or added the key.
 --   $1 key          text[]         each once, even for two actors
 --   $2 action       text[]         trigger, acknowledge or resolve
 --   $3 actor        text[]
 --   $4 description  text[]         what a trigger says, for its incident
 --   $5 labels       jsonb[]        the same
 --   $6 happened_at  timestamptz[]  by the sender's clock, null when it tells no time
-  WITH -- The keys are locked in the order of the calls, and Batcher sorts these by key, so two
-       -- statements cannot deadlock. A locked row is the newest one, also after a wait for it.
+  WITH -- SKIP LOCKED passes over a key that another transaction holds; it then looks changed below.
        said AS MATERIALIZED (
        SELECT input.*, said.*
          FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::jsonb[], $6::timestamptz[])
@@ -25,7 +24,7 @@
                      started_at, changed_at
                 FROM dedup_keys
                WHERE dedup_keys.key = input.key AND dedup_keys.actor = input.actor
-                 FOR NO KEY UPDATE) AS said ON true),
+                 FOR NO KEY UPDATE SKIP LOCKED) AS said ON true),
 
        -- All else is seen as it was when this statement began. When a key has changed since, its
        -- incident may have too, or cannot be seen at all, so the event has to wait. Addresses of a
@@ -33,8 +32,10 @@
        seen AS MATERIALIZED (
        SELECT said.*,
               (SELECT status FROM incidents WHERE id = incident_id) AS status,
-              (SELECT changed_at FROM dedup_keys WHERE (key, actor) = (said.key, said.actor))
-              IS DISTINCT FROM changed_at AS is_outdated,
+              (SELECT ROW(incident_id, changed_at) FROM dedup_keys
+                WHERE (key, actor) = (said.key, said.actor))
+              IS DISTINCT FROM CASE WHEN incident_id IS NOT NULL
+                                    THEN ROW(incident_id, changed_at) END AS is_outdated,
               (description, labels - ignored) = (said_description, said_labels - ignored)
               AS is_repeat
          FROM said

@@ -24,15 +24,20 @@
         UNION ALL
 
        -- With a filter: read each status and source from its own part of another index, so that a
-       -- rare one is found without a walk through the rest.
+       -- rare one is found without a walk through the rest. Only that index fits comparisons of
+       -- whole rows; with equal signs, PostgreSQL may choose the one above.
        (SELECT newest.created_at, newest.id, incident_line(newest.incident, $7)
           FROM unnest($1::text[]) AS wanted_status (status)
                CROSS JOIN unnest($2::text[]) AS wanted_source (source)
                CROSS JOIN LATERAL (
                SELECT created_at, id, incident
-                 FROM incidents_between($3, $4, $5) AS incident
-                WHERE status = wanted_status.status AND source = wanted_source.source
-                ORDER BY created_at DESC, id DESC
+                 FROM incidents AS incident
+                WHERE (status, source, created_at)
+                      >= (wanted_status.status, wanted_source.source, coalesce($3, '-infinity'))
+                  AND (status, source, created_at, id)
+                      < (wanted_status.status, wanted_source.source, coalesce($4, 'infinity'),
+                         coalesce($5, 0))
+                ORDER BY status DESC, source DESC, created_at DESC, id DESC
                 LIMIT $6 + 1) AS newest
          ORDER BY newest.created_at DESC, newest.id DESC
          LIMIT $6 + 1)),

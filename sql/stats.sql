@@ -61,10 +61,10 @@
         GROUP BY day)
 
 SELECT CASE WHEN $3
-            THEN jsonb_set(body::jsonb, '{days}', (
+            THEN jsonb_set(body::jsonb, '{days}', coalesce((
                      SELECT jsonb_agg(jsonb_build_object('day', day) || body::jsonb ORDER BY day)
                        FROM figures
-                      WHERE day IS NOT NULL))::json
+                      WHERE day IS NOT NULL), '[]'))::json
             ELSE body END AS body
   FROM figures
  WHERE day IS NULL;

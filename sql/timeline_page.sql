@@ -32,14 +32,16 @@
         UNION ALL
 
        -- The same without 'created': the other kinds have an index, so that none is passed over.
+       -- Only that index fits comparisons of whole rows.
        (SELECT oldest.id, oldest.entry
           FROM unnest($2) AS wanted (kind)
                CROSS JOIN LATERAL (
                SELECT id, entry
                  FROM timeline AS entry
                 WHERE $1 IS NULL AND 'created' <> ALL ($2)
-                  AND kind <> 'created' AND kind = wanted.kind AND id > $3 AND id <= $4
-                ORDER BY id
+                  AND kind <> 'created'
+                  AND (kind, id) > (wanted.kind, $3) AND (kind, id) <= (wanted.kind, $4)
+                ORDER BY kind, id
                 LIMIT $5 + 1) AS oldest
          ORDER BY oldest.id
          LIMIT $5 + 1)),

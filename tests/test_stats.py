@@ -232,6 +232,17 @@ async def test_an_invalid_period_is_refused(
     assert_problem(response, 422, pointer)
 
 
+async def test_by_day_an_empty_period_has_no_days(client: httpx.AsyncClient) -> None:
+    for period in (
+        {"since": "2999-01-01"},
+        {"since": "2024-01-15", "until": "2024-01-15"},
+        {"since": "2024-01-16", "until": "2024-01-15"},
+    ):
+        stats = await get_stats(client, by="day", **period)
+
+        assert (stats["incidents"], stats["days"]) == (0, [])
+
+
 async def test_by_day_from_the_first_day_of_all_is_refused(client: httpx.AsyncClient) -> None:
     # For the driver, this time means that there is no bound.
     response = await client.get("/stats?by=day&since=0001-01-01&until=0001-01-03")
