@@ -1164,7 +1164,8 @@ class Scene:
                 follow_until = time.monotonic() + 0.5
                 while path and time.monotonic() < follow_until:
                     try:
-                        response = await client.get(f"{self.choose_server().url}{path}")
+                        url = httpx.URL(self.choose_server().url).join(path)
+                        response = await client.get(url)
                     except httpx.TransportError:
                         self.reconnects += 1
                         await asyncio.sleep(0.05)  # a client's pause before it tries again
@@ -1172,7 +1173,9 @@ class Scene:
                     if response.status_code == 503:
                         continue
                     ids += entry_ids(response)
-                    last_id, path = position(response), next_link(response)
+                    last_id, link = position(response), next_link(response)
+                    # The next page may come from the other service.
+                    path = link and httpx.URL(link).raw_path.decode()
 
     async def read_stream(self, name: str, query: str) -> None:
         """Read event streams, leave them at random moments, and go on with the last id."""
