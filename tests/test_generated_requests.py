@@ -506,7 +506,7 @@ def find_operation(request: GeneratedRequest) -> dict[str, Any] | None:
     It is empty when the path is described without this method, and None when the path is not.
     """
     for path, methods in PATHS.items():
-        escaped_path = re.escape(path.rstrip("/") or path)
+        escaped_path = re.escape(path.rstrip("/"))
         pattern = escaped_path.replace(re.escape("{incident_id}"), "([^/]+)") + "/?"
         if re.fullmatch(pattern, request.path, re.DOTALL):
             method = "GET" if request.method == "HEAD" else request.method
