@@ -32,18 +32,17 @@ import math
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import unicodedata
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
@@ -79,7 +78,6 @@ from uvicorn.protocols.http.zttp_impl import ZttpProtocol
 
 if sys.platform != "win32":
     import fcntl
-    import pwd
 
 HERE = Path(__file__).resolve().parent
 
@@ -1604,7 +1602,6 @@ FIRST_LINE = re.compile(
 PARAMETER = re.compile(r"^--   \$[0-9]+ (\w+)  ", re.MULTILINE)  # --   $1 incident_id  bigint[]
 
 
-@dataclass(frozen=True)
 class Statement:
     """A file of `sql/`. Its first line says how it is run, and then it names its parameters.
 
@@ -1619,34 +1616,20 @@ class Statement:
     key. When `is_locked` is true in a row, another transaction holds that lock.
     """
 
-    name: str
-    text: str
-    is_read: bool
-    is_batch: bool
-    is_slow: bool
-    seconds: float  # until a call gets a 503
-    workers: int
-    parameters: tuple[str, ...]
-
-    @classmethod
-    def load(cls, file: Path) -> Statement:
-        """Read a file; a `ValueError` says what its first line must be."""
-        text = file.read_text("utf-8")
-        first = FIRST_LINE.match(text)
-        if not first:
-            examples = "'-- read', '-- write, batch' or '-- read, at most 30 s, 1 at once'"
-            raise ValueError(f"sql/{file.name} must begin with a line like {examples}")
+    def __init__(self, file: Path) -> None:
+        """Read a file; a `ValueError` says what is wrong with its comments."""
+        self.name, self.text = file.stem, file.read_text("utf-8")
+        first = FIRST_LINE.match(self.text)
+        self.parameters = tuple(PARAMETER.findall(self.text))
+        if not first or len(set(re.findall(r"\$[0-9]+", self.text))) != len(self.parameters):
+            raise ValueError(
+                f"sql/{file.name} must begin with a line like '-- read', '-- write, batch' or "
+                "'-- read, at most 30 s, 1 at once', and have a line like '--   $1 name  type' "
+                "for each of its parameters"
+            )
         access, batch, seconds, workers = first.groups()
-        return cls(
-            name=file.stem,
-            text=text,
-            is_read=access == "read",
-            is_batch=bool(batch),
-            is_slow=bool(seconds),
-            seconds=float(seconds or QUERY_TIMEOUT),
-            workers=int(workers or WORKERS),
-            parameters=tuple(PARAMETER.findall(text)),
-        )
+        self.is_read, self.is_batch, self.is_slow = access == "read", bool(batch), bool(seconds)
+        self.seconds, self.workers = float(seconds or QUERY_TIMEOUT), int(workers or WORKERS)
 
     def order_values(self, values: dict[str, Any]) -> tuple[Any, ...]:
         """Put values, which must be hashable, in the order of the parameters."""
@@ -1658,7 +1641,7 @@ class Statement:
         return tuple(values.values())
 
 
-SQL = SimpleNamespace(**{file.stem: Statement.load(file) for file in HERE.glob("sql/*.sql")})
+SQL = SimpleNamespace(**{file.stem: Statement(file) for file in HERE.glob("sql/*.sql")})
 
 
 # ── How it is stored: group commit ────────────────────────────────────────────────────────────────
@@ -1671,6 +1654,16 @@ SLOW_ADVICE = (
     "text, or a rarer label."
 )
 LOCKED_ADVICE = "Another transaction holds this incident; try again soon."
+# After these, the calls of a batch are not run one by one: a lost connection may have committed
+# them all, and a full or read-only database would refuse each.
+STOPPING_ERRORS = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.DiskFullError,
+    asyncpg.InsufficientPrivilegeError,
+    asyncpg.ReadOnlySQLTransactionError,
+)
+# After these, all connections are made anew, because the server is gone, or has become a standby.
+EXPIRING_ERRORS = (TimeoutError, asyncpg.ReadOnlySQLTransactionError)
 
 
 class PendingCall(NamedTuple):
@@ -1679,16 +1672,15 @@ class PendingCall(NamedTuple):
     arguments: tuple[Any, ...]
     futures: list[asyncio.Future[Any]]
 
-
-def give_outcome(futures: Iterable[asyncio.Future[Any]], outcome: Any) -> None:
-    """Give a row, or raise an error, to all who still wait."""
-    for future in futures:
-        if future.done():
-            continue
-        if isinstance(outcome, Exception):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
+    def resolve(self, outcome: Any) -> None:
+        """Give a row, or raise an error, to all who still wait."""
+        for future in self.futures:
+            if future.done():
+                continue
+            if isinstance(outcome, Exception):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
 
 
 class Batcher:
@@ -1733,7 +1725,7 @@ class Batcher:
         while loop.time() < deadline:
             future = self.add_call(arguments)
             # asyncio.timeout costs five times as much, and would add a tenth to each request.
-            timer = loop.call_at(deadline, give_outcome, [future], late_error)
+            timer = loop.call_at(deadline, PendingCall(arguments, [future]).resolve, late_error)
             try:
                 row = await future
             finally:
@@ -1773,8 +1765,10 @@ class Batcher:
             except Exception as error:
                 if not batch:  # No connection could be had, for any call.
                     batch, self.waiting = list(self.waiting.values()), {}
+                elif isinstance(error, EXPIRING_ERRORS) and not self.statement.is_slow:
+                    await self.database.pool.expire_connections()
                 for call in batch:
-                    give_outcome(call.futures, error)
+                    call.resolve(error)
         # There is no await between the check above and this line. Otherwise a call could join the
         # queue in between, count on this worker, and wait for ever.
         self.workers.discard(asyncio.current_task())
@@ -1797,40 +1791,29 @@ class Batcher:
 
     async def execute_batch(self, connection: Any, batch: list[PendingCall]) -> None:
         """Run a batch in one round trip and one transaction, or else its calls one by one."""
-        try:
-            rows = await self.fetch_rows(connection, [call.arguments for call in batch])
-            self.batch_calls.observe(len(batch))
-        except asyncpg.PostgresError as error:
-            if len(batch) > 1 and not isinstance(error, STOPPING_ERRORS):
-                for call in batch:
-                    await self.execute_batch(connection, [call])
-                return
-            rows = [error] * len(batch)
-        for call, row in zip(batch, rows, strict=True):
-            give_outcome(call.futures, row)
-
-    async def fetch_rows(self, connection: Any, calls: list[tuple[Any, ...]]) -> Any:
-        """Execute the statement for these arguments, and check that each call has its row."""
-        name, text, seconds = self.statement.name, self.statement.text, self.statement.seconds
+        text, seconds = self.statement.text, self.statement.seconds
+        calls = [call.arguments for call in batch]
         try:
             if self.statement.is_batch:
                 rows = await connection.fetch(text, *zip(*calls, strict=True), timeout=seconds)
             else:
                 rows = await connection.fetchmany(text, calls, timeout=seconds)
-        except (TimeoutError, asyncpg.ReadOnlySQLTransactionError):
-            if not self.statement.is_slow:  # The server is gone or a standby: connect anew.
-                await self.database.pool.expire_connections()
+        except STOPPING_ERRORS:
             raise
-        except asyncpg.InterfaceError as error:
-            if connection.is_closed():
-                raise
-            raise RuntimeError(f"sql/{name}.sql cannot be run: {describe_error(error)}") from None
-        if len(rows) != len(calls):
+        except asyncpg.PostgresError as error:
+            if len(batch) > 1:
+                for call in batch:
+                    await self.execute_batch(connection, [call])
+                return
+            rows = [error]
+        if len(rows) != len(batch):
             raise RuntimeError(
-                f"sql/{name}.sql returned {len(rows)} rows for {len(calls)} calls; "
+                f"sql/{self.statement.name}.sql returned {len(rows)} rows for {len(batch)} calls; "
                 "a statement must return exactly one row per call"
             )
-        return rows
+        self.batch_calls.observe(len(batch))
+        for call, row in zip(batch, rows, strict=True):
+            call.resolve(row)
 
 
 # ── How it is stored: connections ─────────────────────────────────────────────────────────────────
@@ -1883,6 +1866,8 @@ class Database:
             try:
                 async with self.borrow_connection():
                     return
+            except asyncpg.ClientConfigurationError as error:
+                raise RuntimeError(f"DATABASE_URL is refused: {error}") from None
             except (OSError, asyncpg.PostgresError, *CONNECTION_ERRORS) as error:
                 failure = f"cannot connect to {self.address}: {describe_error(error)}"
             log.warning("Try %d of %d: %s", attempt, tries, failure)
@@ -2150,18 +2135,12 @@ async def ensure_migrated() -> None:
 # Settings come from the environment and from `.env`. When the service starts, it says in one line
 # what is wrong with a setting. You may skip the parsers.
 
-# Options of DATABASE_URL that psycopg does not check before it connects.
-URL_CHOICES = {
-    "sslmode": "disable, allow, prefer, require, verify-ca, verify-full",
-    "sslnegotiation": "postgres, direct",
-    "target_session_attrs": "any, read-write, read-only, primary, standby, prefer-standby",
-}
 URL_FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
 # asyncpg would send other options to the server. It is told host and port for each connection.
 ASYNCPG_OPTIONS = {
     *("user", "password", "passfile", "service", "dbname", "application_name", "options"),
-    *("sslpassword", "ssl_min_protocol_version", "ssl_max_protocol_version"),
-    *("krbsrvname", "gsslib", *URL_CHOICES, *URL_FILES),
+    *("sslmode", "sslnegotiation", "sslpassword", *URL_FILES, "target_session_attrs"),
+    *("ssl_min_protocol_version", "ssl_max_protocol_version", "krbsrvname", "gsslib"),
 }
 URL_FORM = (
     "a URL like postgresql://user:password@host:5432/database is needed; "
@@ -2187,21 +2166,14 @@ def normalize_database_url(url: str) -> str:
         if unknown and "password=" not in url:
             raise ValueError(f"PostgreSQL has no option {unknown[1]}; remove it") from None
         raise ValueError(URL_FORM) from None
-    check_url_options(options)
-    return url if "host" in options else url.replace("hostaddr=", "host=")
-
-
-def check_url_options(options: dict[str, Any]) -> None:
-    """Refuse values with which every connection would fail."""
+    # A wrong port is often the rest of a password.
     ports = [port for port in str(options.get("port", "")).split(",") if port]
     if not all(re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536 for port in ports):
-        raise ValueError(URL_FORM)  # This is often the rest of a password.
-    for name, choices in URL_CHOICES.items():
-        if name in options and options[name] not in choices.split(", "):
-            raise ValueError(f"{name} is one of: {choices}")
+        raise ValueError(URL_FORM)
     for name in URL_FILES:
-        if name in options and not Path(options[name]).is_file():
+        if name in options and not Path(str(options[name])).is_file():
             raise ValueError(f"{name} names a file that is not there")
+    return url if "host" in options else url.replace("hostaddr=", "host=")
 
 
 def make_asyncpg_url(url: str) -> str:
@@ -2230,9 +2202,8 @@ def parse_origins(text: str) -> list[str]:
     """Parse CORS_ORIGINS, for example `https://ops.example.com, http://localhost:3000`."""
     origins = [part.strip().lower().removesuffix("/") for part in text.split(",") if part.strip()]
     # Browsers leave out the default port of a scheme.
-    pattern = r"(?!http:.*:80$|https:.*:443$)https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:([0-9]{1,5}))?"
-    matches = [re.fullmatch(pattern, origin) for origin in origins]
-    if not all(m and int(m[3] or 0) < 65536 for m in matches) or (text and not origins):
+    pattern = r"(?!http:.*:80$|https:.*:443$)https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?"
+    if not all(re.fullmatch(pattern, origin) for origin in origins) or (text and not origins):
         raise ValueError(
             "write the origins as browsers send them, like https://ops.example.com or "
             "http://localhost:3000: with http or https, and without a path, a * or a default port"
@@ -2271,14 +2242,14 @@ def check_env_file(file: Path) -> None:
 @functools.cache
 def get_settings() -> Settings:
     """Read the settings once, when the service starts; a `ValueError` has a line per fault."""
-    check_env_file(HERE / ".env")
+    file = HERE / ".env"
+    check_env_file(file)
     # Kubernetes sets API_PORT=tcp://10.96.0.12:8000 beside a Service that is named `api`.
-    for name in [name for name in os.environ if name.upper() == "API_PORT"]:
-        if "://" in os.environ[name]:
-            del os.environ[name]
+    if "://" in os.environ.get("API_PORT", ""):
+        del os.environ["API_PORT"]
     try:
         # utf-8-sig also takes the byte order mark with which PowerShell 5.1 begins a file.
-        return Settings(_env_file=HERE / ".env", _env_file_encoding="utf-8-sig")  # type: ignore[call-arg]
+        return Settings(_env_file=file, _env_file_encoding="utf-8-sig")  # type: ignore[call-arg]
     except ValidationError as error:
         lines = []
         for item in error.errors():
@@ -2300,8 +2271,9 @@ INITDB_OPTIONS = (
     "-U postgres -A trust -E UTF8 --locale-provider=builtin --builtin-locale=C.UTF-8 "
     f"--locale=C --lc-ctype={LETTERS}"
 )
-ADDRESS = "-h '' -k ."  # only a socket, in the data folder
-if sys.platform == "win32":  # which has no such sockets
+# Only a socket in the data folder, where nobody but PostgreSQL's own user may go. Windows has none.
+ADDRESS = "-h '' -k ."
+if sys.platform == "win32":
     ADDRESS = f"-h 127.0.0.1 -p {20_000 + os.getpid() % 20_000}"
 # The log has a file for each day of the week, which the next week replaces. In terse lines there
 # are no rows, and no statements are logged.
@@ -2316,7 +2288,6 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
     """Run a PostgreSQL that keeps its data in `data_dir`, and give its URL.
 
     Processes may share it: each has a lock on the folder `base`, and the last one stops the server.
-    The socket is in `data_dir` too, where only PostgreSQL's own user may go.
     """
     for name in [name for name in os.environ if name.startswith("PG")]:
         del os.environ[name]  # It is about another server, but the drivers would follow it.
@@ -2325,9 +2296,12 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         with lock_folder(data_dir) as starting:
             options = {"cwd": data_dir, **choose_user(data_dir)}
-            run: Callable[..., str | None] = functools.partial(run_program, **options)
-            if failure := start_server(run, data_dir, starting):
-                raise RuntimeError(f"DATA_DIR={data_dir} cannot be used: {failure}")
+            run: Callable[..., bool] = functools.partial(run_program, **options)
+            # Only initdb keeps the lock if this process is killed. The server must not have it.
+            if not (data_dir / "PG_VERSION").exists():
+                run("initdb", *INITDB_OPTIONS.split(), pass_fds=starting)
+            if not run("pg_ctl", "status", check=False):
+                run("pg_ctl", "start", "-o", EMBEDDED_SETTINGS)
             using = stack.enter_context(lock_folder(data_dir / "base", is_shared=True))
         try:
             path = stack.enter_context(short_path(data_dir))
@@ -2338,28 +2312,15 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
             with lock_folder(data_dir) as stopping, contextlib.suppress(BlockingIOError):
                 if sys.platform != "win32":  # refused while another process uses the server
                     fcntl.flock(using[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if failure := run("pg_ctl", "stop", "-m", "fast", pass_fds=stopping):
-                    log.warning("The embedded PostgreSQL was not stopped: %s", failure)
-
-
-def start_server(run: Callable[..., str | None], data_dir: Path, locks: list[int]) -> str | None:
-    """Start the server if it does not run, and say why that failed, if it did.
-
-    If this process is killed, initdb keeps the locks. The server itself must not have them.
-    """
-    failure = None
-    if not (data_dir / "PG_VERSION").exists():
-        failure = run("initdb", *INITDB_OPTIONS.split(), pass_fds=locks)
-    if not failure and run("pg_ctl", "status"):  # It fails when the server does not run.
-        failure = run("pg_ctl", "start", "-o", EMBEDDED_SETTINGS)
-    return failure
+                if not run("pg_ctl", "stop", "-m", "fast", pass_fds=stopping, check=False):
+                    log.warning("The embedded PostgreSQL in %s could not be stopped", data_dir)
 
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, *, is_shared: bool = False) -> Iterator[list[int]]:
-    """Lock a folder, and give its descriptor. Windows cannot do that.
+    """Lock a folder, and give its descriptor.
 
-    So there, only one process at a time may use a data folder.
+    Windows cannot do that, so only one process at a time may use a data folder there.
     """
     if sys.platform == "win32":
         yield []
@@ -2372,8 +2333,8 @@ def lock_folder(folder: Path, *, is_shared: bool = False) -> Iterator[list[int]]
         os.close(descriptor)
 
 
-def run_program(program: str, *arguments: str, **options: Any) -> str | None:
-    """Run a program of PostgreSQL, and say in its own words why it failed, if it did."""
+def run_program(program: str, *arguments: str, check: bool = True, **options: Any) -> bool:
+    """Run a program of PostgreSQL; `RuntimeError` says in its own words why it failed."""
     with tempfile.TemporaryFile() as output:  # not a pipe, which the server would keep open
         done = subprocess.run(
             [find_programs() / program, "-D", ".", *arguments],
@@ -2386,11 +2347,11 @@ def run_program(program: str, *arguments: str, **options: Any) -> str | None:
         )
         output.seek(0)
         text = output.read().decode(errors="replace")
-    if done.returncode == 0:
-        return None
-    reason = re.search("(?:: error|FATAL|PANIC): +(.*)", text)
-    words = reason[1] if reason else " ".join(text.splitlines()[-2:]).removeprefix(f"{program}: ")
-    return f"{program}: {words}"
+    if done.returncode and check:
+        reason = re.search("(?:error|FATAL|PANIC): +(.*)", text)
+        words = reason[1] if reason else " ".join(text.splitlines()[-2:])
+        raise RuntimeError(f"DATA_DIR={options['cwd']} cannot be used: {program}: {words}")
+    return done.returncode == 0
 
 
 def find_programs() -> Path:
@@ -2408,19 +2369,18 @@ def choose_user(data_dir: Path) -> dict[str, Any]:
     """
     if sys.platform == "win32" or os.geteuid() != 0:
         return {}
-    if POSTGRES_USER not in (user.pw_name for user in pwd.getpwall()):
+    if data_dir.stat().st_uid == 0:
+        if any(data_dir.iterdir()):
+            raise RuntimeError(f"DATA_DIR={data_dir} has files of root; name another folder")
         log.warning("useradd --system %s, because root may not run PostgreSQL", POSTGRES_USER)
-        subprocess.run(["useradd", "--system", POSTGRES_USER], check=True)
-    user = pwd.getpwnam(POSTGRES_USER)
-    if data_dir.stat().st_uid == 0 and not any(data_dir.iterdir()):
-        os.chown(data_dir, user.pw_uid, user.pw_gid)
-    if data_dir.stat().st_uid != user.pw_uid:
-        raise RuntimeError(f"DATA_DIR={data_dir} belongs to another user; name another folder")
+        subprocess.run(["useradd", "--system", POSTGRES_USER], stderr=subprocess.DEVNULL)
+        shutil.chown(data_dir, POSTGRES_USER, POSTGRES_USER)
     for folder in (*data_dir.parents, *find_programs().parents):
         if not folder.stat().st_mode & 0o001:
             log.warning("chmod o+x %s, so that PostgreSQL can reach its files", folder)
             folder.chmod(folder.stat().st_mode | 0o001)
-    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+    owner = data_dir.stat()
+    return {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []}
 
 
 @contextlib.contextmanager
@@ -2443,6 +2403,7 @@ def short_path(folder: Path) -> Iterator[Path]:
 # refusals as problem documents, and clients that do not read.
 
 MAX_HEAD_SECONDS = 10
+MAX_UNREAD_SECONDS = 60
 
 
 class LimitedProtocol(ZttpProtocol):
@@ -2462,8 +2423,7 @@ class LimitedProtocol(ZttpProtocol):
         """Parse what has come. The rest of a URL and its headers must come within ten seconds."""
         if self.cycle is None and data.startswith(b"\x16\x03"):  # TLS: the client means https://
             return self.handle_remote_protocol_error()
-        if self.is_answering():
-            self.transport.pause_reading()
+        self.read_no_further_while_answering()
         super().data_received(data)
         is_waiting = self.cycle is None or self.cycle.response_complete
         if is_waiting and not self.head_timer:
@@ -2472,16 +2432,16 @@ class LimitedProtocol(ZttpProtocol):
             self.head_timer.cancel()
             self.head_timer = None
 
-    def is_answering(self) -> bool:
-        """Whether a request has been read to its end, and its answer has not been sent."""
-        cycle = self.cycle
-        return cycle is not None and not (cycle.more_body or cycle.response_complete)
-
     def on_response_complete(self) -> None:
         """Start the next request, if it was sent ahead, else read on; uvicorn calls this."""
         super().on_response_complete()
-        if not (self.is_answering() or self.flow.read_paused or self.transport.is_closing()):
-            self.transport.resume_reading()
+        self.read_no_further_while_answering()
+
+    def read_no_further_while_answering(self) -> None:
+        """Leave requests that are sent ahead to the kernel, which makes their client wait."""
+        cycle = self.cycle
+        if cycle and not (cycle.more_body or cycle.response_complete):
+            self.flow.pause_reading()
 
     def _should_upgrade(self) -> bool:
         """Ignore `Upgrade` (RFC 9110, 7.8). uvicorn and zttp disagree whether `head` is a HEAD."""
@@ -2502,7 +2462,7 @@ class LimitedProtocol(ZttpProtocol):
         problem = Problem(400, f"This is not an HTTP request. {hint}")
         if "size limit" in str(sys.exception()):
             problem = Problem(431, "The URL or the headers are too long; send less.")
-        response = problem_response(problem, "")
+        response = problem_response(problem)
         headers = [*self.server_state.default_headers, *response.raw_headers, *SECURITY_HEADERS]
         if self.cycle:  # Its handler may wait for a body that will not come.
             self.cycle.disconnected, self.cycle.waiting_for_100_continue = True, False
@@ -2517,12 +2477,8 @@ class LimitedProtocol(ZttpProtocol):
         self.loop.call_later(1, self.transport.close)
 
 
-MAX_UNREAD_SECONDS = 60
-
-
 def open_listener(host: str, port: int) -> socket.socket:
     """Listen on an address and print it; exit code 1 when that cannot be done."""
-    host = host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     takes_both = host == "::" and socket.has_dualstack_ipv6()  # IPv6 and IPv4
     try:
@@ -2533,8 +2489,8 @@ def open_listener(host: str, port: int) -> socket.socket:
         sys.exit(f"Cannot listen on {host}:{port}: {error.strerror}. Set API_PORT or API_HOST.")
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux, which hands this on to each connection
         # The kernel closes a connection whose client has read nothing for this long (tcp(7)).
-        timeout = int(1000 * MAX_UNREAD_SECONDS)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
+        milliseconds = 1000 * MAX_UNREAD_SECONDS
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print(f"The API is at {url}, a board at {url}/board, documentation at {url}/docs", flush=True)
     return listener
@@ -2544,44 +2500,25 @@ def open_listener(host: str, port: int) -> socket.socket:
 # `lifespan` starts and ends the service, also under `uvicorn incidents:app`; `main` adds the limits
 # above, log lines with a time, and exit codes.
 
-# The signals that end the service, as far as the system has them: Ctrl-C, the one of `kill`, that
-# of a closed terminal, and Ctrl-\.
-SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
-END_SIGNALS = [getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal, name)]
-
-
-@contextlib.contextmanager
-def call_at_signals(function: Callable[[], Any]) -> Iterator[None]:
-    """Call a function at a signal that ends the service, before its handler; not if ignored."""
-    may_handle = threading.current_thread() is threading.main_thread()  # no other thread may
-    handlers = {n: h for n in END_SIGNALS if may_handle and callable(h := signal.getsignal(n))}
-
-    def handle(number: int, frame: Any) -> None:
-        function()
-        handlers[number](number, frame)
-
-    for number in handlers:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
 
 @contextlib.asynccontextmanager
 async def lifespan(_: Any) -> AsyncIterator[None]:
     """Start the embedded database if none is set, open the pool and migrate; close at the end."""
     sys.tracebacklimit = 0  # of a failed start, uvicorn prints only the line that says why
-    settings, loop = get_settings(), asyncio.get_running_loop()
+    settings, is_started = get_settings(), False
+
+    def end() -> None:
+        if is_started:
+            feed.close()
+        elif settings.database_url:  # The embedded server must be shut down properly.
+            os._exit(0)
+
     with contextlib.ExitStack() as stack:
         url = settings.database_url or stack.enter_context(embedded_postgres(settings.data_dir))
-        # A start may wait minutes for the database, and uvicorn acts on a signal only after it. But
-        # the embedded server must be shut down properly.
-        ends_at_once = call_at_signals(lambda: os._exit(0))
-        with ends_at_once if settings.database_url else contextlib.nullcontext():
-            await database.open(url)
-            await ensure_migrated()
+        waiting_for_end = asyncio.create_task(call_at_end(end))
+        await database.open(url)
+        await ensure_migrated()
+        is_started = True
         del sys.tracebacklimit
         log_start(settings)
         # What exists now stays for good, so no garbage collection needs to look at it; and requests
@@ -2589,14 +2526,26 @@ async def lifespan(_: Any) -> AsyncIterator[None]:
         gc.freeze()
         gc.set_threshold(20_000, 20, 50)
         try:
-            # uvicorn waits for all responses, and long polls and streams do not end by themselves.
-            with call_at_signals(lambda: loop.call_soon_threadsafe(feed.close)):
-                yield
+            yield
         finally:
+            waiting_for_end.cancel()
             if feed.watcher:
                 feed.watcher.cancel()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(database.pool.close(), timeout=2)
+
+
+async def call_at_end(function: Callable[[], None]) -> None:
+    """Call a function when uvicorn is told to end.
+
+    uvicorn waits for a start and for all responses, but streams do not end by themselves, and a
+    start may wait minutes for the database. It has no hook, so look at the server, which handles
+    the signals.
+    """
+    server = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+    while not getattr(server, "should_exit", False):
+        await asyncio.sleep(0.1)
+    function()
 
 
 def log_start(settings: Settings) -> None:
@@ -2604,7 +2553,7 @@ def log_start(settings: Settings) -> None:
     place = database.server if settings.database_url else settings.data_dir.resolve()
     log.info("The data is in %s", place)
     if not settings.api_tokens:
-        is_local = settings.api_host.strip("[]") in ("127.0.0.1", "::1", "localhost")
+        is_local = settings.api_host in ("127.0.0.1", "::1", "localhost")
         level = logging.INFO if is_local else logging.WARNING
         log.log(level, "API_TOKENS is not set: whoever reaches this may read and write")
 
@@ -2648,8 +2597,9 @@ def main() -> None:
         timeout_graceful_shutdown=3,
     )
     server = OrderlyServer(config)
-    for number in END_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup makes it for SIGHUP
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"):
+        number = getattr(signal, name, None)  # Windows has only the first two.
+        if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup makes SIGHUP
             signal.signal(number, server.handle_exit)
     with contextlib.suppress(SystemExit):  # uvicorn raises it when a start fails
         server.run(sockets=[listener])

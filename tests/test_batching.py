@@ -1,9 +1,10 @@
 """Group commit: calls are sent to the server together, but each succeeds or fails on its own."""
 
 import asyncio
-import dataclasses
+import copy
 import json
 import random
+import re
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,11 @@ def is_idle(database: Database) -> bool:
 def load_statement(folder: Path, text: str) -> Statement:
     """Load a statement from a file of its own, as the module does for those in sql/."""
     file = folder / "example.sql"
-    file.write_text(text, "utf-8")
-    return Statement.load(file)
+    parameters = sorted(set(re.findall(r"\$[0-9]", text)))
+    first_line, _, rest = text.partition("\n")
+    lines = [f"--   {number} value{number[1:]}  integer" for number in parameters]
+    file.write_text("\n".join([first_line, *lines, rest]), "utf-8")
+    return Statement(file)
 
 
 # ── Answers ───────────────────────────────────────────────────────────────────────────────────────
@@ -213,7 +217,8 @@ async def test_a_call_ends_in_five_seconds_when_the_server_does_not_answer(
 ) -> None:
     # The test does not wait as long as a client does, but adds the difference.
     seconds_saved = QUERY_TIMEOUT - 0.5
-    quick = dataclasses.replace(SQL.incident_create, seconds=0.5)
+    quick = copy.copy(SQL.incident_create)
+    quick.seconds = 0.5
     monkeypatch.setattr(database.batchers["incident_create"], "statement", quick)
     started_at = asyncio.get_running_loop().time()
     with psycopg.connect(database_url) as session:
@@ -421,20 +426,16 @@ def test_a_file_that_does_not_say_first_how_it_is_run_is_refused_by_its_name(
 def test_a_file_says_how_its_statement_is_run_and_names_its_parameters(
     tmp_path: Path, first_line: str, declared: tuple[Any, ...]
 ) -> None:
-    text = f"{first_line}\n--   $1 key  text  null for none\n--   $2 id   bigint\nSELECT 1"
-    statement = load_statement(tmp_path, text)
+    statement = load_statement(tmp_path, f"{first_line}\nSELECT $1, $2")
 
-    is_read, is_batch, is_slow, seconds, workers = declared
-    assert statement == Statement(
-        name="example",
-        text=text,
-        is_read=is_read,
-        is_batch=is_batch,
-        is_slow=is_slow,
-        seconds=seconds,
-        workers=workers,
-        parameters=("key", "id"),
+    assert declared == (
+        statement.is_read,
+        statement.is_batch,
+        statement.is_slow,
+        statement.seconds,
+        statement.workers,
     )
+    assert statement.parameters == ("value1", "value2")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ disk here, as it does in production.
 
 import asyncio
 import contextlib
-import functools
 import json
 import multiprocessing
 import random
@@ -84,8 +83,8 @@ class Postgres:
         for name in ("postmaster.pid", ".s.PGSQL.5432.lock"):
             (self.data_dir / name).unlink(missing_ok=True)
         user = incidents.choose_user(self.data_dir)
-        run = functools.partial(incidents.run_program, cwd=self.data_dir, **user)
-        assert incidents.start_server(run, self.data_dir, []) is None
+        arguments = ("pg_ctl", "start", "-o", incidents.EMBEDDED_SETTINGS)
+        incidents.run_program(*arguments, cwd=self.data_dir, **user)
 
     def send_signal(self, number: int) -> None:
         """Send a signal to all of its processes."""

@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
@@ -143,7 +142,7 @@ def count_executions(sql: Sql, patch: pytest.MonkeyPatch, sleep: str = "0") -> N
     report = incidents.SQL.stats.text.rstrip().rstrip(";")
     text = f"SELECT body, nextval('executions') FROM ({report}) AS report"
     batcher = incidents.database.batchers["stats"]
-    patch.setattr(batcher, "statement", replace(batcher.statement, text=text))
+    patch.setattr(batcher.statement, "text", text)
 
 
 def find_lock_waiters(sql: Sql) -> int:
@@ -207,7 +206,7 @@ async def searches(
     )
     async with open_client(database_url) as client:
         batcher = incidents.database.batchers["incident_search"]
-        monkeypatch.setattr(batcher, "statement", replace(batcher.statement, seconds=1))
+        monkeypatch.setattr(batcher.statement, "seconds", 1)
         await client.get("/incidents/", params={"q": "сервер 77", "limit": 5})
         yield client
 

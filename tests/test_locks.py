@@ -4,7 +4,7 @@ A person who uses psql, a backup or another service may hold a row for any time.
 """
 
 import asyncio
-import dataclasses
+import copy
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -97,7 +97,8 @@ async def test_a_held_incident_fails_only_its_own_change_and_costs_no_connection
     change: str,
 ) -> None:
     for batcher in incidents.database.batchers.values():
-        quick = dataclasses.replace(batcher.statement, seconds=1.0)
+        quick = copy.copy(batcher.statement)
+        quick.seconds = 1.0
         monkeypatch.setattr(batcher, "statement", quick)
     before = list_sessions(sql)
     caplog.clear()
