@@ -47,7 +47,7 @@ from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast, get_args
 from urllib.parse import parse_qs, quote, urlencode
 
 import asyncpg
@@ -66,7 +66,6 @@ from pydantic_core import from_json, to_json
 from pydantic_settings import BaseSettings
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -290,12 +289,12 @@ def parse_timestamp(text: str) -> datetime:
         raise ValueError("it is outside the years 1 to 9999") from None
 
 
-ID_PATTERN = "[0-9]{1,18}"
+ID_PATTERN = re.compile("[0-9]{1,18}")
 
 
 def parse_id(text: str) -> int:
     """Parse an id in a query."""
-    if not re.fullmatch(ID_PATTERN, text):
+    if not ID_PATTERN.fullmatch(text):
         raise ValueError("write an id: a whole number of at most 18 digits")
     return int(text)
 
@@ -537,7 +536,7 @@ async def choose_start(request: Request, query: FeedQuery) -> int:
     422 for a wrong Last-Event-ID; 503 on a standby, or when `latest` is not known yet.
     """
     last_id = request.headers.get("last-event-id")
-    if last_id and not re.fullmatch(ID_PATTERN, last_id):
+    if last_id and not ID_PATTERN.fullmatch(last_id):
         raise Problem(422, "Last-Event-ID must be the id of a timeline entry; send that, or none.")
     after = int(last_id) if last_id else query.after
     if after == "latest":
@@ -1160,7 +1159,8 @@ def authenticate(request: Request, routing_key: str | None = None) -> None:
 # `run_idempotent` when it creates something.
 
 JSON_TYPE = "application/json; charset=utf-8"
-JSON_PATTERN = r"application/([\w.-]+\+)?json *(;|$)"  # also application/merge-patch+json
+# Also application/merge-patch+json.
+JSON_PATTERN = re.compile(r"application/([\w.-]+\+)?json *(;|$)", re.IGNORECASE)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Some clients begin a body with it.
 MAX_BODY = 512 * 1024  # bytes; PagerDuty's limit for an event, and enough for 32 long labels
 MAX_ALERTS = 2 * 1024 * 1024  # bytes; several thousand alerts
@@ -1173,7 +1173,7 @@ Model = TypeVar("Model", bound=BaseModel)
 def parse_incident_id(request: Request) -> int:
     """Give the incident's id in the path; 404 when it cannot be one (over 18 digits, or a word)."""
     text: str = request.path_params["incident_id"]
-    if not re.fullmatch(ID_PATTERN, text):
+    if not ID_PATTERN.fullmatch(text):
         raise Problem(404, "There is no such incident: an id is a whole number, as in a list.")
     return int(text)
 
@@ -1212,12 +1212,11 @@ async def parse_body(
 
     `advice` says what to do about a body that is over `max_size`.
     """
-    coding = join_header_lines(request, "content-encoding") or "identity"
-    if coding.lower() != "identity":
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
         # RFC 9110, 15.5.16: the response names the codings that are taken.
         detail = "Send the body without compression, and without the header Content-Encoding."
         raise Problem(415, detail, {"Accept-Encoding": "identity"})
-    if not re.match(JSON_PATTERN, request.headers.get("content-type", ""), re.IGNORECASE):
+    if not JSON_PATTERN.match(request.headers.get("content-type", "")):
         raise Problem(415, f"Send JSON in UTF-8 with the header Content-Type: {JSON_TYPE}")
     body = await read_body(request, max_size, advice)
     try:
@@ -1230,15 +1229,21 @@ async def parse_body(
 
 async def read_body(request: Request, max_size: int, advice: str) -> bytes:
     """Read the body; 408 when it takes too long, 413 with advice when it is too long."""
-    body = bytearray()
+    body, task = bytearray(), cast(asyncio.Task[Any], asyncio.current_task())
+    # asyncio.timeout does the same, but it takes a twentieth of the time of a whole request.
+    timer = asyncio.get_running_loop().call_later(MAX_BODY_SECONDS, task.cancel, "too late")
     try:
-        async with asyncio.timeout(MAX_BODY_SECONDS):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > max_size:
-                    raise Problem(413, f"The body is over {max_size} bytes; {advice}.")
-    except TimeoutError:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > max_size:
+                raise Problem(413, f"The body is over {max_size} bytes; {advice}.")
+    except asyncio.CancelledError as error:
+        if error.args != ("too late",):
+            raise
+        task.uncancel()
         raise Problem(408, "The body took too long to come.", {"Connection": "close"}) from None
+    finally:
+        timer.cancel()
     return bytes(body.removeprefix(BYTE_ORDER_MARK))
 
 
@@ -1672,15 +1677,16 @@ class PendingCall(NamedTuple):
     arguments: tuple[Any, ...]
     futures: list[asyncio.Future[Any]]
 
-    def resolve(self, outcome: Any) -> None:
-        """Give a row, or raise an error, to all who still wait."""
-        for future in self.futures:
-            if future.done():
-                continue
-            if isinstance(outcome, Exception):
-                future.set_exception(outcome)
-            else:
-                future.set_result(outcome)
+
+def give_outcome(futures: Iterable[asyncio.Future[Any]], outcome: Any) -> None:
+    """Give a row, or raise an error, to all who still wait."""
+    for future in futures:
+        if future.done():
+            continue
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
 
 
 class Batcher:
@@ -1725,7 +1731,7 @@ class Batcher:
         while loop.time() < deadline:
             future = self.add_call(arguments)
             # asyncio.timeout costs five times as much, and would add a tenth to each request.
-            timer = loop.call_at(deadline, PendingCall(arguments, [future]).resolve, late_error)
+            timer = loop.call_at(deadline, give_outcome, [future], late_error)
             try:
                 row = await future
             finally:
@@ -1768,7 +1774,7 @@ class Batcher:
                 elif isinstance(error, EXPIRING_ERRORS) and not self.statement.is_slow:
                     await self.database.pool.expire_connections()
                 for call in batch:
-                    call.resolve(error)
+                    give_outcome(call.futures, error)
         # There is no await between the check above and this line. Otherwise a call could join the
         # queue in between, count on this worker, and wait for ever.
         self.workers.discard(asyncio.current_task())
@@ -1813,7 +1819,7 @@ class Batcher:
             )
         self.batch_calls.observe(len(batch))
         for call, row in zip(batch, rows, strict=True):
-            call.resolve(row)
+            give_outcome(call.futures, row)
 
 
 # ── How it is stored: connections ─────────────────────────────────────────────────────────────────
@@ -2558,11 +2564,8 @@ def log_start(settings: Settings) -> None:
         log.log(level, "API_TOKENS is not set: whoever reaches this may read and write")
 
 
-app = Router(
-    [*ROUTES, DOCS_FILES_ROUTE],
-    redirect_slashes=False,
-    lifespan=lifespan,
-    middleware=[Middleware(RequestMiddleware)],
+app = RequestMiddleware(
+    Router([*ROUTES, DOCS_FILES_ROUTE], redirect_slashes=False, lifespan=lifespan)
 )
 
 

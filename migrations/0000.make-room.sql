@@ -7,11 +7,6 @@ DECLARE
     unknown record;
     foreign_table text;
 BEGIN
-    IF to_regproc('cursor_after') IS NOT NULL THEN
-        RAISE EXCEPTION 'this database was made by a version from before release 1.0: save its '
-            'incidents with that version (GET /incidents/?format=ndjson), then use a new database';
-    END IF;
-
     -- The tables are ours if this domain is there. 0001 makes all of them at once, but the version
     -- before made them step by step, and dedup_keys last.
     IF to_regtype('timeline_note') IS NOT NULL THEN
@@ -31,8 +26,8 @@ BEGIN
         -- What 0003 could not copy is refused here, while the replaced system can still run.
         SELECT id, status, source INTO unknown
           FROM incidents
-         WHERE upper(status::text) NOT IN ('OPEN', 'IN_PROGRESS', 'RESOLVED', 'CLOSED')
-            OR upper(source::text) NOT IN ('OPERATOR', 'MONITORING', 'PARTNER')
+         WHERE (upper(status::text) IN ('OPEN', 'IN_PROGRESS', 'RESOLVED', 'CLOSED')
+                AND upper(source::text) IN ('OPERATOR', 'MONITORING', 'PARTNER')) IS NOT TRUE
          LIMIT 1;
         IF FOUND THEN
             RAISE EXCEPTION 'incident % has an unknown status (%) or source (%), so nothing was '

@@ -106,6 +106,12 @@ CREATE TABLE IF NOT EXISTS dedup_keys (
     incident_id bigint NOT NULL REFERENCES incidents ON DELETE CASCADE,
     times integer NOT NULL DEFAULT 1,
     last_seen_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    -- For event_apply.sql: what the newest trigger with this key said, since when the problem is
+    -- there by its sender's clock, and when the key last opened, changed or moved its incident.
+    description text,
+    labels jsonb,
+    started_at timestamptz,
+    changed_at timestamptz,
     PRIMARY KEY (key, actor)
 );
 -- incident_alerts.sql: the keys that point to an incident.

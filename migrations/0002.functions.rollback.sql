@@ -3,4 +3,5 @@ DROP FUNCTION IF EXISTS refuse_timeline_change, set_first_times, copy_new_texts,
     CASCADE;
 DROP FUNCTION IF EXISTS rfc3339, incident_json, incident_csv, incident_line, timeline_json,
     timeline_line, incidents_between, incident_texts_between, search_form, contains_text,
-    incident_matches, choose_search, merge_labels, changed_labels, claim_idempotency_keys;
+    incident_matches, choose_search, merge_labels, follow_sender, changed_labels,
+    claim_idempotency_keys;

@@ -6,6 +6,10 @@ SET lock_timeout = '3s';
 -- The triggers of the version before go with their functions. This locks incidents before timeline,
 -- as every write of the service does: the other order could end in a deadlock.
 DROP FUNCTION IF EXISTS copy_new_descriptions, copy_changed_description CASCADE;
+-- And its dedup_keys get the columns that they have in 0001.
+ALTER TABLE dedup_keys
+    ADD COLUMN IF NOT EXISTS description text, ADD COLUMN IF NOT EXISTS labels jsonb,
+    ADD COLUMN IF NOT EXISTS started_at timestamptz, ADD COLUMN IF NOT EXISTS changed_at timestamptz;
 
 -- A timestamp as RFC 3339 in UTC. PostgreSQL's own text differs only by a blank in its middle (the
 -- service sets DateStyle to ISO). to_char() would make a page a sixth slower.
@@ -151,6 +155,24 @@ BEGIN
     END IF;
     RETURN labels;
 END
+$$;
+
+-- The labels of an incident after a sender, who said `said` before, says `says`. A label that the
+-- sender says as before stays as the incident has it. One that the sender no longer says goes,
+-- unless a person has changed it since. When there are over 32, new labels are left out.
+CREATE OR REPLACE FUNCTION follow_sender(labels jsonb, said jsonb, says jsonb) RETURNS jsonb
+    LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE AS $$
+    SELECT coalesce(jsonb_object_agg(name, value), '{}')
+      FROM (SELECT name, value
+              FROM jsonb_object_keys(labels || says) AS name
+                   CROSS JOIN LATERAL (
+                   SELECT CASE WHEN says -> name IS NOT DISTINCT FROM said -> name
+                               THEN labels ->> name
+                               ELSE coalesce(says ->> name, nullif(labels ->> name, said ->> name))
+                          END AS value) AS new
+             WHERE value IS NOT NULL
+             ORDER BY labels ? name DESC, name
+             LIMIT 32) AS followed
 $$;
 
 -- The labels that differ, as fields of the timeline. A value is null where there is no such label.

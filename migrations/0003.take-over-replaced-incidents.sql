@@ -27,8 +27,10 @@ BEGIN
     SELECT id, 'created', 'replaced system', created_at
       FROM taken_over ORDER BY id;
 
-    PERFORM setval('incidents_id_seq', greatest(last_id, replaced.last_value),
-                   last_id > 0 OR replaced.is_called)
-       FROM incidents_replaced_id_seq AS replaced;
+    last_id := greatest(last_id, pg_sequence_last_value(
+        pg_get_serial_sequence('incidents_replaced', 'id')::regclass));
+    IF last_id > 0 THEN
+        PERFORM setval('incidents_id_seq', last_id);
+    END IF;
 END
 $$;

@@ -304,8 +304,9 @@ async def test_old_incidents_are_taken_over_unchanged(replaced: str, setting: st
         ("SELECT setval('incidents_id_seq', 1, false)", 2**31 - 1),
         ("DELETE FROM incidents", 2**31 - 1),
         ("TRUNCATE incidents RESTART IDENTITY", 1),
+        ("ALTER SEQUENCE incidents_id_seq RENAME TO ids; DELETE FROM incidents", 2**31 - 1),
     ],
-    ids=["as it is", "the sequence is behind", "all are deleted", "it was never used"],
+    ids=["as it is", "the sequence is behind", "all are deleted", "never used", "another name"],
 )
 async def test_the_next_id_follows_the_last_one_of_the_replaced_system(
     replaced: str, change: str, next_id: int
@@ -369,12 +370,6 @@ FOREIGN = (
     'the database has a table "{}" that is not of this service; '
     "it was left as it is: rename it, or use another database"
 )
-# What was made before release 1.0 is recognised by the function cursor_after().
-BEFORE_RELEASE = """
-    CREATE DOMAIN incident_status AS text;
-    CREATE TABLE incidents (id bigint PRIMARY KEY, description text, status incident_status);
-    INSERT INTO incidents VALUES (1, 'x', 'open');
-    CREATE FUNCTION cursor_after(id bigint) RETURNS text LANGUAGE sql RETURN id"""
 ALTER_REPLACED = f"{REPLACED_SCHEMA}; ALTER TABLE incidents"
 # The tables of a database, and the sentence with which it is refused.
 REFUSED = [
@@ -397,9 +392,9 @@ REFUSED = [
         "correct it, then start again",
     ),
     (
-        BEFORE_RELEASE,
-        "this database was made by a version from before release 1.0: save its incidents with that "
-        "version (GET /incidents/?format=ndjson), then use a new database",
+        f"{ALTER_REPLACED} ALTER source DROP NOT NULL;"
+        " INSERT INTO incidents (description, status) VALUES ('x', 'OPEN')",
+        "incident 1 has an unknown status (OPEN) or source (<NULL>), so nothing was changed: ",
     ),
 ]
 

@@ -149,7 +149,7 @@ async def test_a_database_of_the_version_before_loses_nothing_and_gets_todays_sc
         fetch(upgraded, statement)
     incidents.migrate(today)
     before = [fetch(upgraded, f"SELECT * FROM {table}") for table in TABLES]
-    # 0004 adds four columns to dedup_keys, the last of the tables: what the key said is not known.
+    # dedup_keys, the last of the tables, gets four columns: what the key said is not known.
     before[-1] = [(*row, None, None, None, None) for row in before[-1]]
 
     incidents.migrate(upgraded)
