@@ -509,7 +509,7 @@ async def list_timeline(request: Request) -> Response:
     list_format = choose_format(request, EVENT_STREAM, NDJSON, JSON)
     after = await choose_start(request, query)
     if list_format is EVENT_STREAM:
-        events = iter(()) if request.method == "HEAD" else stream_events(query, after)
+        events = iter(()) if request.method == "HEAD" else stream_entries(query, after)
         headers = {"X-Accel-Buffering": "no", "Vary": "Accept"}  # otherwise nginx would buffer it
         return StreamingResponse(events, headers=headers, media_type=list_format.media_type)
     wait = 0 if request.method == "HEAD" else query.wait
@@ -566,10 +566,10 @@ async def fetch_entries(query: FeedQuery, list_format: ListFormat, after: int) -
 
 
 LOOK_SECONDS = 5  # how often a long poll looks whether its client is still there
-KEEPALIVE = 15  # seconds; proxies close a connection on which nothing comes for a minute
+KEEPALIVE_SECONDS = 15  # proxies close a connection on which nothing comes for a minute
 
 
-async def stream_events(query: FeedQuery, position: int) -> AsyncIterator[bytes]:
+async def stream_entries(query: FeedQuery, position: int) -> AsyncIterator[bytes]:
     """Yield entries as Server-Sent Events (HTML standard, 9.2), until the service is stopped.
 
     The stream outlasts a failing database: after an error response, browsers do not come back.
@@ -585,14 +585,14 @@ async def stream_events(query: FeedQuery, position: int) -> AsyncIterator[bytes]
                 page = await fetch_entries(query, EVENT_STREAM, position)
                 body, position = page["body"], page["position"]
             except Exception as error:
-                to_problem(error, "for an event stream")  # logs the error if it is a bug
+                log_if_bug(error, "for an event stream")
                 await asyncio.sleep(1)
-        if not body and time.monotonic() >= sent_at + KEEPALIVE:
+        if not body and time.monotonic() >= sent_at + KEEPALIVE_SECONDS:
             body = b": no news\nid: %d\n\n" % position
         if body:
             yield body
             sent_at = time.monotonic()
-        await feed.wait_for_entries(position, sent_at + KEEPALIVE - time.monotonic())
+        await feed.wait_for_entries(position, sent_at + KEEPALIVE_SECONDS - time.monotonic())
 
 
 # ── The API: monitoring tools ─────────────────────────────────────────────────────────────────────
@@ -600,7 +600,7 @@ async def stream_events(query: FeedQuery, position: int) -> AsyncIterator[bytes]
 # its problem by a key; sql/event_apply.sql says what an event does to the incident of that key.
 
 # Values with these names become the description, in this order; all others become labels.
-TEXTS = ("summary", "description", "message", "Error")
+TEXT_NAMES = ("summary", "description", "message", "Error")
 # All else becomes labels. 32 are the most, so those that people filter by come first.
 FIRST_LABELS = re.compile(
     "alertname|severity|priority|service|team|instance|host(name)?|job|namespace|cluster|component|"
@@ -608,9 +608,9 @@ FIRST_LABELS = re.compile(
     re.IGNORECASE,
 )
 # Fields of an event or alert itself, not of its payload or labels, that become labels too.
-FIELDS = re.compile("client(_url)?|[a-z]+URL|ruleUID")
+FIELD_LABELS = re.compile("client(_url)?|[a-z]+URL|ruleUID")
 
-WEBHOOK_PART = 100  # alerts
+ALERTS_AT_ONCE = 100  # of one webhook, because a statement's queue takes 1,000 of all clients
 WRONG_ALERT = (
     "An alert is an object with a status, which is firing or resolved, and a fingerprint of at "
     "most 255 characters."
@@ -698,7 +698,7 @@ async def apply_event(request: Request) -> Response:
         action=event.event_action,
         actor=request.scope["actor"],
         happened_at=to_time(happened_at),
-        **describe(f"Event {key}", payload, payload, list_fields(event), details),
+        **describe_event(f"Event {key}", payload, payload, collect_fields(event), details),
     )
     answer = {"status": "success", "message": "Event processed", "dedup_key": key}
     return JSONResponse(answer | {"incident_id": row["incident_id"]}, 202, media_type=JSON_TYPE)
@@ -707,7 +707,7 @@ async def apply_event(request: Request) -> Response:
 async def apply_alerts(request: Request) -> Response:
     """Take a webhook of Prometheus Alertmanager or Grafana: each of its alerts by itself."""
     advice = "send fewer alerts at once, with max_alerts in Alertmanager"
-    group = await parse_body(request, AlertGroup, max_size=MAX_ALERTS, advice=advice)
+    group = await parse_body(request, AlertGroup, max_size=MAX_WEBHOOK_BYTES, advice=advice)
     alerts, ignored = {}, []
     for index, alert in enumerate(group.alerts):
         if not isinstance(alert, Alert):
@@ -721,10 +721,9 @@ async def apply_alerts(request: Request) -> Response:
     if ignored and not alerts:
         raise Problem(422, f"None of the alerts can be understood. {WRONG_ALERT}")
     incident_ids: dict[str, int | None] = {}
-    # In parts, because the queue of a statement takes 1,000 calls of all clients. When one part
-    # fails, the parts before it are stored already.
-    for start in range(0, len(alerts), WEBHOOK_PART):
-        part = [*alerts][start : start + WEBHOOK_PART]
+    # When one part fails, the parts before it are stored already.
+    for start in range(0, len(alerts), ALERTS_AT_ONCE):
+        part = [*alerts][start : start + ALERTS_AT_ONCE]
         results = await asyncio.gather(*(apply_alert(request, key, alerts[key]) for key in part))
         incident_ids.update(zip(part, results, strict=True))
     answer = {"incident_ids": incident_ids} | ({"ignored": ignored} if ignored else {})
@@ -742,16 +741,16 @@ async def apply_alert(request: Request, key: str, alert: Alert) -> int | None:
         action="trigger" if is_firing else "resolve",
         actor=request.scope["actor"],
         happened_at=max(filter(None, times), default=None),
-        **describe(f"Alert {key}", annotations, labels, list_fields(alert), annotations),
+        **describe_event(f"Alert {key}", annotations, labels, collect_fields(alert), annotations),
     )
     incident_id: int | None = row["incident_id"]
     return incident_id
 
 
-def list_fields(message: Event | Alert) -> dict[str, Any]:
+def collect_fields(message: Event | Alert) -> dict[str, Any]:
     """Give the fields of a message that become labels, and the addresses of links and images."""
     others: dict[str, Any] = message.model_extra or {}
-    fields = {name: value for name, value in others.items() if FIELDS.fullmatch(name)}
+    fields = {name: value for name, value in others.items() if FIELD_LABELS.fullmatch(name)}
     for name in ("link", "image"):
         items = others.get(f"{name}s")
         for number, item in enumerate(items if isinstance(items, list) else [items], 1):
@@ -760,14 +759,16 @@ def list_fields(message: Event | Alert) -> dict[str, Any]:
     return fields
 
 
-def describe(fallback: str, texts: dict[str, Any], *sources: dict[str, Any]) -> dict[str, str]:
+def describe_event(
+    fallback: str, texts: dict[str, Any], *sources: dict[str, Any]
+) -> dict[str, str]:
     """Give the description and the labels, as JSON, of what a tool says. Nothing is refused.
 
-    `texts` must also be one of the sources: what TEXTS names is taken out of it first, so that it
-    does not become a label too. Without such texts, the description is all that is said, or else
+    `texts` must also be one of the sources: what TEXT_NAMES names is taken out of it first, so that
+    it does not become a label too. Without such texts, the description is all that is said, or else
     the fallback. Of two values with the same name, that of the first source counts.
     """
-    lines = [to_text(texts.pop(name, None)) for name in TEXTS]
+    lines = [to_text(texts.pop(name, None)) for name in TEXT_NAMES]
     said: dict[str, str] = {}
     items = itertools.chain(*(source.items() for source in sources))
     for name, value in itertools.islice(items, 1000):  # to sort more would hold up other requests
@@ -867,7 +868,7 @@ async def check_readiness(request: Request) -> Response:
 
 async def get_metrics(request: Request) -> Response:
     """Show metrics of this process, and how many incidents are unresolved, for Prometheus."""
-    await count_unresolved()
+    await update_unresolved()
     return Response(generate_latest(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -1062,7 +1063,8 @@ class RequestMiddleware:
             await self.app(scope, receive, send)
         except Exception as error:
             request_id = scope["request_id"]
-            problem = to_problem(error, f"{request_id}: {scope['method']} {scope['path']!r}")
+            problem = to_problem(error)
+            log_if_bug(error, f"{request_id}: {scope['method']} {scope['path']!r}")
             if scope["status"] is None:  # Otherwise uvicorn cuts off the response that has begun.
                 is_event = "route" in scope and scope["route"].access == "routing_key"
                 response = problem_response(problem, request_id, is_event=is_event)
@@ -1162,8 +1164,8 @@ JSON_TYPE = "application/json; charset=utf-8"
 # Also application/merge-patch+json.
 JSON_PATTERN = re.compile(r"application/([\w.-]+\+)?json *(;|$)", re.IGNORECASE)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Some clients begin a body with it.
-MAX_BODY = 512 * 1024  # bytes; PagerDuty's limit for an event, and enough for 32 long labels
-MAX_ALERTS = 2 * 1024 * 1024  # bytes; several thousand alerts
+MAX_BODY_BYTES = 512 * 1024  # PagerDuty's limit for an event, and enough for 32 long labels
+MAX_WEBHOOK_BYTES = 2 * 1024 * 1024  # several thousand alerts
 MAX_BODY_SECONDS = 10
 MAX_ERRORS = 100  # that one response lists; each costs 10 µs
 
@@ -1205,7 +1207,7 @@ async def parse_body(
     request: Request,
     model: type[Model],
     *,
-    max_size: int = MAX_BODY,
+    max_size: int = MAX_BODY_BYTES,
     advice: str = "send less text",
 ) -> Model:
     """Parse the JSON body; 400, 408, 413, 415 or 422 when the model does not take it.
@@ -1387,8 +1389,8 @@ def describe_error(error: BaseException) -> str:
     return f"{text}; {remedy}" if remedy else text
 
 
-def to_problem(error: Exception, request_line: str) -> Problem:
-    """Turn an error into the problem that the client gets; log it, as this request's, if a bug."""
+def to_problem(error: Exception) -> Problem:
+    """Turn an error into the problem that the client gets."""
     if isinstance(error, Problem):
         return error
     if is_unavailable(error):
@@ -1400,11 +1402,16 @@ def to_problem(error: Exception, request_line: str) -> Problem:
         return Problem(400, "The body ended too early; send it again.")
     if isinstance(error, HTTPException):  # raised by the router and by StaticFiles
         return Problem(404, "There is nothing at this path; /docs lists what there is.")
-    # Not exc_info: it would log the whole text of PostgreSQL's errors, which may hold a row.
-    stack = "".join(traceback.format_tb(error.__traceback__))
-    reason = f"{type(error).__name__}: {describe_error(error)}"
-    log.error("Request %s failed: %s\n%s", request_line, reason, stack)
     return Problem(500, "The service failed on this request; its log says why.")
+
+
+def log_if_bug(error: Exception, request_line: str) -> None:
+    """Log an error of this service, with its stack."""
+    if to_problem(error).status_code == 500:
+        # Not exc_info: it would log the whole text of PostgreSQL's errors, which may hold a row.
+        stack = "".join(traceback.format_tb(error.__traceback__))
+        reason = f"{type(error).__name__}: {describe_error(error)}"
+        log.error("Request %s failed: %s\n%s", request_line, reason, stack)
 
 
 # The titles of RFC 9110, which Python has from 3.13 on.
@@ -1576,13 +1583,13 @@ REQUEST_SECONDS = Histogram(
 request_seconds = functools.cache(REQUEST_SECONDS.labels)
 
 
-async def count_unresolved() -> None:
+async def update_unresolved() -> None:
     """Bring the metrics of unresolved incidents up to date, or say that they are not known."""
     values = {"statuses": ("open", "in_progress"), "sources": SOURCES}
     try:
         row = await database.fetchrow(SQL.unresolved_incidents, **values)
     except Exception as error:  # the other metrics matter most when the database is away
-        to_problem(error, "for metrics")  # logs the error if it is a bug
+        log_if_bug(error, "for metrics")
         UNRESOLVED.clear()
         OLDEST_OPEN.set(math.nan)
         return
@@ -2056,7 +2063,7 @@ class Feed:
             try:
                 await self.update_settled_id()
             except Exception as error:
-                to_problem(error, "for new entries")  # logs the error if it is a bug
+                log_if_bug(error, "for new entries")
             await asyncio.sleep(FEED_PAUSE + FEED_PAUSE_PER_LISTENER * self.listeners)
 
     def wake_listeners(self) -> None:
@@ -2378,8 +2385,10 @@ def choose_user(data_dir: Path) -> dict[str, Any]:
     if data_dir.stat().st_uid == 0:
         if any(data_dir.iterdir()):
             raise RuntimeError(f"DATA_DIR={data_dir} has files of root; name another folder")
-        log.warning("useradd --system %s, because root may not run PostgreSQL", POSTGRES_USER)
-        subprocess.run(["useradd", "--system", POSTGRES_USER], stderr=subprocess.DEVNULL)
+        # It fails when the user is there already.
+        command = ["useradd", "--system", POSTGRES_USER]
+        if subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0:
+            log.warning("useradd --system %s, because root may not run PostgreSQL", POSTGRES_USER)
         shutil.chown(data_dir, POSTGRES_USER, POSTGRES_USER)
     for folder in (*data_dir.parents, *find_programs().parents):
         if not folder.stat().st_mode & 0o001:

@@ -13,32 +13,33 @@
 --   $4 description  text[]         what a trigger says, for its incident
 --   $5 labels       jsonb[]        the same
 --   $6 happened_at  timestamptz[]  by the sender's clock, null when it tells no time
-  WITH -- SKIP LOCKED passes over a key that another transaction holds; it then looks changed below.
-       said AS MATERIALIZED (
-       SELECT input.*, said.*
+  WITH -- The events, each with what its key said last. SKIP LOCKED passes over a key that another
+       -- transaction holds; it then looks changed below.
+       with_keys AS MATERIALIZED (
+       SELECT input.*, existing.*
          FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::jsonb[], $6::timestamptz[])
               WITH ORDINALITY
               AS input (key, action, actor, description, labels, happened_at, ordinal)
               LEFT JOIN LATERAL (
-              SELECT incident_id, description AS said_description, labels AS said_labels,
+              SELECT incident_id, description AS last_description, labels AS last_labels,
                      started_at, changed_at
                 FROM dedup_keys
                WHERE dedup_keys.key = input.key AND dedup_keys.actor = input.actor
-                 FOR NO KEY UPDATE SKIP LOCKED) AS said ON true),
+                 FOR NO KEY UPDATE SKIP LOCKED) AS existing ON true),
 
        -- All else is seen as it was when this statement began. When a key has changed since, its
        -- incident may have too, or cannot be seen at all, so the event has to wait. Addresses of a
        -- sender and images are no news: each Alertmanager of a cluster has its own address.
-       seen AS MATERIALIZED (
-       SELECT said.*,
+       compared AS MATERIALIZED (
+       SELECT with_keys.*,
               (SELECT status FROM incidents WHERE id = incident_id) AS status,
               (SELECT ROW(incident_id, changed_at) FROM dedup_keys
-                WHERE (key, actor) = (said.key, said.actor))
+                WHERE (key, actor) = (with_keys.key, with_keys.actor))
               IS DISTINCT FROM CASE WHEN incident_id IS NOT NULL
                                     THEN ROW(incident_id, changed_at) END AS is_outdated,
-              (description, labels - ignored) = (said_description, said_labels - ignored)
+              (description, labels - ignored) = (last_description, last_labels - ignored)
               AS is_repeat
-         FROM said
+         FROM with_keys
               CROSS JOIN (
               VALUES (ARRAY['client_url', 'generatorURL', 'imageURL', 'image 1']))
               AS no_news (ignored)),
@@ -46,7 +47,7 @@
        -- wait: run the event again; count: count the trigger; edit: count it and change description
        -- and labels; open: make an incident; move: change the status; ignore: do nothing.
        decided AS MATERIALIZED (
-       SELECT seen.*,
+       SELECT compared.*,
               CASE WHEN is_outdated
                    THEN 'wait'
                    WHEN action = 'trigger' AND status IN ('open', 'in_progress')
@@ -60,7 +61,7 @@
                    WHEN status = 'open' OR status = 'in_progress' AND action = 'resolve'
                    THEN 'move'
                    ELSE 'ignore' END AS effect
-         FROM seen),
+         FROM compared),
 
        -- The incidents to change. SKIP LOCKED passes over one that another transaction holds, and
        -- the status passes over one that another transaction has just moved.
@@ -69,10 +70,10 @@
               CASE WHEN effect = 'edit' THEN status
                    WHEN action = 'resolve' THEN 'resolved'
                    ELSE 'in_progress' END AS new_status,
-              CASE WHEN effect = 'edit' AND description <> said_description THEN description
+              CASE WHEN effect = 'edit' AND description <> last_description THEN description
                    ELSE old_description END AS new_description,
-              CASE WHEN effect = 'edit' AND labels <> said_labels
-                   THEN follow_sender(old_labels, said_labels, labels)
+              CASE WHEN effect = 'edit' AND labels <> last_labels
+                   THEN follow_sender(old_labels, last_labels, labels)
                    ELSE old_labels END AS new_labels
          FROM decided
               CROSS JOIN LATERAL (

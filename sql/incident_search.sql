@@ -32,17 +32,22 @@
 
         UNION ALL
 
-       -- Few have the status and the source, but many of those pass the other filters.
+       -- Few have the status and the source, but many of those pass the other filters. Only the
+       -- index of status and source fits comparisons of whole rows, so no other one is chosen.
         SELECT newest.created_at, newest.id, newest.incident
           FROM unnest($1) AS wanted_status (status)
                CROSS JOIN unnest($2) AS wanted_source (source)
                CROSS JOIN LATERAL (
                SELECT created_at, id, incident
-                 FROM incidents_between($3, $4, $5) AS incident
+                 FROM incidents AS incident
                 WHERE (SELECT way FROM choice) = 'chosen'
-                  AND status = wanted_status.status AND source = wanted_source.source
+                  AND (status, source, created_at)
+                      >= (wanted_status.status, wanted_source.source, coalesce($3, '-infinity'))
+                  AND (status, source, created_at, id)
+                      < (wanted_status.status, wanted_source.source, coalesce($4, 'infinity'),
+                         coalesce($5, 0))
                   AND incident_matches(incident, NULL, NULL, $9, $10, $11)
-                ORDER BY created_at DESC, id DESC
+                ORDER BY status DESC, source DESC, created_at DESC, id DESC
                 LIMIT $6 + 1) AS newest
 
         UNION ALL

@@ -675,7 +675,7 @@ REFUSED: list[tuple[int, str, dict[str, Any]]] = [
     (403, "forbidden", {"json": make_event(), "headers": READER}),
     (405, "method not allowed", {"method": "GET"}),
     (408, "request timeout", {"content": endless_body, "headers": JSON}),
-    (413, "content too large", {"content": b" " * (incidents.MAX_BODY + 1), "headers": JSON}),
+    (413, "content too large", {"content": b" " * (incidents.MAX_BODY_BYTES + 1), "headers": JSON}),
     (415, "unsupported media type", {"content": b"a=1"}),
     (415, "unsupported media type", {"json": {}, "headers": {"Content-Encoding": "gzip"}}),
     (500, "internal server error", {"json": make_event(), "headers": WRITER}),

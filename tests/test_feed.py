@@ -834,7 +834,7 @@ async def test_a_stream_goes_on_after_the_last_event_id(
 async def test_a_silent_stream_sends_comments_whose_id_is_the_position(
     client: httpx.AsyncClient, history: list[Entry], database_url: str, serve: Serve
 ) -> None:
-    server = serve(command=patched(KEEPALIVE=0.3), DATABASE_URL=database_url)
+    server = serve(command=patched(KEEPALIVE_SECONDS=0.3), DATABASE_URL=database_url)
     last_id = history[-1]["id"]
     async with asyncio.timeout(10), open_stream(server, "incident=99") as stream:
         await stream.read_block()
@@ -866,7 +866,7 @@ async def test_a_stream_outlasts_a_database_that_is_away_and_loses_nothing(
     sql: Sql, database_url: str, database_unavailable: Any, serve: Serve
 ) -> None:
     insert_incident(sql)
-    server = serve(command=patched(KEEPALIVE=0.3), DATABASE_URL=database_url)
+    server = serve(command=patched(KEEPALIVE_SECONDS=0.3), DATABASE_URL=database_url)
     async with open_stream(server) as stream, open_stream(server, "kind=status") as filtered:
         await stream.read(1)
         with database_unavailable():
@@ -1211,7 +1211,7 @@ async def test_no_reader_loses_an_entry_or_gets_it_twice_while_services_are_kill
 ) -> None:
     seconds, kills = 20, 8
     insert_incident(sql)
-    command = patched(KEEPALIVE=0.3)
+    command = patched(KEEPALIVE_SECONDS=0.3)
     servers = [serve(command=command, DATABASE_URL=database_url) for _ in range(2)]
     scene = Scene(servers, database_url)
     slow_writers = 4

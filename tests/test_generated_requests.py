@@ -178,7 +178,7 @@ UNUSUAL_BODIES = st.one_of(
             b'{"note": NaN}',
             b"\x00",
             b"description=a&source=partner",
-            b" " * (incidents.MAX_BODY + 1),
+            b" " * (incidents.MAX_BODY_BYTES + 1),
         ]
     ),
     st.binary(max_size=20),

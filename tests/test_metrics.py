@@ -417,7 +417,7 @@ async def test_connections_are_shown_as_idle_or_in_use(
     async def count_nothing() -> None:
         """Use no connection for the metrics themselves."""
 
-    monkeypatch.setattr(incidents, "count_unresolved", count_nothing)
+    monkeypatch.setattr(incidents, "update_unresolved", count_nothing)
     before = await read_metrics(client)
     with writes_wait(database_url):
         post = asyncio.create_task(client.post("/incidents/", json=NEW_INCIDENT))

@@ -268,7 +268,7 @@ def test_the_examples_of_bodies_are_values_of_their_schemas() -> None:
 
 # ── The service answers as described ──────────────────────────────────────────────────────────────
 
-TOO_BIG = b" " * (incidents.MAX_ALERTS + 1)
+TOO_BIG = b" " * (incidents.MAX_WEBHOOK_BYTES + 1)
 TOKENS = "reader:0123456789abcdef:read,writer:fedcba9876543210,reporter:0123456789fedcba:report,"
 READER, WRITER = "Bearer 0123456789abcdef", "Bearer fedcba9876543210"
 REPORTER = "Bearer 0123456789fedcba"
