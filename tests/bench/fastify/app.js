@@ -1,6 +1,7 @@
 // The measured routes in Fastify and postgres.js, for comparison in the benchmark. They are written
 // in the usual way for these libraries. The program creates its tables when it starts. PORT is its
-// port; PGHOST, PGUSER and PGDATABASE say where its database is.
+// port; PGHOST, PGUSER and PGDATABASE say where its database is. With BATCH=1, calls of the same
+// statement go to PostgreSQL together, as they do in incidents.py.
 import Fastify from 'fastify'
 import postgres from 'postgres'
 
@@ -75,10 +76,95 @@ app.setErrorHandler((error, request, reply) => {
   return reply.code(code).send({ detail: error.message })
 })
 
+// Run calls together: `run` gets the inputs of up to 32 calls, no two with the same `id`, and gives a
+// row for each of them. While three batches are on their way, new calls wait.
+const together = (run) => {
+  const waiting = []
+  let workers = 0
+  const takeBatch = () => {
+    const batch = new Map()
+    for (let at = 0; at < waiting.length && at < 32; at++) {
+      const key = waiting[at].input.id ?? at
+      if (!batch.has(key)) batch.set(key, waiting[at])
+    }
+    const calls = [...batch.values()]
+    waiting.splice(0, waiting.length, ...waiting.filter((call) => !calls.includes(call)))
+    return calls
+  }
+  const work = async () => {
+    workers++
+    while (waiting.length) {
+      const calls = takeBatch()
+      try {
+        const rows = await run(calls.map((call) => call.input))
+        calls.forEach((call, at) => call.resolve(rows[at]))
+      } catch (error) {
+        calls.forEach((call) => call.reject(error))
+      }
+    }
+    workers--
+  }
+  return (input) => new Promise((resolve, reject) => {
+    waiting.push({ input, resolve, reject })
+    if (waiting.length === 1 && workers < 3) work()
+  })
+}
+
+const createTogether = together((inputs) => sql`
+  WITH created AS (
+    INSERT INTO incidents (description, source)
+    SELECT description, source
+      FROM unnest(${inputs.map((input) => input.description)}::text[],
+                  ${inputs.map((input) => input.source)}::text[])
+           WITH ORDINALITY AS input (description, source, place)
+     ORDER BY place
+    RETURNING *
+  ), entry AS (
+    INSERT INTO timeline (incident_id, kind) SELECT id, 'created' FROM created
+  )
+  SELECT * FROM created ORDER BY id`)
+
+const getTogether = together((inputs) => sql`
+  SELECT incidents.*
+    FROM unnest(${inputs.map((input) => input.id)}::integer[]) WITH ORDINALITY AS input (id, place)
+         LEFT JOIN incidents USING (id)
+   ORDER BY place`)
+
+const changeTogether = together((inputs) => sql`
+  WITH input AS (
+    SELECT *
+      FROM unnest(${inputs.map((input) => input.id)}::integer[],
+                  ${inputs.map((input) => input.status)}::text[])
+           WITH ORDINALITY AS input (id, new_status, place)
+  ), locked AS (
+    SELECT incidents.*, new_status, place
+      FROM incidents JOIN input USING (id)
+     ORDER BY id
+       FOR UPDATE OF incidents
+  ), changed AS (
+    UPDATE incidents
+       SET status = new_status, version = incidents.version + 1, updated_at = now()
+      FROM locked
+     WHERE incidents.id = locked.id AND locked.status <> new_status
+    RETURNING incidents.*
+  ), entry AS (
+    INSERT INTO timeline (incident_id, kind, from_value, to_value)
+    SELECT changed.id, 'status', locked.status, changed.status FROM changed JOIN locked USING (id)
+  )
+  SELECT coalesce(changed.id, locked.id) AS id, locked.description, locked.source, locked.created_at,
+         coalesce(changed.status, locked.status) AS status,
+         coalesce(changed.version, locked.version) AS version,
+         coalesce(changed.updated_at, locked.updated_at) AS updated_at
+    FROM input LEFT JOIN locked USING (place) LEFT JOIN changed ON changed.id = locked.id
+   ORDER BY place`)
+
+const isBatching = process.env.BATCH === '1'
+
 const notFound = (reply) => reply.code(404).send({ detail: 'There is no such incident' })
 
 app.post('/incidents/', { schema: { body: newIncident, response: { 201: incident } } }, async (request, reply) => {
   const { description, source } = request.body
+  if (isBatching) return reply.code(201).send(await createTogether({ description, source }))
   const [created] = await sql`
     WITH created AS (
       INSERT INTO incidents (description, source) VALUES (${description}, ${source}) RETURNING *
@@ -98,6 +184,10 @@ app.get('/incidents/', { schema: { querystring: listQuery, response: { 200: { ty
 })
 
 app.get('/incidents/:id', { schema: { params, response: { 200: incident } } }, async (request, reply) => {
+  if (isBatching) {
+    const row = await getTogether({ id: request.params.id })
+    return row.id === null ? notFound(reply) : row
+  }
   const [found] = await sql`
     SELECT id, description, status, source, created_at, updated_at, version
       FROM incidents
@@ -108,6 +198,10 @@ app.get('/incidents/:id', { schema: { params, response: { 200: incident } } }, a
 app.patch('/incidents/:id/status', { schema: { params, body: statusChange, response: { 200: incident } } }, async (request, reply) => {
   const { id } = request.params
   const { status } = request.body
+  if (isBatching) {
+    const row = await changeTogether({ id, status })
+    return row.id === null ? notFound(reply) : row
+  }
   // Lock the row before it is read, so that the old status on the timeline is current.
   const [found] = await sql`
     WITH locked AS (
