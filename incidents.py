@@ -1363,14 +1363,6 @@ UNAVAILABLE_SQLSTATES = ("08", "28", "40", "53", "55", "57", "25006", "3D000", "
 # asyncpg raises these for connections that have just ended, and where no host of DATABASE_URL is
 # what target_session_attrs wants.
 CONNECTION_ERRORS = (asyncpg.InterfaceError, asyncpg.InternalClientError)
-# After these, the calls of a batch are not run one by one: a lost connection may have committed
-# them all, and a full or read-only database would refuse each.
-STOPPING_ERRORS = (
-    asyncpg.PostgresConnectionError,
-    asyncpg.DiskFullError,
-    asyncpg.InsufficientPrivilegeError,
-    asyncpg.ReadOnlySQLTransactionError,
-)
 
 
 def is_unavailable(error: BaseException) -> bool:

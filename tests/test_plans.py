@@ -20,7 +20,7 @@ import incidents
 
 INCIDENTS = 60_000  # one a minute from 2024-01-01 on, so the last is of 2024-02-11
 LIMIT = 50
-MAX_BUFFERS = 400
+MAX_BUFFERS = 700
 # Before this time there are 35,000 incidents, and after it 25,000.
 MIDDLE = "2024-01-25T07:20:00Z"
 

@@ -706,11 +706,11 @@ failed would have ended the benchmark. *Lost* counts the rounds in which this se
 ratio is the ratio of two medians. Before, all servers were checked to answer the same to the same
 requests.
 
-This service does more than the others: it has labels, an index for text search (`pg_trgm`) and one for the
-whole list, constraints on the columns, entity tags, request ids and security headers. Identical
-reads that wait at the same time share one result, which only "the same page for all" shows; "pages
-that differ" have four filters and 41 sizes. "Fastify, batching" sends calls together as this
-service does, in arrays.
+This service does more than the others: it has labels, an index for text search (`pg_trgm`) and one
+for the whole list, constraints on the columns, entity tags, request ids and security headers.
+Identical reads that wait at the same time share one result, which only "the same page for all"
+shows; "pages that differ" have four filters and 41 sizes. "Fastify, batching" sends calls together
+as this service does, in arrays.
 """
 
 # ── Main ──────────────────────────────────────────────────────────────────────────────────────────
