@@ -47,7 +47,7 @@ from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 from urllib.parse import parse_qs, quote, urlencode
 
 import asyncpg
@@ -178,7 +178,7 @@ async def change_status(request: Request) -> Response:
     """Change an incident's status, with a note if you like."""
     incident_id = parse_incident_id(request)
     change = await parse_body(request, StatusChange)
-    return await apply_change(request, incident_id, status=change.status, note=change.note)
+    return await apply_change(request, incident_id, dict(change))
 
 
 class IncidentChange(
@@ -206,29 +206,21 @@ async def change_incident(request: Request) -> Response:
     if not change.model_fields_set:
         names = ", ".join(IncidentChange.model_fields)
         raise Problem(422, f"There is nothing to change; send one of: {names}.")
-    return await apply_change(request, incident_id, **dict(change))
+    return await apply_change(request, incident_id, dict(change))
 
 
-async def apply_change(
-    request: Request,
-    incident_id: int,
-    *,
-    description: str | None = None,
-    source: str | None = None,
-    status: str | None = None,
-    note: str | None = None,
-    labels: dict[str, str | None] | None = None,
-) -> Response:
-    """Change an incident and show it; 412 when If-Match does not have its entity tag."""
+async def apply_change(request: Request, incident_id: int, change: dict[str, Any]) -> Response:
+    """Change some fields of an incident and show it; 412 when If-Match has not its entity tag."""
+    labels = change.get("labels")
     row = await database.fetchrow(
         SQL.incident_change,
         incident_id=incident_id,
-        description=description,
-        source=source,
-        status=status,
+        description=change.get("description"),
+        source=change.get("source"),
+        status=change.get("status"),
         if_match=join_header_lines(request, "if-match"),
         actor=request.scope["actor"],
-        note=note,
+        note=change.get("note"),
         label_patch=json.dumps(labels) if labels else None,
     )
     if row["is_match"] is False:  # None means that there is no such incident
@@ -514,16 +506,12 @@ async def list_timeline(request: Request) -> Response:
         return StreamingResponse(events, headers=headers, media_type=list_format.media_type)
     wait = 0 if request.method == "HEAD" else query.wait
     deadline = time.monotonic() + wait
-    page = await fetch_entries(query, list_format, after)
-    if not (page["has_more"] or wait):
-        # settled_id is kept up to date only while somebody waits, so look now, and read again.
+    if not wait:
+        # settled_id is kept up to date only while somebody waits, so look now.
         await feed.update_settled_id_soon()
-        page = await fetch_entries(query, list_format, after)
-    while not page["body"] and time.monotonic() < deadline:
-        seconds = min(deadline - time.monotonic(), LOOK_SECONDS)
-        await feed.wait_for_entries(page["position"], seconds)
-        if feed.is_closing or await request.is_disconnected():
-            break
+    page = await fetch_entries(query, list_format, after)
+    while not page["body"] and time.monotonic() < deadline and not feed.is_closing:
+        await feed.wait_for_entries(page["position"], deadline - time.monotonic())
         if feed.settled_id > page["position"]:
             page = await fetch_entries(query, list_format, page["position"])
     headers = {"Timeline-Position": str(page["position"])}
@@ -565,7 +553,6 @@ async def fetch_entries(query: FeedQuery, list_format: ListFormat, after: int) -
     )
 
 
-LOOK_SECONDS = 5  # how often a long poll looks whether its client is still there
 KEEPALIVE_SECONDS = 15  # proxies close a connection on which nothing comes for a minute
 
 
@@ -730,7 +717,7 @@ async def apply_alerts(request: Request) -> Response:
     return JSONResponse(answer, media_type=JSON_TYPE)
 
 
-async def apply_alert(request: Request, key: str, alert: Alert) -> int | None:
+async def apply_alert(request: Request, key: str, alert: Alert) -> Any:
     """Apply an alert as an event, and give the id of the incident that its key points to."""
     is_firing = alert.status == "firing"
     times = [alert.startsAt] if is_firing else [alert.startsAt, alert.endsAt]
@@ -743,8 +730,7 @@ async def apply_alert(request: Request, key: str, alert: Alert) -> int | None:
         happened_at=max(filter(None, times), default=None),
         **describe_event(f"Alert {key}", annotations, labels, collect_fields(alert), annotations),
     )
-    incident_id: int | None = row["incident_id"]
-    return incident_id
+    return row["incident_id"]
 
 
 def collect_fields(message: Event | Alert) -> dict[str, Any]:
@@ -782,7 +768,7 @@ def describe_event(
         names = [name for name in dict.fromkeys([*texts, *said]) if name in said]
         description = ", ".join(f"{name}={said[name]}" for name in names)
     # What has no name that a label can have is left out.
-    names = [name for name in said if re.match(LABEL_NAME, name) and len(name) <= MAX_LABEL_NAME]
+    names = [name for name in said if len(name) <= MAX_LABEL_NAME and re.match(LABEL_NAME, name)]
     if len(names) > MAX_LABELS:
         names.sort(key=lambda name: (not FIRST_LABELS.fullmatch(name), "://" not in said[name]))
     labels = {name: said[name][:MAX_LABEL_VALUE] for name in names[:MAX_LABELS]}
@@ -841,7 +827,7 @@ async def check_liveness(request: Request) -> Response:
     return JSONResponse({"status": "ok"}, media_type=JSON_TYPE)
 
 
-class ReadinessQuery(BaseModel, extra="ignore"):
+class ReadinessQuery(AnyQuery):
     """What the service must be ready for: writes too, or `reads` alone."""
 
     only: Annotated[Literal["reads"], SingleValue] = OMITTED
@@ -1019,8 +1005,7 @@ class RequestMiddleware:
     """
 
     def __init__(self, app: ASGIApp) -> None:
-        self.app, self.in_flight = app, 0
-        IN_FLIGHT.set_function(lambda: self.in_flight)  # inc() and dec() would cost 2 µs
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; other kinds of scopes go to the router as they are."""
@@ -1042,11 +1027,11 @@ class RequestMiddleware:
                     message["headers"].append((b"cache-control", b"no-store"))
             await send(message)
 
-        self.in_flight += 1
+        IN_FLIGHT.inc()
         try:
             await self.answer_with_cors(scope, receive, send_with_headers)
         finally:
-            self.in_flight -= 1
+            IN_FLIGHT.dec()
             if get_settings().access_log or get_settings().debug:
                 log_access(scope, time.perf_counter() - started_at)
 
@@ -1144,15 +1129,15 @@ def authenticate(request: Request, routing_key: str | None = None) -> None:
         challenge += ', error="invalid_token"' if sent else ""
         raise Problem(401, detail, {"WWW-Authenticate": challenge})
     request.scope["actor"] = token.name
-    is_allowed, action = True, ""
-    if token.permission == "read":
-        is_allowed, action = request.method in ("GET", "HEAD"), "read"
-    elif token.permission == "report":
-        is_allowed, action = request.scope["route"].access != "token", "send events and alerts"
-    if not is_allowed:
-        detail = f"The token of {token.name} may only {action}; use another one."
-        challenge += ', error="insufficient_scope"'
-        raise Problem(403, detail, {"WWW-Authenticate": challenge})
+    if token.permission == "read" and request.method not in ("GET", "HEAD"):
+        action = "read"
+    elif token.permission == "report" and request.scope["route"].access == "token":
+        action = "send events and alerts"
+    else:
+        return
+    detail = f"The token of {token.name} may only {action}; use another one."
+    challenge += ', error="insufficient_scope"'
+    raise Problem(403, detail, {"WWW-Authenticate": challenge})
 
 
 # ── How a request is answered: parsing ────────────────────────────────────────────────────────────
@@ -1214,7 +1199,8 @@ async def parse_body(
 
     `advice` says what to do about a body that is over `max_size`.
     """
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
+    codings = join_header_lines(request, "content-encoding")
+    if codings and codings.lower() != "identity":
         # RFC 9110, 15.5.16: the response names the codings that are taken.
         detail = "Send the body without compression, and without the header Content-Encoding."
         raise Problem(415, detail, {"Accept-Encoding": "identity"})
@@ -1223,7 +1209,7 @@ async def parse_body(
     body = await read_body(request, max_size, advice)
     try:
         values = parse_json(body, is_lenient=issubclass(model, MonitoringModel))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         detail = f"The body is not JSON in UTF-8: {error}. Correct it and send it again."
         raise Problem(400, detail) from None
     return validate(values, "field", model)
@@ -1231,21 +1217,15 @@ async def parse_body(
 
 async def read_body(request: Request, max_size: int, advice: str) -> bytes:
     """Read the body; 408 when it takes too long, 413 with advice when it is too long."""
-    body, task = bytearray(), cast(asyncio.Task[Any], asyncio.current_task())
-    # asyncio.timeout does the same, but it takes a twentieth of the time of a whole request.
-    timer = asyncio.get_running_loop().call_later(MAX_BODY_SECONDS, task.cancel, "too late")
+    body = bytearray()
     try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > max_size:
-                raise Problem(413, f"The body is over {max_size} bytes; {advice}.")
-    except asyncio.CancelledError as error:
-        if error.args != ("too late",):
-            raise
-        task.uncancel()
+        async with asyncio.timeout(MAX_BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > max_size:
+                    raise Problem(413, f"The body is over {max_size} bytes; {advice}.")
+    except TimeoutError:
         raise Problem(408, "The body took too long to come.", {"Connection": "close"}) from None
-    finally:
-        timer.cancel()
     return bytes(body.removeprefix(BYTE_ORDER_MARK))
 
 
@@ -1260,10 +1240,7 @@ def parse_json(body: bytes, *, is_lenient: bool) -> Any:
     except ValueError:
         if not is_lenient:
             raise
-    try:
-        text = json.dumps(json.loads(body.decode("utf-8", "replace")), ensure_ascii=False)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+    text = json.dumps(json.loads(body.decode("utf-8", "replace")), ensure_ascii=False)
     return from_json(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
@@ -1625,6 +1602,7 @@ class Statement:
         self.name, self.text = file.stem, file.read_text("utf-8")
         first = FIRST_LINE.match(self.text)
         self.parameters = tuple(PARAMETER.findall(self.text))
+        self.names = frozenset(self.parameters)
         if not first or len(set(re.findall(r"\$[0-9]+", self.text))) != len(self.parameters):
             raise ValueError(
                 f"sql/{file.name} must begin with a line like '-- read', '-- write, batch' or "
@@ -1637,12 +1615,10 @@ class Statement:
 
     def order_values(self, values: dict[str, Any]) -> tuple[Any, ...]:
         """Put values, which must be hashable, in the order of the parameters."""
-        if tuple(values) != self.parameters:  # Most calls have them in order, which is quicker.
-            if values.keys() != set(self.parameters):
-                wanted, given = ", ".join(self.parameters), ", ".join(values)
-                raise TypeError(f"sql/{self.name}.sql takes ({wanted}), but was given ({given})")
-            values = {name: values[name] for name in self.parameters}
-        return tuple(values.values())
+        if values.keys() != self.names:
+            wanted, given = ", ".join(self.parameters), ", ".join(values)
+            raise TypeError(f"sql/{self.name}.sql takes ({wanted}), but was given ({given})")
+        return tuple(map(values.__getitem__, self.parameters))
 
 
 SQL = SimpleNamespace(**{file.stem: Statement(file) for file in HERE.glob("sql/*.sql")})
@@ -1658,16 +1634,13 @@ SLOW_ADVICE = (
     "text, or a rarer label."
 )
 LOCKED_ADVICE = "Another transaction holds this incident; try again soon."
-# After these, the calls of a batch are not run one by one: a lost connection may have committed
-# them all, and a full or read-only database would refuse each.
-STOPPING_ERRORS = (
+# After these, no call of a batch is run again, because it may have been committed; and all
+# connections are made anew, because the server is gone, or has become a standby.
+EXPIRING_ERRORS = (
+    TimeoutError,
     asyncpg.PostgresConnectionError,
-    asyncpg.DiskFullError,
-    asyncpg.InsufficientPrivilegeError,
     asyncpg.ReadOnlySQLTransactionError,
 )
-# After these, all connections are made anew, because the server is gone, or has become a standby.
-EXPIRING_ERRORS = (TimeoutError, asyncpg.ReadOnlySQLTransactionError)
 
 
 class PendingCall(NamedTuple):
@@ -1803,7 +1776,7 @@ class Batcher:
                 rows = await connection.fetch(text, *zip(*calls, strict=True), timeout=seconds)
             else:
                 rows = await connection.fetchmany(text, calls, timeout=seconds)
-        except STOPPING_ERRORS:
+        except EXPIRING_ERRORS:
             raise
         except asyncpg.PostgresError as error:
             if len(batch) > 1:
@@ -1863,7 +1836,6 @@ class Database:
             max_size=get_settings().db_pool_size,
             command_timeout=QUERY_TIMEOUT,
             connect=self.connect,
-            server_settings={} if "application_name=" in url else {"application_name": "incidents"},
             init=prepare_session,
             reset=keep_session,
         )
@@ -1951,10 +1923,11 @@ async def prepare_session(connection: Any) -> None:
     await connection.execute(
         # Plan a statement once, and not for each call. JIT costs more than it saves.
         "SET plan_cache_mode = force_generic_plan; SET jit = off;"
-        # A plan that was made while a table was small would scan all of it for ever.
+        # A plan that was made while a table was small would scan all of it until the next ANALYZE.
         "SET enable_seqscan = off;"
-        # rfc3339() in the schema relies on this form of timestamps.
-        "SET datestyle = 'ISO';"
+        # rfc3339() in the schema relies on this form of timestamps, and statements that pass over
+        # locked rows on this isolation.
+        "SET datestyle = 'ISO'; SET default_transaction_isolation = 'read committed';"
         # A statement of a process that was killed ends too. A limit that the role has stays.
         "SELECT set_config('statement_timeout', '35s', false)"
         " WHERE current_setting('statement_timeout') = '0'"
@@ -2000,7 +1973,6 @@ class Feed:
 
     def __init__(self) -> None:
         self.settled_id = -1  # every entry up to this id can be seen; -1: not known yet
-        self.settled_at = float("-inf")  # when that was looked up
         self.is_closing = False
         self.news = asyncio.Event()
         self.listeners = 0  # streams and long polls that wait
@@ -2012,18 +1984,16 @@ class Feed:
         First see which entry is the newest, and which transactions are writing entries. When all of
         those have ended, nothing can appear before that entry any more.
         """
-        started_at = time.monotonic()
         row = await fetch_from_primary(SQL.timeline_writers)
         newest_id, writers = row["newest_id"], set(row["writers"] or ())
         while writers:
             await asyncio.sleep(0.02)
             row = await fetch_from_primary(SQL.timeline_writers)
             writers.intersection_update(row["writers"] or ())
-        if started_at > self.settled_at:  # Another look may have begun later and ended earlier.
-            has_news = newest_id != self.settled_id
-            self.settled_id, self.settled_at = newest_id, started_at
-            if has_news:
-                self.wake_listeners()
+        if newest_id > self.settled_id:  # Another look may have begun later and ended earlier.
+            self.settled_id = newest_id
+            self.news.set()  # wakes all who wait now
+            self.news.clear()
 
     async def update_settled_id_soon(self) -> bool:
         """Find a new `settled_id`, and tell whether it was found in time."""
@@ -2058,15 +2028,10 @@ class Feed:
                 log_if_bug(error, "for new entries")
             await asyncio.sleep(FEED_PAUSE + FEED_PAUSE_PER_LISTENER * self.listeners)
 
-    def wake_listeners(self) -> None:
-        """Wake all who wait now."""
-        self.news.set()
-        self.news.clear()
-
     def close(self) -> None:
         """End long polls and streams, because the service is being stopped."""
         self.is_closing = True
-        self.wake_listeners()
+        self.news.set()
 
 
 feed = Feed()
@@ -2184,7 +2149,7 @@ def normalize_database_url(url: str) -> str:
 def make_asyncpg_url(url: str) -> str:
     """Give the URL for asyncpg: with the options that it takes, and without host and port."""
     options = {k: v for k, v in conninfo_to_dict(url).items() if k in ASYNCPG_OPTIONS}
-    return f"postgresql://?{urlencode(options)}"
+    return f"postgresql://?{urlencode({'application_name': 'incidents', **options})}"
 
 
 def parse_tokens(text: str) -> list[Token]:
@@ -2297,6 +2262,8 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
     for name in [name for name in os.environ if name.startswith("PG")]:
         del os.environ[name]  # It is about another server, but the drivers would follow it.
     data_dir = data_dir.resolve()
+    if sys.platform != "win32" and (len(os.fsencode(data_dir)) > 80 or "," in str(data_dir)):
+        raise RuntimeError(f"DATA_DIR={data_dir} does not fit a socket: over 80 bytes, or a comma")
     data_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         with lock_folder(data_dir) as starting:
@@ -2309,9 +2276,8 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
                 run("pg_ctl", "start", "-o", EMBEDDED_SETTINGS)
             using = stack.enter_context(lock_folder(data_dir / "base", is_shared=True))
         try:
-            path = stack.enter_context(short_path(data_dir))
             port = (data_dir / "postmaster.pid").read_text().splitlines()[3]
-            host = "127.0.0.1" if sys.platform == "win32" else quote(str(path))
+            host = "127.0.0.1" if sys.platform == "win32" else quote(str(data_dir))
             yield f"postgresql://postgres@/postgres?host={host}&port={port}"
         finally:
             with lock_folder(data_dir) as stopping, contextlib.suppress(BlockingIOError):
@@ -2390,21 +2356,6 @@ def choose_user(data_dir: Path) -> dict[str, Any]:
     return {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []}
 
 
-@contextlib.contextmanager
-def short_path(folder: Path) -> Iterator[Path]:
-    """Give a path of a folder that fits into a socket's: it is short and has no comma.
-
-    Only a path that does not fit gets a link, because systems delete old files in /tmp.
-    """
-    if sys.platform == "win32" or (len(os.fsencode(folder)) <= 80 and "," not in str(folder)):
-        yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="incidents-") as name:
-        link = Path(name) / "data"
-        link.symlink_to(folder)
-        yield link
-
-
 # ── How it is run: HTTP ───────────────────────────────────────────────────────────────────────────
 # uvicorn and its parser zttp speak HTTP. Here is only what they leave open: a limit on time,
 # refusals as problem documents, and clients that do not read.
@@ -2431,10 +2382,13 @@ class LimitedProtocol(ZttpProtocol):
         if self.cycle is None and data.startswith(b"\x16\x03"):  # TLS: the client means https://
             return self.handle_remote_protocol_error()
         self.read_no_further_while_answering()
+        # A client may still send the body of a request that was refused, and keep the connection.
+        is_old_body = self.cycle and self.cycle.response_complete and self.cycle.more_body
         super().data_received(data)
         is_waiting = self.cycle is None or self.cycle.response_complete
         if is_waiting and not self.head_timer:
-            self.head_timer = self.loop.call_later(MAX_HEAD_SECONDS, self.transport.close)
+            seconds = self.timeout_keep_alive if is_old_body else MAX_HEAD_SECONDS
+            self.head_timer = self.loop.call_later(seconds, self.transport.close)
         elif self.head_timer and not is_waiting:
             self.head_timer.cancel()
             self.head_timer = None
@@ -2475,8 +2429,8 @@ class LimitedProtocol(ZttpProtocol):
             self.cycle.disconnected, self.cycle.waiting_for_100_continue = True, False
         with contextlib.suppress(zttp.LocalProtocolError):  # Another response may have begun.
             self.conn.send_response(response.status_code, [*headers, (b"connection", b"close")])
-            self.conn.send_data(response.body)
-            self.transport.write(self.conn.data_to_send())
+            self.conn.send_data(response.body)  # not to a HEAD
+        self.transport.write(self.conn.data_to_send())
         # To close at once would reset the connection, and a client that is still sending would not
         # see the answer. Nothing more is read.
         self.flow.pause_reading()
@@ -2487,16 +2441,14 @@ class LimitedProtocol(ZttpProtocol):
 def open_listener(host: str, port: int) -> socket.socket:
     """Listen on an address and print it; exit code 1 when that cannot be done."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    takes_both = host == "::" and socket.has_dualstack_ipv6()  # IPv6 and IPv4
     try:
-        listener = socket.create_server(
-            (host, port), family=family, backlog=2048, dualstack_ipv6=takes_both
-        )
+        # :: takes IPv6 and IPv4.
+        listener = socket.create_server((host, port), family=family, dualstack_ipv6=host == "::")
     except OSError as error:
         sys.exit(f"Cannot listen on {host}:{port}: {error.strerror}. Set API_PORT or API_HOST.")
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux, which hands this on to each connection
         # The kernel closes a connection whose client has read nothing for this long (tcp(7)).
-        milliseconds = 1000 * MAX_UNREAD_SECONDS
+        milliseconds = int(1000 * MAX_UNREAD_SECONDS)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print(f"The API is at {url}, a board at {url}/board, documentation at {url}/docs", flush=True)
@@ -2536,8 +2488,6 @@ async def lifespan(_: Any) -> AsyncIterator[None]:
             yield
         finally:
             waiting_for_end.cancel()
-            if feed.watcher:
-                feed.watcher.cancel()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(database.pool.close(), timeout=2)
 

@@ -2,4 +2,3 @@
 DROP TABLE IF EXISTS dedup_keys, idempotency_keys, incident_texts, timeline, incidents;
 DROP DOMAIN IF EXISTS
     incident_status, incident_source, timeline_kind, timeline_field, timeline_note;
-DROP EXTENSION IF EXISTS pg_trgm;

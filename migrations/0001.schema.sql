@@ -1,8 +1,8 @@
 -- depends: 0000.make-room
 -- The tables. Every statement may be run twice: yoyo commits a migration and its note of it on two
--- connections, and a crash may come between. It waits for a lock for three seconds at most, because
--- whoever wants the table later has to wait behind it. The version before has a migration of this
--- name too, so in its databases this one does not run, and locks no table.
+-- connections, and a crash may come between. A statement waits for a lock for three seconds at
+-- most, because all others that want the table queue behind it. Databases of the version before
+-- have a migration of this name already, so this file does not run there; 0003 adds what they lack.
 SET lock_timeout = '3s';
 
 -- Domains, because PostgreSQL prepares CHECK constraints again for every statement, but domains
@@ -33,7 +33,7 @@ CREATE TABLE IF NOT EXISTS incidents (
     version integer NOT NULL DEFAULT 1,
     created_at timestamptz NOT NULL DEFAULT now(),
     updated_at timestamptz NOT NULL DEFAULT now(),
-    -- When the newest note was added. No later entry gets an earlier time, whatever the clock says.
+    -- When the newest note was added. Later entries take at least this time, if a clock goes back.
     noted_at timestamptz,
     -- When it was first in progress and first resolved: stats.sql need not read the timeline.
     in_progress_at timestamptz,
@@ -62,7 +62,7 @@ CREATE TABLE IF NOT EXISTS timeline (
 );
 -- timeline_page.sql: the timeline of one incident, oldest first.
 CREATE INDEX IF NOT EXISTS timeline_incident_id_idx ON timeline (incident_id, id);
--- timeline_page.sql: the entries of one kind. A page of 'created', which most are, needs no index.
+-- timeline_page.sql: the entries of one kind. Most are 'created', so these are found by their id.
 CREATE INDEX IF NOT EXISTS timeline_kind_id_idx ON timeline (kind, id) WHERE kind <> 'created';
 
 -- The descriptions and labels once more, to search in. An update writes to every index of a table:

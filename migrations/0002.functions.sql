@@ -1,15 +1,11 @@
 -- depends: 0001.schema
 -- The functions and triggers. The body of an SQL function takes the place of its call, so indexes
--- serve it. Where a function takes a row, its body is between $$: since autumn 2026, PostgreSQL
--- refuses to add a column with a default to a table beside such a function with RETURN.
+-- serve it. Where a function takes a row of a table, its body is between $$: since autumn 2026,
+-- PostgreSQL adds no column with a default to a table whose rows a function with RETURN takes.
 SET lock_timeout = '3s';
 -- The triggers of the version before go with their functions. This locks incidents before timeline,
--- as every write of the service does: the other order could end in a deadlock.
+-- as the writes of the service do: the other order could end in a deadlock.
 DROP FUNCTION IF EXISTS copy_new_descriptions, copy_changed_description CASCADE;
--- And its dedup_keys get the columns that they have in 0001.
-ALTER TABLE dedup_keys
-    ADD COLUMN IF NOT EXISTS description text, ADD COLUMN IF NOT EXISTS labels jsonb,
-    ADD COLUMN IF NOT EXISTS started_at timestamptz, ADD COLUMN IF NOT EXISTS changed_at timestamptz;
 
 -- A timestamp as RFC 3339 in UTC. PostgreSQL's own text differs only by a blank in its middle (the
 -- service sets DateStyle to ISO). to_char() would make a page a sixth slower.
@@ -58,7 +54,7 @@ CREATE OR REPLACE FUNCTION timeline_json(entry timeline) RETURNS json
 $$;
 
 -- An entry as one line of a page: 'json', 'ndjson', or 'sse' (Server-Sent Events, HTML standard,
--- 9.2). incident is a field to add, with its comma in front, or null.
+-- 9.2). incident is a field to add before the last brace, with its comma in front, or null.
 CREATE OR REPLACE FUNCTION timeline_line(entry timeline, incident text, format text) RETURNS text
     LANGUAGE sql STABLE PARALLEL SAFE AS $$
     SELECT CASE format WHEN 'sse' THEN E'id: ' || (entry).id || E'\nevent: ' || (entry).kind
@@ -92,7 +88,8 @@ CREATE OR REPLACE FUNCTION search_form(value text) RETURNS text
     RETURN CASE WHEN getdatabaseencoding() <> 'UTF8' OR value IS NFC NORMALIZED THEN value
                 ELSE normalize(value) END;
 
--- Whether a description has a text, a pattern for ILIKE. To find its search_form() takes longest.
+-- Whether a description has a text, a pattern for ILIKE. The plain description is compared first,
+-- because search_form() takes longest; with accents, that could miss some.
 CREATE OR REPLACE FUNCTION contains_text(description text, pattern text, has_accents boolean)
     RETURNS boolean LANGUAGE sql STABLE PARALLEL SAFE
     RETURN (has_accents OR description ILIKE pattern) AND search_form(description) ILIKE pattern;
@@ -107,8 +104,9 @@ CREATE OR REPLACE FUNCTION incident_matches(
        AND (label_filter IS NULL OR (incident).labels @@ label_filter)
 $$;
 
--- How incident_search.sql should look for incidents. This counts how many of the newest 1,000
--- between the bounds pass each filter. Ten that pass fill a page of 50 within 5,000.
+-- How incident_search.sql should look for incidents. This counts how many of 1,000 between the
+-- bounds pass each filter: the 1,001st and the next, because the newest may be a burst of one
+-- problem. If they are spread evenly, ten that pass mean that a page of 50 is full within 5,000.
 --   'list'    read the list from its newest incident: many pass, there are few, or no index helps
 --   'chosen'  the same by status and source: those that are chosen are rare, but many of them pass
 --   'texts'   use the index of texts: few incidents have the text
@@ -121,7 +119,8 @@ CREATE OR REPLACE FUNCTION choose_search(
 DECLARE
     -- A text of one or two letters ('%ab%', but not '%a b%') has no trigram: PostgreSQL would read
     -- the whole index, and cannot be cancelled meanwhile. Null when there is no pattern.
-    is_short constant boolean := pattern !~ '[[:alnum:]]{3}|[^[:alnum:]%_\\][[:alnum:]]';
+    is_short constant boolean := pattern !~ '[[:alnum:]]{3}|[^[:alnum:]%_\\][[:alnum:]]'
+        OR show_trgm(pattern) = '{}'; -- as of Cyrillic letters where LC_CTYPE is C
     hits record;
 BEGIN
     SELECT count(*) AS counted, count(*) FILTER (WHERE has_text) AS with_text,
@@ -134,7 +133,7 @@ BEGIN
                    incident_matches(incident, NULL, NULL, NULL, NULL, label_filter) AS has_labels
               FROM incidents_between(since, before_created_at, before_id) AS incident
              ORDER BY created_at DESC, id DESC
-             LIMIT 1000) AS newest;
+            OFFSET 1000 LIMIT 1000) AS sample;
     RETURN CASE WHEN hits.counted < 1000 OR hits.with_all >= 10 THEN 'list'
                 WHEN hits.with_both >= 10 THEN 'chosen'
                 WHEN is_short AND hits.with_labels >= 100 AND statuses IS NULL THEN 'list'
@@ -211,7 +210,7 @@ BEGIN
            claimed.digest = request.digest
       FROM unnest(actors, keys, digests) WITH ORDINALITY AS request (actor, key, digest, position)
            JOIN claimed USING (actor, key);
-    -- Last, and passing over locked keys, so that this waits for no transaction that waits for it.
+    -- Last, and passing over locked keys, so that two claims cannot wait for each other.
     DELETE FROM idempotency_keys
      WHERE ctid = ANY (ARRAY(
            SELECT ctid FROM idempotency_keys

@@ -1,9 +1,17 @@
 -- depends: 0002.functions
--- Copy the incidents of the replaced system, which 0000 has set aside: the same ids, texts, times.
--- It had no rule on the length of a description, so ours applies above the last of its ids only.
+-- Bring a database of the version before up to date, or copy the incidents of the replaced system.
 SET lock_timeout = '3s';
--- And check a rule that the version before had not checked for the entries that were there.
+-- Its dedup_keys get the columns that they have in 0001.
+ALTER TABLE dedup_keys
+    ADD COLUMN IF NOT EXISTS description text,
+    ADD COLUMN IF NOT EXISTS labels jsonb,
+    ADD COLUMN IF NOT EXISTS started_at timestamptz,
+    ADD COLUMN IF NOT EXISTS changed_at timestamptz;
+-- It had added this rule NOT VALID: check the entries that were there.
 ALTER DOMAIN timeline_field VALIDATE CONSTRAINT timeline_field_check;
+
+-- The incidents of the replaced system keep their ids, texts and times. It had no rule on the
+-- length of a description, so ours holds only for ids after its last one.
 DO $$
 DECLARE
     last_id bigint;
@@ -27,10 +35,7 @@ BEGIN
     SELECT id, 'created', 'replaced system', created_at
       FROM taken_over ORDER BY id;
 
-    last_id := greatest(last_id, pg_sequence_last_value(
-        pg_get_serial_sequence('incidents_replaced', 'id')::regclass));
-    IF last_id > 0 THEN
-        PERFORM setval('incidents_id_seq', last_id);
-    END IF;
+    PERFORM setval('incidents_id_seq', 1 + greatest(last_id, pg_sequence_last_value(
+        pg_get_serial_sequence('incidents_replaced', 'id')::regclass)), false);
 END
 $$;

@@ -3,10 +3,10 @@
 -- Apply events of monitoring tools. A trigger opens an incident. While the one that its key points
 -- to is unresolved, a trigger is counted instead, and where it says something else than the trigger
 -- before it, the incident is changed. An acknowledge moves the incident from open to in_progress, a
--- resolve moves it from either of them to resolved. An event that happened before what its key told
--- last changes no unresolved incident. incident_id is the one that the key points to, null for an
--- unknown key. When is_locked is true, the event has done nothing and is to be run again: another
--- transaction holds its incident or its key, or has just changed or added the key.
+-- resolve moves it from either of them to resolved. An event that is older than the newest trigger
+-- of its key does not change an unresolved incident. incident_id is the one that the key points to,
+-- null for an unknown key. When is_locked is true, the event has done nothing and is to be run
+-- again: another transaction holds its incident or its key, or has just changed or added the key.
 --   $1 key          text[]         each once, even for two actors
 --   $2 action       text[]         trigger, acknowledge or resolve
 --   $3 actor        text[]
@@ -28,11 +28,11 @@
                  FOR NO KEY UPDATE SKIP LOCKED) AS existing ON true),
 
        -- All else is seen as it was when this statement began. When a key has changed since, its
-       -- incident may have too, or cannot be seen at all, so the event has to wait. Addresses of a
-       -- sender and images are no news: each Alertmanager of a cluster has its own address.
+       -- incident may have too, so the event has to wait. (For a new key, both sides are null.)
+       -- Addresses of a sender and images are no news: each Alertmanager of a cluster has its own.
        compared AS MATERIALIZED (
        SELECT with_keys.*,
-              (SELECT status FROM incidents WHERE id = incident_id) AS status,
+              (SELECT status FROM incidents WHERE id = with_keys.incident_id) AS status,
               (SELECT ROW(incident_id, changed_at) FROM dedup_keys
                 WHERE (key, actor) = (with_keys.key, with_keys.actor))
               IS DISTINCT FROM CASE WHEN incident_id IS NOT NULL
@@ -48,18 +48,12 @@
        -- and labels; open: make an incident; move: change the status; ignore: do nothing.
        decided AS MATERIALIZED (
        SELECT compared.*,
-              CASE WHEN is_outdated
-                   THEN 'wait'
+              CASE WHEN is_outdated THEN 'wait'
                    WHEN action = 'trigger' AND status IN ('open', 'in_progress')
-                   THEN CASE WHEN is_repeat OR happened_at < started_at
-                             THEN 'count'
-                             ELSE 'edit' END
-                   WHEN action = 'trigger'
-                   THEN 'open'
-                   WHEN happened_at < started_at
-                   THEN 'ignore'
-                   WHEN status = 'open' OR status = 'in_progress' AND action = 'resolve'
-                   THEN 'move'
+                   THEN CASE WHEN is_repeat OR happened_at < started_at THEN 'count' ELSE 'edit' END
+                   WHEN action = 'trigger' THEN 'open'
+                   WHEN happened_at < started_at THEN 'ignore'
+                   WHEN status = 'open' OR status = 'in_progress' AND action = 'resolve' THEN 'move'
                    ELSE 'ignore' END AS effect
          FROM compared),
 
@@ -78,9 +72,9 @@
          FROM decided
               CROSS JOIN LATERAL (
               SELECT id, status AS old_status, description AS old_description, labels AS old_labels,
-                     greatest(updated_at, noted_at, clock_timestamp()) AS now
+                     greatest(updated_at, noted_at, clock_timestamp()) AS changed_at
                 FROM incidents
-               WHERE id = incident_id AND incidents.status = decided.status
+               WHERE id = decided.incident_id AND incidents.status = decided.status
                      AND effect IN ('edit', 'move')
                  FOR NO KEY UPDATE SKIP LOCKED) AS incident),
 
@@ -98,7 +92,7 @@
         WHERE incident_id IS NULL
         ORDER BY ordinal
        ON CONFLICT DO NOTHING
-       RETURNING incident_id),
+       RETURNING incident_id AS new_id),
 
        -- A value that stays is not written anew, so that a repeat stays cheap.
        changed_keys AS (
@@ -123,7 +117,7 @@
        SELECT id, description, 'monitoring', labels
          FROM ready
         WHERE effect = 'open'
-              AND (incident_id IS NOT NULL OR id IN (SELECT incident_id FROM added_keys))
+              AND (incident_id IS NOT NULL OR id IN (SELECT new_id FROM added_keys))
        RETURNING id, created_at),
 
        changed AS (
@@ -132,7 +126,7 @@
               description = new_description,
               labels = new_labels,
               version = version + 1,
-              updated_at = now
+              updated_at = changed_at
          FROM locked
         WHERE incidents.id = locked.id
               AND (old_status, old_description, old_labels)
@@ -144,7 +138,7 @@
          FROM opened
               JOIN ready USING (id)
         UNION ALL
-       SELECT id, kind, field, from_value, to_value, actor, now
+       SELECT id, kind, field, from_value, to_value, actor, changed_at
          FROM locked
               CROSS JOIN LATERAL (
               VALUES ('status', NULL, old_status, new_status),

@@ -22,7 +22,8 @@
 
        -- The rows are locked before they are read, so that the old values on the timeline are
        -- current. SKIP LOCKED passes over a row that another transaction holds, so that it delays
-       -- no other. clock_timestamp(), unlike now(), is later than every change that is seen here.
+       -- no other. clock_timestamp(), because now() may be earlier than a change that is seen here;
+       -- greatest(), because a clock may go back.
        locked AS (
        SELECT ordinal, actor, note, label_patch, incident.*,
               coalesce(input.description, incident.description) AS new_description,
@@ -75,7 +76,6 @@
                UNION ALL
               SELECT 'edited', edit.field, edit.from_value, edit.to_value, NULL
                 FROM changed_labels(labels, new_labels) AS edit
-               WHERE labels <> new_labels
                UNION ALL
               VALUES ('status', NULL, status, new_status, NULL),
                      ('note', NULL, NULL, NULL, note))

@@ -10,17 +10,13 @@
 --   $4 description      text[]
 --   $5 source           text[]
 --   $6 labels           jsonb[]  objects of strings, null for none
-  WITH input AS (
-       SELECT actor, description, source, coalesce(labels, '{}') AS labels, ordinal
-         FROM unnest($3::text[], $4::text[], $5::text[], $6::jsonb[])
-              WITH ORDINALITY AS input (actor, description, source, labels, ordinal)),
-
-       with_ids AS MATERIALIZED (
+  WITH with_ids AS MATERIALIZED (
        SELECT coalesce(made_id, nextval('incidents_id_seq')) AS id,
-              actor, description, source, labels, ordinal,
+              actor, description, source, coalesce(labels, '{}') AS labels, ordinal,
               coalesce(is_replay, false) AS is_replay,
               coalesce(is_same_request, true) AS is_same_request
-         FROM input
+         FROM unnest($3::text[], $4::text[], $5::text[], $6::jsonb[])
+              WITH ORDINALITY AS input (actor, description, source, labels, ordinal)
               LEFT JOIN claim_idempotency_keys($3, $1::text[], $2::bytea[], 'incidents_id_seq')
                    AS claim (ordinal, made_id, is_replay, is_same_request) USING (ordinal)),
 

@@ -14,7 +14,7 @@
 --   $10 has_accents       boolean      see below
 --   $11 label_filter      jsonpath     for the operator @@; null for any labels
 --   $12 dedup_key         text         of any actor; null for no such filter
--- has_accents tells whether the pattern has letters that can also be written as letter and accent.
+-- has_accents tells whether the pattern has letters that are also written as letter and accent: é.
 -- Only the part of the union that choice names reads rows: 'keys', or the way that choose_search()
 -- in 0002.functions.sql gives.
   WITH choice AS MATERIALIZED (

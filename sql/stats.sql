@@ -7,24 +7,18 @@
 --   $2 until   timestamptz  created before this time, null for no bound
 --   $3 by_day  boolean      since and until must be given too
   WITH counted AS (
-       -- An incident counts for the whole period, whose day is null, and for its own day.
-       SELECT period.day, status, source,
+       SELECT CASE WHEN $3::boolean THEN (created_at AT TIME ZONE 'UTC')::date END AS day,
+              status, source,
               extract(epoch FROM in_progress_at - created_at) AS to_in_progress,
               extract(epoch FROM resolved_at - created_at) AS to_resolved
          FROM incidents
-              CROSS JOIN LATERAL (
-              VALUES (NULL), ((created_at AT TIME ZONE 'UTC')::date)) AS period (day)
         WHERE created_at >= coalesce($1::timestamptz, '-infinity')
           AND created_at < coalesce($2::timestamptz, 'infinity')
-          AND (period.day IS NULL OR $3::boolean)
 
         UNION ALL
 
-       -- A row of nulls for each period, so that one without incidents is there too.
-       SELECT NULL, NULL, NULL, NULL, NULL
-
-        UNION ALL
-
+       -- A row of nulls for each day, so that one without incidents is there too. count(status)
+       -- passes over it.
        SELECT first_day + number, NULL, NULL, NULL, NULL
          FROM (SELECT ($1 AT TIME ZONE 'UTC')::date,
                       ($2 AT TIME ZONE 'UTC' - interval '1 microsecond')::date)
@@ -32,8 +26,10 @@
               CROSS JOIN LATERAL generate_series(0, last_day - first_day) AS number
         WHERE $3),
 
+       -- The whole period once, and each of its days.
        figures AS (
        SELECT day,
+              grouping(day) = 1 AS is_whole,
               json_build_object(
                   'incidents', count(status),
                   'by_status', json_build_object(
@@ -58,13 +54,13 @@
                           'p95', percentile_cont(0.95) WITHIN GROUP (ORDER BY to_resolved)))
               ) AS body
          FROM counted
-        GROUP BY day)
+        GROUP BY GROUPING SETS ((), (day)))
 
 SELECT CASE WHEN $3
             THEN jsonb_set(body::jsonb, '{days}', coalesce((
                      SELECT jsonb_agg(jsonb_build_object('day', day) || body::jsonb ORDER BY day)
                        FROM figures
-                      WHERE day IS NOT NULL), '[]'))::json
+                      WHERE NOT is_whole), '[]'))::json
             ELSE body END AS body
   FROM figures
- WHERE day IS NULL;
+ WHERE is_whole;

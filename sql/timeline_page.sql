@@ -1,8 +1,8 @@
 -- read
 --
 -- One page of the timeline, oldest first: its lines, and in position the id after which the next
--- page begins. has_more is true when entries follow. incident_exists is false when there is no
--- incident $1.
+-- page begins: at the end of the timeline, up_to. has_more is true when entries follow, and
+-- incident_exists is false when there is no incident $1.
 --   $1 incident_id    bigint   only the entries of this incident, null for all
 --   $2 kinds          text[]   only entries of these kinds, each of them once
 --   $3 after          bigint   only entries after this one

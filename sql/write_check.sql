@@ -3,6 +3,5 @@
 -- Commit a transaction that changes no table, to see whether the database takes writes. It has to
 -- wait for a synchronous standby as any other write does. Logical replication slots get a message,
 -- which nobody needs to read.
--- Marked as a read because it changes no data: probes that wait share one call, and it does not
--- count as a write that has succeeded.
+-- It is marked as a read, so that probes share one call and it does not count as a write.
 SELECT pg_logical_emit_message(true, 'incidents', 'ready');
