@@ -103,16 +103,9 @@ def test_head_is_answered_like_get_but_without_a_body(serve: Serve, database_url
 # ── Unknown paths ─────────────────────────────────────────────────────────────────────────────────
 
 UNKNOWN_PATHS = [
-    *(
-        "/nope",
-        "/nope/",
-        "/Incidents/",
-        "/incidents//",
-        "/incidents/1/nope",
-        "/incidents/1//status",
-    ),
-    *("/incidents/1%2F/status", "/incidents%0A", "/incidents/1/status%0A", "/incidents.json"),
-    *("/health", "/docs%0A", "/%00", "/%FF", "/" + "a" * 5000),
+    *("/nope", "/nope/", "/Incidents/", "/incidents//", "/incidents/1/nope"),
+    *("/incidents/1//status", "/incidents/1%2F/status", "/incidents%0A", "/incidents/1/status%0A"),
+    *("/incidents.json", "/health", "/docs%0A", "/%00", "/%FF", "/" + "a" * 5000),
 ]
 
 
