@@ -6,9 +6,8 @@ The values are global in the process, so the tests compare those before with tho
 import asyncio
 import contextlib
 import math
-import shutil
+import re
 import socket
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -91,16 +90,13 @@ RequestKind = tuple[str, str, str]  # the labels of a request: route, method and
 
 def count_requests(text: str) -> Counter[RequestKind]:
     """Give how many requests of each kind were counted, without those for the metrics."""
+    counts: Counter[RequestKind] = Counter()
     [family] = [f for f in text_string_to_metric_families(text) if f.name == REQUESTS]
-    return Counter(
-        {
-            (sample.labels["route"], sample.labels["method"], sample.labels["status"]): int(
-                sample.value
-            )
-            for sample in family.samples
-            if sample.name == f"{REQUESTS}_count" and sample.labels["route"] != "/metrics"
-        }
-    )
+    for sample in family.samples:
+        labels = sample.labels
+        if sample.name == f"{REQUESTS}_count" and labels["route"] != "/metrics":
+            counts[labels["route"], labels["method"], labels["status"]] = int(sample.value)
+    return counts
 
 
 @contextlib.contextmanager
@@ -142,6 +138,8 @@ COUNTED: list[tuple[str, str, RequestKind]] = [
 async def test_a_request_is_counted_by_its_route_method_and_status(
     client: httpx.AsyncClient,
 ) -> None:
+    metrics = await client.get("/metrics", headers={"Accept": "text/html"})
+    assert metrics.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     # The first request adds the series of its kind, and the second one adds none.
     for method, path, kind in [*COUNTED, *COUNTED]:
         before = (await client.get("/metrics")).text
@@ -172,17 +170,15 @@ async def test_a_request_that_is_refused_or_fails_is_counted_by_its_route_too(
 
 async def test_the_seconds_of_requests_add_up(client: httpx.AsyncClient) -> None:
     labels = {"route": "/incidents/", "method": "GET", "status": "200"}
-    names = [write_series(f"{REQUESTS}_{part}", **labels) for part in ("count", "sum")]
-    before = await read_metrics(client)
-    started_at = time.perf_counter()
+    count, total = [write_series(f"{REQUESTS}_{part}", **labels) for part in ("count", "sum")]
+    await client.get("/incidents/")
+    before, started_at = await read_metrics(client), time.perf_counter()
     for _ in range(20):
         await client.get("/incidents/")
-    seconds = time.perf_counter() - started_at
-    after = await read_metrics(client)
+    after, seconds = await read_metrics(client), time.perf_counter() - started_at
 
-    count, total = [after[name] - before.get(name, 0) for name in names]
-    assert count == 20
-    assert 0 < total < seconds
+    assert after[count] - before[count] == 20
+    assert 0 < after[total] - before[total] < seconds
 
 
 # ── Requests that are being answered ──────────────────────────────────────────────────────────────
@@ -228,6 +224,7 @@ def test_a_client_that_disconnects_in_the_middle_is_not_in_flight_any_more(
 
     assert samples[LISTENERS] == 0
     assert [series for series in samples if "None" in series] == []
+    assert not re.search("Traceback|ERROR", server.printed())
 
 
 # ── The database ──────────────────────────────────────────────────────────────────────────────────
@@ -339,22 +336,15 @@ async def test_open_and_in_progress_incidents_are_counted_by_source(
 async def test_the_age_is_that_of_the_oldest_open_incident(
     client: httpx.AsyncClient, sql: Sql
 ) -> None:
-    ages = [("open", 60), ("open", 3600), ("in_progress", 7200), ("closed", 9000)]
-    for status, seconds in ages:
-        sql(
-            "INSERT INTO incidents (description, status, source, created_at)"
-            " VALUES ('a', %s, 'partner', now() - %s * interval '1 second')",
-            status, seconds,
-        )  # fmt: skip
-    oldest_of_all = await read_metrics(client)
-    await client.patch("/incidents/2/status", json={"status": "in_progress"})
-    oldest_of_the_others = await read_metrics(client)
-    await client.patch("/incidents/1/status", json={"status": "resolved"})
-    none_is_open = await read_metrics(client)
+    for status, seconds in [("open", 60), ("open", 3600), ("in_progress", 7200), ("closed", 9000)]:
+        created_at = f"now() - interval '{seconds} s'"
+        columns = "description, status, source, created_at"
+        sql(f"INSERT INTO incidents ({columns}) VALUES ('a', %s, 'partner', {created_at})", status)
+    for incident_id, seconds in ((2, 3600), (1, 60)):
+        assert seconds <= (await read_metrics(client))[OLDEST_OPEN] < seconds + 30
+        await client.patch(f"/incidents/{incident_id}/status", json={"status": "in_progress"})
 
-    assert 3600 <= oldest_of_all[OLDEST_OPEN] < 3630
-    assert 60 <= oldest_of_the_others[OLDEST_OPEN] < 90
-    assert none_is_open[OLDEST_OPEN] == 0
+    assert (await read_metrics(client))[OLDEST_OPEN] == 0
 
 
 async def test_without_the_database_the_other_metrics_are_there(
@@ -375,30 +365,3 @@ async def test_without_the_database_the_other_metrics_are_there(
     assert afterwards[OLDEST_OPEN] >= 0
     # Prometheus gives up after 10 s, and then has no metrics at all.
     assert incidents.SQL.unresolved_incidents.seconds < 10
-
-
-# ── The format ────────────────────────────────────────────────────────────────────────────────────
-
-
-async def test_the_text_is_in_the_format_of_prometheus(client: httpx.AsyncClient) -> None:
-    response = await client.get("/metrics", headers={"Accept": "text/html"})
-
-    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
-    families = {family.name: family for family in text_string_to_metric_families(response.text)}
-    assert families["process_resident_memory_bytes"].samples
-
-
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
-async def test_promtool_finds_nothing_to_improve(client: httpx.AsyncClient) -> None:
-    await asyncio.gather(*(client.post("/incidents/", json=NEW_INCIDENT) for _ in range(3)))
-    text = (await client.get("/metrics")).content
-    checked = await asyncio.to_thread(
-        subprocess.run,
-        ["promtool", "check", "metrics"],
-        input=text,
-        capture_output=True,
-        timeout=30,
-    )
-
-    assert checked.stdout + checked.stderr == b""
-    assert checked.returncode == 0

@@ -2,16 +2,14 @@
 
 import json
 import re
-import socket
 import unicodedata
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager
 from typing import Any
-from urllib.parse import quote, urlsplit
 
 import httpx
 import pytest
-from helpers import BODIES, NEW_INCIDENT, Rows, Serve, assert_problem, route_label
+from helpers import BODIES, NEW_INCIDENT, Rows, assert_problem, route_label
 
 import incidents
 
@@ -98,6 +96,7 @@ async def test_a_problem_points_to_everything_that_is_wrong_with_a_body(
         method = "PATCH" if path.endswith("/status") else "POST"
         response = await client.request(method, path, json=body)
         assert_problem(response, 422, *(f"#/{field}" for field in fields))
+        assert f"#/{fields[0]}: " in response.json()["detail"]
     assert stored_rows() == before
 
 
@@ -114,17 +113,16 @@ async def test_the_pointer_to_an_unknown_field_is_escaped_as_rfc_6901_says(
         response = await client.post("/incidents/", json=NEW_INCIDENT | {name: 1})
 
         assert_problem(response, 422, pointer)
-        assert pointer in response.json()["detail"]
+        # The right names are listed.
+        assert "description, source, labels" in response.json()["detail"]
 
 
 async def test_a_body_that_begins_with_a_byte_order_mark_is_accepted(
     client: httpx.AsyncClient,
 ) -> None:
     body = json.dumps(NEW_INCIDENT).encode("utf-8-sig")
-    response = await client.post("/incidents/", content=body, headers=JSON_HEADERS)
 
-    assert response.status_code == 201
-    assert response.json()["description"] == NEW_INCIDENT["description"]
+    assert (await client.post("/incidents/", content=body, headers=JSON_HEADERS)).is_success
 
 
 # ── Blank text ────────────────────────────────────────────────────────────────────────────────────
@@ -154,19 +152,13 @@ async def test_text_of_only_blanks_is_refused_everywhere(
     assert stored_rows() == before
 
 
-async def test_one_visible_character_between_blanks_is_enough(client: httpx.AsyncClient) -> None:
-    for visible in ["x", ".", "ж", "本", "ש", "🔥", "\ue000"]:
-        text = BLANKS + visible + BLANKS
-        response = await client.post("/incidents/", json=NEW_INCIDENT | {"description": text})
-
-        assert response.status_code == 201, ascii(visible)
-        assert response.json()["description"] == text
-
-
-async def test_text_of_characters_that_cannot_be_seen_but_are_no_blanks_is_accepted(
-    client: httpx.AsyncClient,
-) -> None:
-    for text in ["\x1b", "\xad", "\u200b", "\u202e", "\u2800", "\ufeff", "\U000e0001"]:
+async def test_text_that_is_not_only_blanks_is_accepted(client: httpx.AsyncClient) -> None:
+    # What cannot be seen either, but is no white space.
+    invisible = ["\x1b", "\xad", "\u200b", "\u202e", "\u2800", "\ufeff", "\U000e0001"]
+    for text in [
+        *invisible,
+        *(BLANKS + visible + BLANKS for visible in (".", "ж", "🔥", "\ue000")),
+    ]:
         response = await client.post("/incidents/", json=NEW_INCIDENT | {"description": text})
 
         assert response.status_code == 201, ascii(text)
@@ -237,26 +229,6 @@ async def test_a_body_with_many_unknown_fields_is_refused_with_the_names_that_th
     assert stored_rows() == before
 
 
-def test_a_client_that_leaves_in_the_middle_of_its_body_causes_no_error(
-    serve: Serve, stored_rows: Callable[[], list[Rows]], database_url: str
-) -> None:
-    server = serve(DATABASE_URL=database_url)
-    before = stored_rows()
-    head = b"POST /incidents/ HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    port = urlsplit(server.url).port
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-        connection.sendall(head + b'Content-Length: 100\r\n\r\n{"description":')
-        connection.shutdown(socket.SHUT_WR)
-        while connection.recv(65536):
-            pass
-    ready = httpx.get(f"{server.url}/health/ready")
-    server.stop()
-
-    assert ready.status_code == 200
-    assert not re.search("Traceback|ERROR", server.printed())
-    assert stored_rows() == before
-
-
 # ── Ids ───────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -274,29 +246,12 @@ async def test_an_id_that_no_incident_has_is_not_found(
 
     for incident_id in UNKNOWN_IDS:
         path = f"/incidents/{incident_id}"
-        responses = [
-            await client.patch(f"{path}/status", json={"status": "closed"}),
-            await client.patch(path, json={"status": "closed"}),
-            await client.get(path),
-            await client.get(f"{path}/timeline"),
-            await client.post(f"{path}/notes", json={"note": "text"}),
-        ]
-        for response in responses:
-            assert_problem(response, 404)
+        for url, body in ((path, {"status": "closed"}), (f"{path}/status", {"status": "closed"})):
+            assert_problem(await client.patch(url, json=body), 404)
+        for url in (path, f"{path}/timeline", f"{path}/alerts"):
+            assert_problem(await client.get(url), 404)
+        assert_problem(await client.post(f"{path}/notes", json={"note": "text"}), 404)
     assert stored_rows() == before
-
-
-# ── Queries ───────────────────────────────────────────────────────────────────────────────────────
-
-
-async def test_a_misspelt_filter_is_refused_and_the_right_names_are_listed(
-    client: httpx.AsyncClient,
-) -> None:
-    for name in ["stauts", "Status", "status[]", ""]:
-        response = await client.get("/incidents/", params={name: "open"})
-
-        assert_problem(response, 422, "#/" + quote(name))
-        assert "status" in response.json()["detail"]
 
 
 # ── The database is unavailable ───────────────────────────────────────────────────────────────────
