@@ -334,6 +334,7 @@ LATE_ALERTS = [
     ("firing 9:00, resolved 9:00", ["resolved since 9:00"]),
     ("firing 9:00, resolved 9:00 8:59", ["resolved since 9:00"]),
     ("firing 9:00, resolved", ["resolved since 9:00"]),
+    ("firing 8:00 9:00, resolved 8:00 8:30", ["resolved since 8:00"]),
     ("firing, resolved 8:00 8:10", ["resolved unknown"]),
     ("firing 9:00, firing, resolved 8:00 8:10", ["open unknown"]),
     ("firing 9:00, firing 9:30, resolved 9:00 9:40", ["resolved since 9:30"]),
