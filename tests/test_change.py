@@ -101,41 +101,32 @@ async def test_any_status_may_follow_any_other_and_each_change_is_on_the_timelin
 # ── Change any field ──────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
+async def test_a_change_sets_the_sent_fields_and_keeps_the_others(
+    client: httpx.AsyncClient, sql: Sql, incident: dict[str, Any]
+) -> None:
+    changes: list[dict[str, str]] = [
         {"description": "Диск переполнен 🔥"},
         {"source": "operator"},
         {"status": "resolved"},
         {"description": "x" * 5000, "source": "partner", "status": "open"},
         {"description": "\n\t\"'%_\\", "source": "operator", "status": "closed"},
-    ],
-    ids="+".join,
-)
-async def test_a_change_sets_the_sent_fields_and_keeps_the_others(
-    client: httpx.AsyncClient, sql: Sql, incident: dict[str, Any], change: dict[str, str]
-) -> None:
-    other = await client.post("/incidents/", json=NEW_INCIDENT)
-    response = await client.patch("/incidents/1", json=change)
-    updated_at = response.json()["updated_at"]
+    ]
+    for change in changes:
+        before = (await client.post("/incidents/", json=NEW_INCIDENT)).json()
+        response = await client.patch(f"/incidents/{before['id']}", json=change)
+        updated_at = response.json()["updated_at"]
 
-    assert response.status_code == 200
-    assert response.json() == incident | change | {"version": 2, "updated_at": updated_at}
-    assert updated_at > incident["updated_at"]
-    assert (await client.get("/incidents/1")).json() == response.json()
-    assert (await client.get("/incidents/2")).json() == other.json()
-    # Only a field that gets another value is on the timeline.
-    entries = sql("SELECT kind, field, from_value, to_value FROM timeline WHERE kind <> 'created'")
-    assert sorted(entries, key=str) == sorted(
-        [
-            ("status", None, incident[name], value)
-            if name == "status"
-            else ("edited", name, incident[name], value)
-            for name, value in change.items()
-            if value != incident[name]
-        ],
-        key=str,
-    )
+        assert response.status_code == 200
+        assert response.json() == before | change | {"version": 2, "updated_at": updated_at}
+        assert updated_at > before["updated_at"]
+        assert (await client.get(f"/incidents/{before['id']}")).json() == response.json()
+        # Only a field that gets another value is on the timeline.
+        columns = "coalesce(field, kind), from_value, to_value"
+        where = "kind <> 'created' AND incident_id = %s ORDER BY 1"
+        assert sql(f"SELECT {columns} FROM timeline WHERE {where}", before["id"]) == [
+            (name, before[name], value) for name, value in change.items() if value != before[name]
+        ]
+    assert (await client.get("/incidents/1")).json() == incident
 
 
 @pytest.mark.parametrize(
@@ -296,20 +287,19 @@ async def test_changes_and_notes_at_the_same_time_are_all_made_and_leave_no_gap(
     assert find_inconsistencies(sql) == []
 
 
-@pytest.mark.parametrize("path", ["/incidents/1", "/incidents/1/status"])
 async def test_one_of_many_changes_to_the_same_version_succeeds(
-    client: httpx.AsyncClient, sql: Sql, path: str
+    client: httpx.AsyncClient, sql: Sql
 ) -> None:
     # None of these statuses is the present one, so every request would change something.
     statuses = ["closed", "resolved", "in_progress"]
     responses = await asyncio.gather(
         *(
-            client.patch(path, json={"status": statuses[n % 3]}, headers={"If-Match": '"1"'})
-            for n in range(20)
+            client.patch("/incidents/1", json={"status": status}, headers={"If-Match": '"1"'})
+            for status in statuses * 7
         )
     )
 
-    assert sorted(response.status_code for response in responses) == [200] + [412] * 19
+    assert sorted(response.status_code for response in responses) == [200] + [412] * 20
     assert {response.headers["etag"] for response in responses} == {'"2"'}
     assert sql("SELECT version FROM incidents") == [(2,)]
     assert sql("SELECT count(*) FROM timeline WHERE kind = 'status'") == [(1,)]
