@@ -113,105 +113,77 @@ def test_the_pagerduty_client_triggers_acknowledges_resolves_and_says_why_it_was
 
 # ── Messages as tools send them ───────────────────────────────────────────────────────────────────
 
-MARK = SECRET_MARKER
-GRAFANA = "http://grafana.example.com"
 
-
-def pagerduty_events(key: str, payload: dict[str, Any], **fields: Any) -> list[dict[str, Any]]:
-    """Write a trigger, an acknowledge and a resolve without a payload, as Zabbix sends them."""
-    common = {"routing_key": "s3cr3t-of-grafana", "dedup_key": key}
-    trigger = common | {"event_action": "trigger", "payload": payload} | fields
-    return [trigger, *(common | {"event_action": act} for act in ("acknowledge", "resolve"))]
-
-
-def webhooks(alert: dict[str, Any], **fields: Any) -> list[dict[str, Any]]:
-    """Write the webhooks of an alert that fires, fires on, and is over."""
-    start = {"startsAt": "2026-11-27T11:00:00Z", "endsAt": "0001-01-01T00:00:00Z"}
-    group = {"receiver": "incidents", "groupLabels": {}, "commonLabels": alert["labels"]}
-    group |= {"commonAnnotations": {}, "groupKey": "{}:{}", "truncatedAlerts": 0}
-    firing = {"status": "firing", "fingerprint": "c6eadffa33fcdf37"} | start | alert
-    over = firing | {"status": "resolved", "endsAt": "2026-11-27T11:20:00Z"}
-    states = [("firing", firing), ("firing", firing), ("resolved", over)]
-    return [{"status": status, "alerts": [each]} | group | fields for status, each in states]
-
-
-GRAFANA_GROUP: dict[str, Any] = {
-    "version": "1", "orgId": 1, "title": "[FIRING:1] Диск", "state": "alerting",
-    "message": "**Firing**\n\nValue: A=97.2, C=1\n", "externalURL": GRAFANA, "appVersion": "12.1.0",
-}  # fmt: skip
-GRAFANA_ALERT: dict[str, Any] = {
-    "labels": {"alertname": "Диск", "grafana_folder": "Серверы", "instance": "db1"},
-    "annotations": {"summary": f"{MARK}: на db1 кончается место 🔥", "description": "Осталось 3 %"},
-    "generatorURL": f"{GRAFANA}/alerting/grafana/af1b2c/view?orgId=1", "imageURL": "",
-    "silenceURL": f"{GRAFANA}/alerting/silence/new?alertmanager=grafana", "ruleUID": "af1b2c",
-    "dashboardURL": f"{GRAFANA}/d/abc?orgId=1", "panelURL": f"{GRAFANA}/d/abc?viewPanel=4",
-    "values": {"A": 97.2, "C": 1}, "valueString": "[ var='A' labels={} value=97.2 ]", "orgId": 1,
-}  # fmt: skip
-GRAFANA_LABELS = {
-    name: GRAFANA_ALERT[name]
-    for name in ("generatorURL", "silenceURL", "dashboardURL", "panelURL", "ruleUID")
-}
-ZABBIX_DETAILS = {
-    "Event date": "2026.11.27", "Event time": "14:00:00", "Trigger opdata": "Used: 97 %",
-    "Event tags": "scope:availability, target:linux", "Event host": "db1",
-    "Event host ip": "192.0.2.7",
-}  # fmt: skip
-ZABBIX_LINK = "http://zabbix.example.com/tr_events.php?triggerid=1&eventid=48213"
-# Of each tool: what it sends, and the incident that comes of it: status, description and labels.
-SENT: dict[str, tuple[list[dict[str, Any]], str, str, dict[str, str]]] = {
-    "Grafana": (
-        webhooks(GRAFANA_ALERT, **GRAFANA_GROUP),
-        "resolved", f"{MARK}: на db1 кончается место 🔥\nОсталось 3 %",
-        GRAFANA_ALERT["labels"] | GRAFANA_LABELS,
-    ),
-    "Grafana by PagerDuty": (
-        pagerduty_events(
-            "8bb1df1c3ad5a4a5e7b5f0d1c6ad3f3f2d0e8f8b6c1d2e3f4a5b6c7d8e9f0a1b",
-            {"summary": "[FIRING:1] Диск Серверы", "source": "grafana-host", "severity": "critical",
-             "class": "default", "component": "Grafana", "group": "default", "custom_details": {
-                 "firing": f"\nValue: A=97.2\n - {MARK}\n", "resolved": "", "num_firing": "1"}},
-            client="Grafana", client_url=GRAFANA, links=[{"href": GRAFANA, "text": "External URL"}],
-            images=[{"src": f"{GRAFANA}/a.png"}],
-        ),
-        "resolved", "[FIRING:1] Диск Серверы",
-        {"source": "grafana-host", "severity": "critical", "class": "default",
-         "component": "Grafana", "group": "default", "firing": f"\nValue: A=97.2\n - {MARK}\n",
-         "num_firing": "1", "client": "Grafana", "client_url": GRAFANA, "link 1": GRAFANA,
-         "image 1": f"{GRAFANA}/a.png"},
-    ),
-    "Zabbix": (
-        pagerduty_events(
-            "48213",
-            {"summary": f"Problem: {MARK}: мало места на /var", "source": "db1 : 192.0.2.7",
-             "severity": "error", "custom_details": ZABBIX_DETAILS | {"Trigger description": ""}},
-            links=[{"href": ZABBIX_LINK, "text": "Event link"}],
-            client="Zabbix", client_url="http://zabbix.example.com",
-        ),
-        "resolved", f"Problem: {MARK}: мало места на /var",
-        {"severity": "error", "source": "db1 : 192.0.2.7", "client": "Zabbix",
-         "client_url": "http://zabbix.example.com", "link 1": ZABBIX_LINK} | ZABBIX_DETAILS,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("tool", SENT)
-async def test_what_a_tool_sends_becomes_one_incident(client: httpx.AsyncClient, tool: str) -> None:
-    messages, status, description, labels = SENT[tool]
-    for message in messages:
-        if "alerts" in message:
-            headers = {"Authorization": "Bearer s3cr3t-of-grafana"}
-            response = await client.post("/webhooks/alertmanager", json=message, headers=headers)
-            assert response.status_code == 200, response.text
-        else:
-            response = await client.post("/v2/enqueue", json=message)
-            # As Zabbix checks it.
-            assert (response.status_code, response.json()["status"]) == (202, "success")
+async def read_incident(client: httpx.AsyncClient) -> dict[str, Any]:
+    """Give the only incident, all of whose timeline is by the token of Grafana."""
     [incident] = (await client.get("/incidents/", headers=WRITER)).json()
-    timeline = await client.get("/incidents/1/timeline", headers=WRITER)
+    timeline = (await client.get("/incidents/1/timeline", headers=WRITER)).json()
+    assert {entry["actor"] for entry in timeline} == {"grafana"}
+    found: dict[str, Any] = incident
+    return found
 
-    assert (incident["status"], incident["description"]) == (status, description)
-    assert incident["labels"] == labels
-    assert {entry["actor"] for entry in timeline.json()} == {"grafana"}
+
+async def test_an_alert_of_grafana_becomes_one_incident(client: httpx.AsyncClient) -> None:
+    grafana = "http://grafana.example.com"
+    labels = {"alertname": "Диск", "grafana_folder": "Серверы", "instance": "db1"}
+    links = {
+        "generatorURL": f"{grafana}/alerting/grafana/af1b2c/view?orgId=1", "ruleUID": "af1b2c",
+        "silenceURL": f"{grafana}/alerting/silence/new?alertmanager=grafana",
+        "dashboardURL": f"{grafana}/d/abc?orgId=1", "panelURL": f"{grafana}/d/abc?viewPanel=4",
+    }  # fmt: skip
+    summary = f"{SECRET_MARKER}: на db1 кончается место 🔥"
+    firing: dict[str, Any] = {
+        "status": "firing", "fingerprint": "c6eadffa33fcdf37", "labels": labels, "imageURL": "",
+        "annotations": {"summary": summary, "description": "Осталось 3 %", "__orgId__": "1"},
+        "startsAt": "2026-11-27T11:00:00Z", "endsAt": "0001-01-01T00:00:00Z", "orgId": 1,
+        "values": {"A": 97.2, "C": 1}, "valueString": "[ var='A' labels={} value=97.2 ]",
+    } | links  # fmt: skip
+    over = firing | {"status": "resolved", "endsAt": "2026-11-27T11:20:00Z"}
+    for alert in (firing, firing, over):
+        group = {
+            "receiver": "incidents", "status": alert["status"], "alerts": [alert], "version": "1",
+            "groupLabels": {}, "commonLabels": labels, "commonAnnotations": {}, "groupKey": "{}:{}",
+            "truncatedAlerts": 0, "orgId": 1, "title": "[FIRING:1] Диск", "state": "alerting",
+            "message": "**Firing**\n\nValue: A=97.2, C=1\n", "externalURL": grafana,
+        }  # fmt: skip
+        headers = {"Authorization": "Bearer s3cr3t-of-grafana"}
+        response = await client.post("/webhooks/alertmanager", json=group, headers=headers)
+        assert response.status_code == 200, response.text
+    incident = await read_incident(client)
+
+    assert (incident["status"], incident["version"]) == ("resolved", 2)
+    assert incident["description"] == f"{summary}\nОсталось 3 %"
+    assert incident["labels"] == labels | links
+
+
+async def test_a_problem_of_zabbix_becomes_one_incident(client: httpx.AsyncClient) -> None:
+    details = {
+        "Event date": "2026.11.27", "Event time": "14:00:00", "Trigger opdata": "Used: 97 %",
+        "Event tags": "scope:availability, target:linux", "Event host ip": "192.0.2.7",
+    }  # fmt: skip
+    link = "http://zabbix.example.com/tr_events.php?triggerid=1&eventid=48213"
+    sender = {"client": "Zabbix", "client_url": "http://zabbix.example.com"}
+    summary = f"Problem: {SECRET_MARKER}: мало места на /var"
+    payload = {
+        "summary": summary, "source": "db1 : 192.0.2.7", "severity": "error",
+        "custom_details": details | {"Trigger description": ""},
+    }  # fmt: skip
+    links = [{"href": link, "text": "Event link"}]
+    for event in (
+        {"event_action": "trigger", "payload": payload, "links": links} | sender,
+        {"event_action": "acknowledge"},
+        {"event_action": "resolve"},
+    ):
+        body = {"routing_key": "s3cr3t-of-grafana", "dedup_key": "48213"} | event
+        response = await client.post("/v2/enqueue", json=body)
+        # As Zabbix checks it.
+        assert (response.status_code, response.json()["status"]) == (202, "success")
+    incident = await read_incident(client)
+
+    assert (incident["status"], incident["description"]) == ("resolved", summary)
+    assert incident["labels"] == details | sender | {
+        "severity": "error", "source": "db1 : 192.0.2.7", "link 1": link
+    }  # fmt: skip
 
 
 # ── The real Alertmanager ─────────────────────────────────────────────────────────────────────────
@@ -278,7 +250,10 @@ def tell_alerts(alertmanager: str, starts_at: datetime, ends_at: datetime) -> No
     alerts = [
         {
             "labels": {"alertname": "Диск", "via": way},
-            "annotations": {"summary": f"{MARK}: диск полон 🔥", "description": "Осталось 3 %"},
+            "annotations": {
+                "summary": f"{SECRET_MARKER}: диск полон 🔥",
+                "description": "Осталось 3 %",
+            },
             "generatorURL": "http://prometheus/graph",
             "startsAt": starts_at.isoformat(),
             "endsAt": ends_at.isoformat(),
@@ -322,11 +297,11 @@ def test_alertmanager_opens_an_incident_for_each_time_that_an_alert_fires(
     assert (webhook["version"], event["version"]) == (1, 1)  # a repeat changes nothing
     timeline = read(server, f"/incidents/{webhook['id']}/timeline")
     assert [entry["actor"] for entry in timeline] == ["alertmanager"]
-    assert webhook["description"] == f"{MARK}: диск полон 🔥\nОсталось 3 %"
+    assert webhook["description"] == f"{SECRET_MARKER}: диск полон 🔥\nОсталось 3 %"
     assert webhook["labels"] == {
         "alertname": "Диск", "via": "webhook", "generatorURL": "http://prometheus/graph"
     }  # fmt: skip
-    assert event["description"] == f"{MARK}: диск полон 🔥"
+    assert event["description"] == f"{SECRET_MARKER}: диск полон 🔥"
     assert event["labels"].pop("client_url").endswith("/#/alerts?receiver=pagerduty")
     assert event["labels"] == {
         "severity": "error", "source": "Alertmanager", "via": "pagerduty",

@@ -3,7 +3,7 @@
 import json
 import re
 import unicodedata
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -192,27 +192,6 @@ async def test_another_content_type_is_refused_and_the_right_one_is_named(
             response = await client.request(method, path, content=json.dumps(body), headers=headers)
             assert_problem(response, 415)
             assert "Content-Type: application/json; charset=utf-8" in response.json()["detail"]
-    assert stored_rows() == before
-
-
-# ── Size of the body ──────────────────────────────────────────────────────────────────────────────
-
-
-async def in_chunks(body: bytes) -> AsyncIterator[bytes]:
-    """Send a body piece by piece, so that its length is not declared."""
-    for start in range(0, len(body), 65536):
-        yield body[start : start + 65536]
-
-
-async def test_a_body_of_two_mebibytes_is_refused(
-    client: httpx.AsyncClient, stored_rows: Callable[[], list[Rows]]
-) -> None:
-    before = stored_rows()
-
-    for method, path, valid_body in WRITES:
-        body = json.dumps(valid_body).encode() + b" " * 2 * 1024 * 1024
-        response = await client.request(method, path, content=in_chunks(body), headers=JSON_HEADERS)
-        assert_problem(response, 413)
     assert stored_rows() == before
 
 
