@@ -49,7 +49,6 @@ class Storm:
         # without an answer, each of which may have been applied or not.
         self.counted: dict[str, Counter[int]] = defaultdict(Counter)
         self.unanswered: Counter[str] = Counter()
-        self.named: dict[str, set[int]] = defaultdict(set)  # by any event of a key
         self.incident_ids: list[int] = []  # the newest last
 
     async def send(self, client: Client, method: str, path: str, body: Any) -> Any:
@@ -100,8 +99,6 @@ class Storm:
                 if action == "trigger":
                     self.counted[key][number] += 1
                     self.incident_ids.append(number)
-                if number is not None:
-                    self.named[key].add(number)
 
     async def change_incidents(self) -> None:
         """Resolve and close incidents, as a person does, and write notes."""
@@ -218,7 +215,6 @@ async def test_there_is_one_unresolved_incident_of_a_key_while_services_are_kill
     assert find_unsaid(sql) == []
     assert_calm([*all_servers, *storm.servers], sql)
     for key in KEYS:
-        assert storm.named[key] <= stored[key]
         assert set(storm.counted[key]) <= stored[key]
         # A trigger without an answer may have opened an incident.
         assert len(stored[key] - set(storm.counted[key])) <= storm.unanswered[key]

@@ -23,7 +23,6 @@ from helpers import (
     Rows,
     Sql,
     assert_problem,
-    call_route,
     find_inconsistencies,
 )
 
@@ -823,21 +822,6 @@ async def test_the_token_of_a_webhook_is_in_the_header_only(
 
         assert response.status_code == status
     assert sql("SELECT actor FROM timeline ORDER BY id") == [("writer",), ("grafana",)]
-
-
-async def test_a_token_for_events_can_be_used_for_nothing_else(
-    client: httpx.AsyncClient, with_tokens: None, stored_rows: StoredRows
-) -> None:
-    await client.post(EVENTS, json=make_event(), headers=REPORTER)
-    before = stored_rows()
-    for route in incidents.ROUTES:
-        if route.access == "token":
-            response = await call_route(client, route, headers=REPORTER)
-
-            assert_problem(response, 403)
-            challenge = response.headers["www-authenticate"]
-            assert challenge == f'{CHALLENGE}, error="insufficient_scope"'
-    assert stored_rows() == before
 
 
 async def test_each_token_has_keys_of_its_own(client: httpx.AsyncClient, with_tokens: None) -> None:
