@@ -34,25 +34,19 @@ def cors_headers(response: httpx.Response) -> dict[str, str]:
     return {k: v for k, v in response.headers.items() if k.startswith("access-control-")}
 
 
-@pytest.mark.parametrize(
-    "content_type",
-    ["application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "text/plain", None],
-)
 async def test_a_form_on_another_site_cannot_write_anything(
-    client: httpx.AsyncClient, stored_rows: Callable[[], list[Rows]], content_type: str | None
+    client: httpx.AsyncClient, stored_rows: Callable[[], list[Rows]]
 ) -> None:
     before = stored_rows()
-    headers = {"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}
-    headers |= {"Content-Type": content_type} if content_type else {}
-    posts = {name: body for name, body in BODIES.items() if name.startswith("POST")}
-    responses = []
-    for name, body in posts.items():
-        path = name.removeprefix("POST ").replace("{incident_id}", "1")
-        responses.append(await client.post(path, content=json.dumps(body), headers=headers))
 
-    for response in responses:
-        assert response.status_code == 415
-        assert "access-control-allow-origin" not in response.headers
+    for content_type in ("application/x-www-form-urlencoded", "multipart/form-data", "text/plain"):
+        for name, body in BODIES.items():
+            if name.startswith("POST"):
+                path = name.removeprefix("POST ").replace("{incident_id}", "1")
+                headers = OTHER_SITE | {"Content-Type": content_type}
+                response = await client.post(path, content=json.dumps(body), headers=headers)
+                assert_problem(response, 415)
+                assert cors_headers(response) == {}
     assert stored_rows() == before
 
 

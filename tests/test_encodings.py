@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import zlib
 from collections.abc import Callable
 
 import httpx
@@ -32,37 +31,30 @@ async def send_body(
     return await client.request(route.method, path, content=body, headers=headers)
 
 
-@pytest.mark.parametrize(
-    "codings",
-    [
-        *(["gzip"], ["br"], ["deflate"], ["zstd"], ["GZIP"], ["x"]),
-        *(["gzip, br"], ["identity, gzip"], ["identity", "gzip"]),
-    ],
-    ids=str,
-)
 async def test_a_body_with_a_content_encoding_is_refused_and_the_response_says_what_is_taken(
-    client: httpx.AsyncClient, stored_rows: Callable[[], list[Rows]], codings: list[str]
+    client: httpx.AsyncClient, stored_rows: Callable[[], list[Rows]]
 ) -> None:
     before = stored_rows()
+    codings = [["gzip"], ["br"], ["GZIP"], ["x"], ["identity, gzip"], ["identity", "gzip"]]
 
     for route in ROUTES_WITH_BODY:
         body = json.dumps(BODIES[route_label(route)]).encode()
-        # Whether it is really compressed does not matter.
-        for content in (body, gzip.compress(body), zlib.compress(body)):
-            response = await send_body(client, route, content, *codings)
-            assert_problem(response, 415)
-            assert response.headers["accept-encoding"] == "identity"
-            assert "without the header Content-Encoding" in response.json()["detail"]
+        for lines in codings:
+            for content in (body, gzip.compress(body)):  # whether it is really compressed or not
+                response = await send_body(client, route, content, *lines)
+                assert_problem(response, 415)
+                assert response.headers["accept-encoding"] == "identity"
+                assert "without the header Content-Encoding" in response.json()["detail"]
     assert stored_rows() == before
 
 
-@pytest.mark.parametrize("coding", ["identity", "Identity", " identity ", ""])
 async def test_a_body_that_is_declared_as_not_compressed_is_taken(
-    client: httpx.AsyncClient, coding: str
+    client: httpx.AsyncClient,
 ) -> None:
-    for route in ROUTES_WITH_BODY:
-        body = json.dumps(BODIES[route_label(route)]).encode()
-        assert (await send_body(client, route, body, coding)).is_success
+    for coding in ("", "identity", " Identity "):
+        for route in ROUTES_WITH_BODY:
+            body = json.dumps(BODIES[route_label(route)]).encode()
+            assert (await send_body(client, route, body, coding)).is_success
 
 
 async def test_every_text_says_that_it_is_utf_8(client: httpx.AsyncClient) -> None:
@@ -73,22 +65,13 @@ async def test_every_text_says_that_it_is_utf_8(client: httpx.AsyncClient) -> No
         for route in incidents.ROUTES
         for headers in ({"Accept": accept} for accept in accepted)
     ]
-    for file in ("board.js", "board.css", "swagger-ui-bundle.js", "redoc.standalone.js"):
+    for file in ("board.js", "board.css", "swagger-ui-bundle.js"):
         responses.append(await client.get(f"/docs/{file}"))
-    for path, body in (("/incidents/", None), ("/incidents/", {}), ("/v2/enqueue", {})):
-        responses.append(await client.post(path, json=body))
-    responses += [await client.get("/nowhere"), await client.delete("/incidents/1")]
+    responses += [await client.get("/nowhere"), await client.post("/v2/enqueue", json={})]
 
     types = {response.headers.get("content-type", "") for response in responses} - {""}
     assert {media_type.partition(";")[0] for media_type in types} == {
-        "application/json",
-        "application/problem+json",
-        "application/x-ndjson",
-        "text/css",
-        "text/csv",
-        "text/event-stream",
-        "text/html",
-        "text/javascript",
-        "text/plain",
+        *("application/json", "application/problem+json", "application/x-ndjson", "text/css"),
+        *("text/csv", "text/event-stream", "text/html", "text/javascript", "text/plain"),
     }
     assert [media_type for media_type in types if "charset=utf-8" not in media_type] == []

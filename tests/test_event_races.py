@@ -21,7 +21,7 @@ from test_faults import Client, IncompleteResponse, NoResponse
 pytestmark = [pytest.mark.slow, pytest.mark.anyio]
 
 EVENTS = 20_000
-SECONDS = 11  # a slow machine sends fewer events
+SECONDS = 6  # a slow machine sends fewer events
 SENDERS = 32
 KEYS = [f"key-{number}" for number in range(5)]
 ENDED = ("resolved", "closed")
@@ -49,9 +49,7 @@ class Storm:
         # without an answer, each of which may have been applied or not.
         self.counted: dict[str, Counter[int]] = defaultdict(Counter)
         self.unanswered: Counter[str] = Counter()
-        self.named: dict[str, set[int]] = defaultdict(set)  # by any event of a key
         self.incident_ids: list[int] = []  # the newest last
-        self.changes = 0
 
     async def send(self, client: Client, method: str, path: str, body: Any) -> Any:
         """Send a request, and give the response, or None when there is none."""
@@ -60,12 +58,23 @@ class Storm:
         try:
             response = await client.send(method, path, body)
         except (NoResponse, IncompleteResponse):
-            await asyncio.sleep(0.05)  # a client's pause before it tries again
+            await self.wait_for_responses(10)  # a client's pause before it tries again
             return None
         self.statuses[response.status] += 1
         if response.status >= 400 and not (response.status == 503 and was_away):
             self.strange.append((path, body, response))
         return response
+
+    async def wait_for_responses(self, count: int) -> None:
+        """Wait until so many more responses have come from any service, or the storm is over."""
+        wanted = self.statuses.total() + count
+        await async_wait_until(
+            lambda: self.is_over or self.statuses.total() >= wanted or not self.is_going_on()
+        )
+
+    def is_going_on(self) -> bool:
+        """Whether the senders still send events."""
+        return time.monotonic() < self.deadline
 
     async def send_events(self) -> None:
         """Send random events of random keys over any of the services, one after another."""
@@ -74,7 +83,7 @@ class Storm:
             for client in clients:
                 stack.callback(client.close)
             for _ in self.numbers:
-                if time.monotonic() > self.deadline:
+                if not self.is_going_on():
                     break
                 key = self.chance.choice(KEYS)
                 action = self.chance.choice(["trigger", "trigger", "acknowledge", "resolve"])
@@ -90,8 +99,6 @@ class Storm:
                 if action == "trigger":
                     self.counted[key][number] += 1
                     self.incident_ids.append(number)
-                if number is not None:
-                    self.named[key].add(number)
 
     async def change_incidents(self) -> None:
         """Resolve and close incidents, as a person does, and write notes."""
@@ -100,7 +107,7 @@ class Storm:
             for client in clients:
                 stack.callback(client.close)
             while not self.is_over:
-                await asyncio.sleep(0.002)  # a person is slower than the senders
+                await self.wait_for_responses(5)  # a person is slower than the senders
                 if not self.incident_ids:
                     continue
                 path = f"/incidents/{self.chance.choice(self.incident_ids[-10:])}"
@@ -109,14 +116,13 @@ class Storm:
                     await self.send(client, "POST", f"{path}/notes", {"note": "Смотрю"})
                     continue
                 change = {"status": self.chance.choice(ENDED)}
-                response = await self.send(client, "PATCH", path, change)
-                self.changes += response is not None and response.status == 200
+                await self.send(client, "PATCH", path, change)
 
     async def kill_again_and_again(self, serve: Serve, url: str) -> int:
         """Kill the second service and start it again until all events are sent; count the kills."""
         kills = 0
         while not self.is_over:
-            await asyncio.sleep(1)  # the load goes on meanwhile
+            await self.wait_for_responses(500)
             server = self.servers[1]
             port = urlsplit(server.url).port
             self.away.add(server)
@@ -129,7 +135,7 @@ class Storm:
 async def wait_for_killed_sessions(sql: Sql) -> None:
     """Wait until what a killed service had sent is committed or rolled back."""
     others = "pid <> pg_backend_pid() AND datname = current_database() AND state <> 'idle'"
-    activity = f"SELECT FROM pg_stat_activity WHERE {others}"
+    activity = f"SELECT pid FROM pg_stat_activity WHERE {others}"
     await async_wait_until(lambda: not sql(activity))
 
 
@@ -201,11 +207,6 @@ async def test_there_is_one_unresolved_incident_of_a_key_while_services_are_kill
     stored: dict[str, set[int]] = defaultdict(set)
     for number, key in sql("SELECT id, labels ->> 'source' FROM incidents"):
         stored[key].add(number)
-    print(
-        f"{sum(each.total() for each in storm.counted.values())} triggers taken, "
-        f"{dict(storm.statuses)}, {storm.unanswered.total()} triggers without an answer, "
-        f"{sum(map(len, stored.values()))} incidents, {storm.changes} changes, {kills} kills"
-    )
     assert storm.strange == []
     assert kills > 0 and storm.unanswered.total() > 0, "this test was too easy"
     assert find_inconsistencies(sql) == []
@@ -214,7 +215,6 @@ async def test_there_is_one_unresolved_incident_of_a_key_while_services_are_kill
     assert find_unsaid(sql) == []
     assert_calm([*all_servers, *storm.servers], sql)
     for key in KEYS:
-        assert storm.named[key] <= stored[key]
         assert set(storm.counted[key]) <= stored[key]
         # A trigger without an answer may have opened an incident.
         assert len(stored[key] - set(storm.counted[key])) <= storm.unanswered[key]
@@ -229,7 +229,7 @@ async def test_webhooks_that_overlap_deadlock_neither_each_other_nor_changes_and
 ) -> None:
     chance = random.Random(5)
     fingerprints = [f"{number}" for number in range(150)]
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 4
     statuses: Counter[tuple[str, int]] = Counter()
 
     async def send(client: Client, method: str, path: str, body: Any) -> None:
@@ -270,7 +270,6 @@ async def test_webhooks_that_overlap_deadlock_neither_each_other_nor_changes_and
     for client in clients:
         client.close()
 
-    print(dict(statuses), sql("SELECT count(*) FROM incidents"))
     assert {status for _, status in statuses} <= {200, 201, 404}
     assert find_inconsistencies(sql) == []
     assert find_doubles(sql) == []

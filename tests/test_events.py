@@ -6,10 +6,9 @@ What events of several senders and services at once do is in test_event_races.py
 import asyncio
 import itertools
 import json
-import random
 import re
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import httpx
@@ -25,7 +24,6 @@ from helpers import (
     Sql,
     assert_problem,
     find_inconsistencies,
-    read_event_refusal,
 )
 
 import incidents
@@ -169,22 +167,17 @@ def make_labels(name: str, count: int) -> dict[str, Any]:
 
 
 FULL = make_labels("s", 28)
+ADDRESSES = dict.fromkeys(["client_url", "generatorURL", "imageURL", "image 1"], "http://a")
 # What is said first (with the summary "a" if there is none), what a person changes, what is said
 # then, and what changes by that.
 REPEATS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ({"severity": "warning"}, {}, {"severity": "critical"}, {"severity": "critical"}),
     ({}, {}, {"summary": "b"}, {"description": "b"}),
-    ({"s": "1"}, {}, {"summary": "b", "s": "2"}, {"description": "b", "s": "2"}),
-    ({}, {}, {"team": "db"}, {"team": "db"}),
     ({"team": "db"}, {}, {}, {"team": None}),
     # Each Alertmanager of a cluster has an address of its own, which alone is no news.
-    ({"generatorURL": "http://a"}, {}, {"generatorURL": "http://b"}, {}),
-    (
-        {"client_url": "x", "s": "1"},
-        {},
-        {"client_url": "y", "s": "2"},
-        {"client_url": "y", "s": "2"},
-    ),
+    (ADDRESSES, {}, dict.fromkeys(ADDRESSES, "http://b"), {}),
+    ({"client_url": "x", "s": "1"}, {}, {"client_url": "y", "s": "2"},
+     {"client_url": "y", "s": "2"}),
     # A person's change stays until the sender says something new about the same.
     ({"s": "1"}, {"description": "мы"}, {"s": "2"}, {"s": "2"}),
     ({"s": "1"}, {"description": "мы"}, {"summary": "b", "s": "1"}, {"description": "b"}),
@@ -202,32 +195,85 @@ REPEATS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, An
     (FULL, {"labels": make_labels("p", 4)}, FULL | {"new": "x"}, {}),
     (FULL, {"labels": make_labels("p", 3)}, FULL | {"new": "x", "newer": "x"}, {"new": "x"}),
     (FULL, {"labels": make_labels("p", 4)}, FULL | {"s1": "", "t": "x"}, {"s1": None, "t": "x"}),
-]
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("status", ["open", "in_progress"])
 async def test_a_repeat_changes_what_it_says_differently_from_the_one_before(
-    client: httpx.AsyncClient, sql: Sql, status: str
+    client: httpx.AsyncClient, sql: Sql
 ) -> None:
     for key, (first, by_person, then, changes) in enumerate(REPEATS):
+        status = ("open", "in_progress")[key % 2]
         number = await send(client, event_of({"summary": "a"} | first, dedup_key=key))
         await change(client, number, status=status, note="Смотрю", **by_person)
         before, entries = await show(client, number), await list_changes(client, number)
         for _ in range(2):
             assert await send(client, event_of({"summary": "a"} | then, dedup_key=key)) == number
         after = await show(client, number)
-        new = [
-            (field.removeprefix("labels."), to) for field, to in await list_changes(client, number)
-        ]
+        new = (await list_changes(client, number))[len(entries) :]
 
         said = {"description": before["description"]} | before["labels"] | changes
         assert {"description": after["description"]} | after["labels"] == {
             name: value for name, value in said.items() if value is not None
         }
-        assert sorted(new[len(entries) :]) == sorted(changes.items()), then
+        assert {field.removeprefix("labels."): to for field, to in new} == changes, then
+        assert len(new) == len(changes)
         assert after["version"] == before["version"] + bool(changes)
         assert after["status"] == status
     assert find_inconsistencies(sql) == []
+
+
+# What an event makes of an incident that is open, in progress, resolved or closed. A trigger opens
+# another incident when the one before has ended.
+MOVES: dict[str, list[str | None]] = {
+    "trigger": ["open", "in_progress", None, None],
+    "acknowledge": ["in_progress", "in_progress", "resolved", "closed"],
+    "resolve": ["resolved", "resolved", "resolved", "closed"],
+}
+
+
+async def test_an_event_moves_an_incident_forwards_and_never_opens_it_again(
+    client: httpx.AsyncClient, sql: Sql
+) -> None:
+    for action, status in itertools.product(MOVES, incidents.STATUSES):
+        key, new_status = f"{action} {status}", MOVES[action][incidents.STATUSES.index(status)]
+        number = await send(client, make_event(key=key))
+        await change(client, number, status=status)
+        before, entries = await show(client, number), await list_changes(client, number)
+        seen = sql("SELECT times, last_seen_at FROM dedup_keys WHERE incident_id = %s", number)
+        # Only a trigger says something: what the others have in their payload is not taken.
+        payload = {} if action == "trigger" else {"message": "другой текст", "team": "db"}
+        answer = await send(client, make_event(action, key, **payload))
+        after, new = await show(client, number), await list_changes(client, number)
+
+        assert (answer != number) == (new_status is None)
+        assert after["status"] == (new_status or status)
+        is_moved = after["status"] != status
+        assert after["version"] == before["version"] + is_moved
+        assert new[len(entries) :] == ([("status", new_status)] if is_moved else [])
+        if action != "trigger":
+            columns = "times, last_seen_at"
+            assert sql(f"SELECT {columns} FROM dedup_keys WHERE incident_id = %s", number) == seen
+    assert find_inconsistencies(sql) == []
+
+
+async def test_a_key_that_opens_another_incident_is_counted_and_compared_anew(
+    client: httpx.AsyncClient,
+) -> None:
+    for _ in range(2):
+        await send(client, make_event(timestamp="2026-01-15T09:00:00Z"))
+    await change(client, 1, status="closed")
+    again = make_event(summary="снова", severity="info")
+    number = await send(client, again)
+    [alert] = (await client.get("/incidents/2/alerts")).json()
+    await send(client, again)
+
+    assert number == 2
+    assert (alert["times"], alert["description"]) == (1, "снова")
+    assert alert["labels"] == {"severity": "info", "source": "db1"}
+    assert alert["started_at"] == "2026-01-15T09:00:00Z"  # no later time has been told
+    assert (await show(client, 2))["version"] == 1
+    assert await count_times(client, 2) == {"disk": 2}
+    assert await count_times(client, 1) == {}
 
 
 async def test_a_key_of_an_older_version_is_compared_from_its_next_trigger_on(
@@ -281,6 +327,7 @@ LATE_ALERTS = [
     ("firing 9:00, resolved 9:00", ["resolved since 9:00"]),
     ("firing 9:00, resolved 9:00 8:59", ["resolved since 9:00"]),
     ("firing 9:00, resolved", ["resolved since 9:00"]),
+    ("firing 8:00 9:00, resolved 8:00 8:30", ["resolved since 8:00"]),
     ("firing, resolved 8:00 8:10", ["resolved unknown"]),
     ("firing 9:00, firing, resolved 8:00 8:10", ["open unknown"]),
     ("firing 9:00, firing 9:30, resolved 9:00 9:40", ["resolved since 9:30"]),
@@ -291,36 +338,26 @@ LATE_ALERTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("told", "expected"), LATE_ALERTS)
-async def test_the_newest_episode_of_an_alert_decides(
-    client: httpx.AsyncClient, told: str, expected: list[str]
-) -> None:
-    for text in told.split(", "):
-        await send_alerts(client, tell(text))
-    listed = (await client.get("/incidents/")).json()[::-1]
+async def test_the_newest_episode_of_an_alert_decides(client: httpx.AsyncClient) -> None:
+    for key, (told, expected) in enumerate(LATE_ALERTS):
+        for text in told.split(", "):
+            alert = tell(text) | {"fingerprint": str(key), "labels": {"case": str(key)}}
+            await send_alerts(client, alert)
+        listed = (await client.get(f"/incidents/?label=case:{key}")).json()[::-1]
 
-    assert [f"{each['status']} {each['description']}" for each in listed] == expected
+        assert [f"{each['status']} {each['description']}" for each in listed] == expected, told
 
 
-async def test_an_event_with_a_timestamp_before_the_newest_trigger_changes_nothing(
+async def test_an_event_from_before_the_newest_trigger_changes_nothing(
     client: httpx.AsyncClient, stored_rows: StoredRows
 ) -> None:
-    at_8, at_9, at_10 = (f"2026-01-15T{hour}:00:00+0000" for hour in ("08", "09", "10"))
-    await send(client, make_event(summary="8", timestamp=at_8))
-    await send(client, make_event(summary="9", timestamp=at_9))
-    await send(client, make_event(summary="9", timestamp=at_10))
+    at_8, at_9 = "2026-01-15T08:00:00+0000", "2026-01-15T09:00:00+0000"
+    await send(client, make_event(timestamp=at_9))
     before = stored_rows()
     for action in ("acknowledge", "resolve"):
-        assert await send(client, make_event(action, timestamp=at_9)) == 1
-    unchanged = stored_rows()
-    await send(client, make_event(summary="8", timestamp=at_8))
-    text = (await show(client, 1))["description"]
-    await send(client, make_event("resolve", timestamp=at_10))
+        assert await send(client, make_event(action, timestamp=at_8)) == 1
 
-    assert unchanged == before
-    assert text == "9"
-    assert (await show(client, 1))["status"] == "resolved"
-    assert await count_times(client, 1) == {"disk": 4}
+    assert stored_rows() == before
 
 
 TIMES = [
@@ -347,47 +384,6 @@ async def test_a_time_is_kept_as_the_sender_says_it_and_a_wrong_one_is_none(
         assert (await show(client, number))["status"] == "resolved"
 
 
-async def tell_episodes(client: httpx.AsyncClient, key: str, chance: random.Random) -> None:
-    """Let two Alertmanagers tell three episodes of an alert, with delays and repeats.
-
-    While no end of the newest episode that was told, or of a later one, has been told since, its
-    incident must be open and have its text.
-    """
-    messages = [(episode, is_firing) for episode in range(3) for is_firing in (True, False)]
-    queues = [[each for each in messages for _ in range(chance.randint(1, 2))] for _ in range(2)]
-    newest, must_be_open = -1, False
-    while any(queues):
-        queue = chance.choice([queue for queue in queues if queue])
-        # Messages overtake each other on their way.
-        episode, is_firing = queue.pop(chance.randrange(min(4, len(queue))))
-        told = f"1{episode}:00" if is_firing else f"1{episode}:00 1{episode}:30"
-        alert = tell(f"{'firing' if is_firing else 'resolved'} {told}") | {"fingerprint": key}
-        [number] = (await send_alerts(client, alert)).values()
-        newest = max(newest, episode) if is_firing else newest
-        if episode >= newest:
-            must_be_open = is_firing
-        if must_be_open:
-            incident = await show(client, number)
-            said = f"since 1{newest}:00"
-            assert (incident["status"], incident["description"]) == ("open", said), key
-    await send_alerts(client, alert := tell("resolved 12:00 12:30") | {"fingerprint": key})
-    [number] = (await send_alerts(client, alert)).values()
-    assert (await show(client, number))["status"] == "resolved", key
-
-
-@pytest.mark.parametrize("count", [25, pytest.param(500, marks=pytest.mark.slow)])
-async def test_an_alert_that_fires_is_never_resolved_by_an_older_message(
-    client: httpx.AsyncClient, sql: Sql, count: int
-) -> None:
-    chance = random.Random(24)
-    for start in range(0, count, 25):
-        keys = [str(number) for number in range(start, start + 25)]
-        await asyncio.gather(*(tell_episodes(client, key, chance) for key in keys))
-
-    assert sql("SELECT count(*) > %s FROM incidents", count) == [(True,)]
-    assert find_inconsistencies(sql) == []
-
-
 # ── Keys ──────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -405,11 +401,9 @@ async def test_an_event_without_a_key_gets_one(client: httpx.AsyncClient) -> Non
 
 
 DIFFERENT_KEYS = [
-    "disk", "DISK", " disk", "disk ", "disk\n", " ", "\u00a0", "0", "00", "i", "İ", "ı", "é",
-    "e\u0301", "и\u0306", "й", "ß", "ss", "ﬁ", "fi", "🔥", "🔥" * 255, "я" * 255, "я" * 254,
-    "שלום", "\u202eשלום", "\u200b", "\ufeff", "\ufffd", "null", "'; DROP TABLE incidents; --", "%",
-    "_", "\\",
-]  # fmt: skip
+    *("disk", "DISK", " disk", "disk ", "disk\n", " ", "0", "00", "é", "e\u0301", "🔥" * 255),
+    *("я" * 254, "\u202eשלום", "שלום", "\ufeff", "null", "'; DROP TABLE incidents; --", "%"),
+]
 
 
 async def test_keys_that_differ_in_anything_are_different_keys(client: httpx.AsyncClient) -> None:
@@ -457,39 +451,35 @@ async def test_an_alert_without_a_fingerprint_is_known_by_its_labels(
 
 # What is sent, and the same as text.
 TEXTS: list[tuple[Any, str]] = [
-    ("Диск 🔥 שלום", "Диск 🔥 שלום"), ("\u202eabc", "\u202eabc"), ("e\u0301", "e\u0301"), (0, "0"),
-    ("a\0b\0", "ab"), ("  a  ", "  a  "), ("=1+1", "=1+1"), ("'\"\\$.%", "'\"\\$.%"),
-    (-1.5, "-1.5"), (True, "true"), (False, "false"), (10**300, str(10**300)),
-    (float("inf"), "Infinity"), ([], "[]"), (["a", 1, None], '["a",1,null]'),
-    ({"a": {"б": "\0"}}, '{"a":{"б":"\\u0000"}}'),
-    (json.loads("[" * 190 + "]" * 190), "[" * 190 + "]" * 190), ("я" * 1000, "я" * 1000),
+    ("\u202eДиск 🔥 שלום e\u0301", "\u202eДиск 🔥 שלום e\u0301"), ("  a\0b\0 ", "  ab "),
+    ("=1+1'\"\\$.%", "=1+1'\"\\$.%"), (0, "0"), (-1.5, "-1.5"), (False, "false"),
+    (10**300, str(10**300)), (float("inf"), "Infinity"), ([], "[]"),
+    ({"a": ["б", None, "\0"]}, '{"a":["б",null,"\\u0000"]}'), ("я" * 1000, "я" * 1000),
+    (json.loads("[" * 190 + "]" * 190), "[" * 190 + "]" * 190),
     ("cut \ud83d", "cut \ufffd"), ("\udd25\ud83d\udd25", "\ufffd🔥"),
 ]  # fmt: skip
 
 
 async def test_any_value_is_taken_as_text(client: httpx.AsyncClient) -> None:
     for key, (value, text) in enumerate(TEXTS):
-        event = make_event(key=key, summary=value, severity=value, custom_details={"detail": value})
-        alert = make_alert(f"alert {key}", labels={"severity": value, "detail": value})
-        alert |= {"annotations": {"summary": value}, "generatorURL": value}
-        event |= {"client": value}
-        event["payload"].pop("source")
-        for path, body in ((EVENTS, event), (ALERTS, {"alerts": [alert]})):
-            response = await client.post(path, content=json.dumps(body), headers=JSON)
-            assert response.is_success, response.text
-        for number, field in ((2 * key + 1, "client"), (2 * key + 2, "generatorURL")):
-            incident = await show(client, number)
-            assert incident["description"] == text
-            assert incident["labels"] == dict.fromkeys(("severity", "detail", field), text)
+        payload = {"summary": value, "severity": value, "custom_details": {"detail": value}}
+        event = event_of(payload, dedup_key=key, client=value)
+        response = await client.post(EVENTS, content=json.dumps(event), headers=JSON)
+        incident = await show(client, response.json()["incident_id"])
+
+        assert incident["description"] == text
+        assert incident["labels"] == dict.fromkeys(("severity", "detail", "client"), text)
 
 
+GOOD_NAMES = ["a", "A", "я" * 100, "🔥", "a b", "a\nb", "a.b", '"', "\\", "'", "$", "labels.a"]
+BAD_NAMES = ["", " ", "\u2003", "\0", "a:b", ":", "a" * 101]
+NAMES = dict.fromkeys([*BAD_NAMES, *GOOD_NAMES, "b\0"], "x")
 URL, LONG = "https://runbooks.example.com/x?a=1&b=2", "🔥" * 1001
 LINKS = [{"href": URL, "text": "Runbook"}, {"href": f"{URL}2"}, "https://plain", {"text": "none"}]
 # What is sent, and the description and the labels that come of it.
 SAID: list[tuple[dict[str, Any], str, dict[str, str]]] = [
     # The description
     (alert_of({"summary": "a", "description": "b"}), "a\nb", {}),
-    (alert_of({"description": "b 🔥", "summary": None}), "b 🔥", {}),
     (alert_of({"message": "Pod restarts"}, {"pod": "api-1"}), "Pod restarts", {"pod": "api-1"}),
     (alert_of({"Error": "no data source", "summary": "a"}), "a\nno data source", {}),
     (alert_of({"summary": "a", "description": "a"}), "a", {}),
@@ -497,8 +487,6 @@ SAID: list[tuple[dict[str, Any], str, dict[str, str]]] = [
      {"impact": "no shop", "app": "x"}),
     (alert_of({"summary": "\0", "description": " "}, {"a": "1", "b": "2"}), "a=1, b=2",
      {"a": "1", "b": "2"}),
-    (alert_of(None, {"alertname": "DatasourceNoData"}), "alertname=DatasourceNoData",
-     {"alertname": "DatasourceNoData"}),
     (alert_of({}, {}), "Alert key", {}),
     (alert_of("text"), "annotations=text", {"annotations": "text"}),
     (alert_of([], ["a"]), 'labels=["a"]', {"labels": '["a"]'}),
@@ -507,8 +495,6 @@ SAID: list[tuple[dict[str, Any], str, dict[str, str]]] = [
     (alert_of({"summary": "a"}, {"firing": LONG}), f"a\nfiring: {LONG}", {"firing": "🔥" * 1000}),
     (alert_of({"summary": " " * 5000 + "a"}), "Alert key", {}),
     (event_of({}), "Event key", {}),
-    (event_of({"severity": "info"}), "severity=info", {"severity": "info"}),
-    (event_of({"summary": "a", "message": "b"}), "a\nb", {}),
     (event_of("text"), "payload=text", {"payload": "text"}),
     (event_of({"summary": "a" * 5001}), "a" * 5000, {}),
     # The labels
@@ -517,6 +503,9 @@ SAID: list[tuple[dict[str, Any], str, dict[str, str]]] = [
               unknown=[1]), "a",
      {"source": "db1.пример", "class": "disk", "free": "0 %", "команда": "שלום", "client": "z",
       "client_url": URL}),
+    # What has a name that no label can have is left out.
+    (event_of({"summary": "a", "custom_details": NAMES}), "a",
+     dict.fromkeys([*GOOD_NAMES, "b"], "x")),
     (event_of({"summary": "a", "severity": "error", "component": None, "custom_details":
                {"severity": "info", "component": "details"}}), "a",
      {"severity": "error", "component": "details"}),
@@ -525,8 +514,6 @@ SAID: list[tuple[dict[str, Any], str, dict[str, str]]] = [
            "link 4": '{"text":"none"}', "image 1": "https://i"}),
     (event_of({"summary": "a"}, links={"href": URL}, images=5), "a",
      {"link 1": URL, "image 1": "5"}),
-    (alert_of({"summary": "a", "runbook_url": URL, "note": "b"}), "a",
-     {"runbook_url": URL, "note": "b"}),
     (alert_of({"summary": "a", "severity": "x", "__values__": "{}"}, {"severity": "y"}), "a",
      {"severity": "y"}),
     (alert_of({"summary": "a"}, None, generatorURL=URL, silenceURL="s", dashboardURL="", panelURL=
@@ -534,8 +521,8 @@ SAID: list[tuple[dict[str, Any], str, dict[str, str]]] = [
      {"generatorURL": URL, "silenceURL": "s", "panelURL": "p", "ruleUID": "af1"}),
     *((event_of({"summary": "a", "custom_details": details}), "a",
        {"custom_details": text} if text else {})
-      for details, text in [("text", "text"), ("", ""), (5, "5"), (False, "false"), (None, ""),
-                            ([], "[]"), ([{"a": 1}], '[{"a":1}]'), ({}, "")]),
+      for details, text in [("text", "text"), (False, "false"), (None, ""), ([], "[]"),
+                            ({}, "")]),
 ]  # fmt: skip
 
 
@@ -554,21 +541,6 @@ async def test_what_a_tool_says_becomes_description_and_labels(
     assert find_inconsistencies(sql) == []
 
 
-GOOD_NAMES = ["a", "A", "я" * 100, "🔥", "a b", "a\nb", "a.b", '"', "\\", "'", "$", "labels.a"]
-BAD_NAMES = ["", " ", "\u2003", "\0", "a:b", ":", "a" * 101]
-
-
-async def test_what_has_a_name_that_no_label_can_have_is_left_out(
-    client: httpx.AsyncClient,
-) -> None:
-    details = dict.fromkeys([*BAD_NAMES, *GOOD_NAMES, "b\0"], "x")
-    number = await send(client, event_of({"custom_details": details}))
-    [other] = (await send_alerts(client, make_alert("a", labels=details))).values()
-
-    for each in (number, other):
-        assert (await show(client, each))["labels"] == dict.fromkeys([*GOOD_NAMES, "b"], "x")
-
-
 # People filter by these.
 NEEDED = ["alertname", "severity", "priority", "service", "team", "instance", "host", "hostname"]
 NEEDED += ["job", "namespace", "cluster", "environment", "env", "component", "region", "zone"]
@@ -577,27 +549,21 @@ NEEDED += ["node", "pod", "container", "app", "application", "Severity"]
 
 async def test_of_many_labels_those_stay_that_people_need(client: httpx.AsyncClient) -> None:
     many = {f"label_{number:02}": "x" for number in range(70)}
-    needed, url = dict.fromkeys(NEEDED, "y"), {"runbook": URL}
-    labels = many | needed | {"zzz": URL}
-    alert = make_alert("a", labels=labels, annotations=url)
-    [number] = (await send_alerts(client, alert)).values()
-    event = event_of({"severity": "y", "custom_details": labels | url})
-    first = dict.fromkeys([*many][: 32 - len(needed) - 2], "x")
+    needed = dict.fromkeys(NEEDED, "y") | {"runbook": URL, "zzz": URL}
+    [number] = (await send_alerts(client, alert_of({"runbook": URL}, many | needed))).values()
 
-    for each in (number, await send(client, event)):
-        assert (await show(client, each))["labels"] == first | needed | url | {"zzz": URL}
+    first = [*many][: incidents.MAX_LABELS - len(needed)]
+    assert (await show(client, number))["labels"] == dict.fromkeys(first, "x") | needed
 
 
 # ── What is taken in part, and what is refused ────────────────────────────────────────────────────
 
 
-async def test_unknown_fields_are_welcome_however_many(client: httpx.AsyncClient) -> None:
-    unknown = {f"field{number}": [number, {"a": None}] for number in range(1000)}
-    event = make_event() | unknown
-    event["payload"] |= unknown
+async def test_of_very_many_values_the_first_thousand_are_read(client: httpx.AsyncClient) -> None:
+    values = dict.fromkeys([f"field{number}" for number in range(999)]) | {"team": "db", "a": "b"}
+    number = await send(client, event_of(values) | values)
 
-    assert await send(client, event) == 1
-    assert await send_alerts(client, make_alert("a") | unknown) == {"a": 2}
+    assert (await show(client, number))["labels"] == {"team": "db"}
 
 
 async def test_bytes_that_are_not_utf_8_do_not_sink_their_alert(client: httpx.AsyncClient) -> None:
@@ -638,15 +604,14 @@ async def test_an_alert_that_cannot_be_understood_does_not_stop_the_others(
 
 
 WRONG_EVENTS = [
-    b"", b" ", b"{", b"[]", b'"a"', b"5", b"null", b"{}", b'{"event_action": null}',
-    b'{"event_action": "Trigger", "payload": {}}', b'{"event_action": ["trigger"], "payload": {}}',
-    b'{"event_action": "trigger"}', b'{"event_action": "trigger", "payload": null}',
+    *(b"", b"{", b"[]", b"{}", b'{"event_action": null}', b"[" * 100_000),
+    b'{"event_action": "Trigger", "payload": {}}',
+    b'{"event_action": "trigger"}',
+    b'{"event_action": "trigger", "payload": null}',
     b'{"event_action": "trigger", "payload": {"summary": %s}}' % (b"9" * 10_000),
-    b'{"event_action": "trigger", "payload": %s1%s}' % (b'{"a":' * 500, b"}" * 500),
-    b"[" * 100_000, b'{"event_action": "trigger", "payload": {"summary": "\\ud83d", "a": }}',
-    *(json.dumps(make_event(action, key)).encode() for key in ("a" * 256, "🔥" * 256, 10**255)
-      for action in ("trigger", "acknowledge", "resolve")),
-]  # fmt: skip
+    b'{"event_action": "trigger", "payload": {"summary": "\\ud83d", "a": }}',
+    *(json.dumps(make_event("resolve", key)).encode() for key in ("a" * 256, "🔥" * 256, 10**255)),
+]
 
 
 async def test_a_wrong_event_is_refused_in_the_form_that_its_sender_reads(
@@ -655,115 +620,61 @@ async def test_a_wrong_event_is_refused_in_the_form_that_its_sender_reads(
     before = stored_rows()
     for content in WRONG_EVENTS:
         response = await client.post(EVENTS, content=content, headers=JSON)
-        assert_problem(response, 400)
+        assert_problem(response, 400)  # looks at the form too
         assert response.json()["status"] == "invalid event"
     response = await client.post(EVENTS, json={"event_action": "page"})
     assert response.json()["errors"][0].startswith("#/event_action: Input should be 'trigger'")
+    for method in ("GET", "PUT"):
+        response = await client.request(method, EVENTS)
+        assert_problem(response, 405)
+        assert response.json()["status"] == "method not allowed"
     assert stored_rows() == before
 
 
-async def endless_body() -> AsyncIterator[bytes]:
-    """Send a body that never ends."""
-    yield b"{"
-    await asyncio.Event().wait()
-
-
-# How to be refused: the status, PagerDuty's word for it, and the request.
-REFUSED: list[tuple[int, str, dict[str, Any]]] = [
-    (401, "unauthorized", {"json": make_event()}),
-    (401, "unauthorized", {"json": make_event() | {"routing_key": "<put your key>"}}),
-    (403, "forbidden", {"json": make_event(), "headers": READER}),
-    (405, "method not allowed", {"method": "GET"}),
-    (408, "request timeout", {"content": endless_body, "headers": JSON}),
-    (413, "content too large", {"content": b" " * (incidents.MAX_BODY_BYTES + 1), "headers": JSON}),
-    (415, "unsupported media type", {"content": b"a=1"}),
-    (415, "unsupported media type", {"json": {}, "headers": {"Content-Encoding": "gzip"}}),
-    (500, "internal server error", {"json": make_event(), "headers": WRITER}),
-    (503, "service unavailable", {"json": make_event(), "headers": WRITER}),
-]
-
-
-@pytest.mark.usefixtures("with_tokens")
-@pytest.mark.parametrize(("status", "word", "sent"), REFUSED)
-async def test_every_refusal_of_an_event_says_why_in_a_form_that_its_sender_reads(
+async def test_an_event_that_cannot_be_stored_is_refused_in_that_form_too(
     client: httpx.AsyncClient,
     database_unavailable: Callable[[], AbstractContextManager[None]],
-    monkeypatch: pytest.MonkeyPatch,
-    status: int,
-    word: str,
-    sent: dict[str, Any],
 ) -> None:
-    options = {"method": "POST"} | sent
-    if status == 408:
-        options["content"] = endless_body()
-        monkeypatch.setattr(incidents, "MAX_BODY_SECONDS", 0.02)
-    if status == 500:
-        monkeypatch.setattr(incidents.database, "fetchrow", None)
-    with database_unavailable() if status == 503 else nullcontext():
-        response = await client.request(url=EVENTS, **options)
+    with database_unavailable():
+        response = await client.post(EVENTS, json=make_event())
 
-    assert_problem(response, status)
-    answer = response.json()
-    assert answer["status"] == word
-    assert read_event_refusal(answer) == [answer["detail"]]
-    if status == 503:
-        assert int(response.headers["retry-after"]) > 0
-        assert (await client.request(url=EVENTS, **options)).status_code == 202
+    assert_problem(response, 503)
+    assert response.json()["status"] == "service unavailable"
+    assert int(response.headers["retry-after"]) > 0
+    assert await send(client, make_event()) == 1
 
 
-@pytest.mark.parametrize(
-    ("path", "limit", "before", "after"),
-    [
-        (EVENTS, 512 * 1024, b'{"event_action":"resolve","dedup_key":"a"', b"}"),
-        (ALERTS, 2 * 1024 * 1024, b'{"alerts":[]', b"}"),
-    ],
-)
-async def test_a_body_may_be_as_long_as_the_limit_and_no_longer(
-    client: httpx.AsyncClient, path: str, limit: int, before: bytes, after: bytes
-) -> None:
-    blanks = b" " * (limit - len(before + after))
-    longest = await client.post(path, content=before + blanks + after, headers=JSON)
-    too_long = await client.post(path, content=before + blanks + b" " + after, headers=JSON)
+async def test_a_body_may_be_as_long_as_the_limit_and_no_longer(client: httpx.AsyncClient) -> None:
+    for path, limit, body in (
+        (EVENTS, 512 * 1024, b'{"event_action":"resolve","dedup_key":"a"}'),
+        (ALERTS, 2 * 1024 * 1024, b'{"alerts":[]}'),
+    ):
+        longest = await client.post(path, content=body.ljust(limit), headers=JSON)
+        too_long = await client.post(path, content=body.ljust(limit + 1), headers=JSON)
 
-    assert longest.is_success
-    assert_problem(too_long, 413)
-    assert ("max_alerts" in too_long.json()["detail"]) == (path == ALERTS)
+        assert longest.is_success
+        assert_problem(too_long, 413)
+        assert ("max_alerts" in too_long.json()["detail"]) == (path == ALERTS)
 
 
 # ── Webhooks of Alertmanager and Grafana ──────────────────────────────────────────────────────────
 
 
-async def test_a_webhook_takes_each_alert_by_itself(client: httpx.AsyncClient, sql: Sql) -> None:
-    await send_alerts(client, *(make_alert(key) for key in "abce"))
-    await send(client, make_event("acknowledge", "c"))
+async def test_a_webhook_takes_each_alert_by_itself(client: httpx.AsyncClient) -> None:
+    await send_alerts(client, *(make_alert(key) for key in "abc"))
     numbers = await send_alerts(
         client,
         make_alert("d"),
         make_alert("a", "resolved"),
         make_alert("b"),
-        make_alert("c", "resolved"),
         make_alert("unknown", "resolved"),
-        make_alert("e", annotations={"summary": "new"}),
+        make_alert("c", annotations={"summary": "new"}),
     )
-    shown = [await show(client, number) for number in (1, 2, 3, 4, 5)]
+    shown = [await show(client, number) for number in (1, 2, 3, 4)]
 
-    assert list(numbers) == ["d", "a", "b", "c", "unknown", "e"]
-    assert list(numbers.values()) == [5, 1, 2, 3, None, 4]
-    assert [each["status"] for each in shown] == ["resolved", "open", "resolved", "open", "open"]
-    assert shown[3]["description"] == "new"
-    assert await count_times(client, 2) == {"b": 2}
-    assert find_inconsistencies(sql) == []
-
-
-async def test_both_routes_know_the_same_keys(client: httpx.AsyncClient) -> None:
-    await send_alerts(client, make_alert("shared"))
-
-    assert await send(client, make_event(key="shared", source=None)) == 1
-    assert await send(client, make_event("acknowledge", "shared")) == 1
-    assert await send_alerts(client, make_alert("shared", "resolved")) == {"shared": 1}
-    assert [field for field, _ in await list_changes(client, 1)] == [
-        "created", "labels.alertname", "status", "status"
-    ]  # fmt: skip
+    assert [*numbers.items()] == [("d", 4), ("a", 1), ("b", 2), ("unknown", None), ("c", 3)]
+    assert [each["status"] for each in shown] == ["resolved", "open", "open", "open"]
+    assert [each["description"] for each in shown] == [SUMMARY, SUMMARY, "new", SUMMARY]
 
 
 async def test_an_alert_that_is_there_twice_counts_once_and_as_it_was_last(
@@ -779,29 +690,18 @@ async def test_an_alert_that_is_there_twice_counts_once_and_as_it_was_last(
     assert statuses == ["resolved", "open"]
 
 
-@pytest.mark.parametrize("count", [1, 4, 10])
-async def test_webhooks_of_500_alerts_at_once_are_taken_or_may_be_sent_again(
-    client: httpx.AsyncClient, sql: Sql, count: int
+async def test_long_webhooks_at_once_do_not_fill_the_queue(
+    client: httpx.AsyncClient, sql: Sql
 ) -> None:
-    groups = [[make_alert(f"{group}-{n:03}") for n in range(500)] for group in range(count)]
+    count = 100 + incidents.MAX_WAITING // 4
+    groups = [[make_alert(f"{group}-{n:03}") for n in range(count)] for group in range(4)]
+    answers = await asyncio.gather(*(send_alerts(client, *group) for group in groups))
 
-    async def send_group(alerts: list[dict[str, Any]]) -> httpx.Response:
-        return await client.post(ALERTS, json={"alerts": alerts})
-
-    responses = await asyncio.gather(*map(send_group, groups))
-    for response in responses:
-        if count == 10 and response.status_code == 503:
-            assert int(response.headers["retry-after"]) > 0
-        else:
-            assert response.status_code == 200
-    incident_ids: dict[str, int] = {}
-    for group in groups:
-        incident_ids |= await send_alerts(client, *group)
-
-    assert list(incident_ids) == [alert["fingerprint"] for group in groups for alert in group]
-    keys = sql("SELECT key, incident_id FROM dedup_keys ORDER BY key")
-    assert sorted(incident_ids.items()) == keys
-    assert sql("SELECT count(*) FROM incidents") == [(500 * count,)]
+    for group, incident_ids in zip(groups, answers, strict=True):
+        assert list(incident_ids) == [alert["fingerprint"] for alert in group]
+    stored = sql("SELECT key, incident_id FROM dedup_keys ORDER BY key")
+    assert stored == sorted(pair for incident_ids in answers for pair in incident_ids.items())
+    assert sql("SELECT count(*) FROM incidents") == [(4 * count,)]
 
 
 async def test_triggers_of_one_key_at_once_open_one_incident(
@@ -829,34 +729,16 @@ async def test_the_list_shows_the_newest_incident_of_a_key(client: httpx.AsyncCl
     old = await client.get("/incidents/?dedup_key=a")
     await send(client, make_event(key="a"))
     new = await client.get("/incidents/?dedup_key=a")
-    unknown = await client.get("/incidents/?dedup_key=A")
 
     assert old.json() == [await show(client, 1)]
     assert new.json() == [await show(client, 3)]
-    assert unknown.json() == []
-    for query in ("", "a&dedup_key=b", "%00", "a%00", "a" * 256):
+    label = "label=severity:info,critical&q=ПОЛОН&status=open&since=2000-01-01&source=monitoring"
+    for query, is_found in ((label, True), ("status=closed", False), ("q=сервер", False)):
+        response = await client.get(f"/incidents/?dedup_key=a&{query}")
+        assert response.json() == (new.json() if is_found else []), query
+    for query in ("", "a&dedup_key=b", "%00", "a" * 256):
         refused = await client.get(f"/incidents/?dedup_key={query}")
         assert_problem(refused, 422, "#/dedup_key")
-
-
-OTHER_FILTERS: list[tuple[str, bool]] = [
-    ("limit=1", True),
-    ("status=closed", False),
-    ("q=сервер", False),
-    ("label=severity:info", False),
-    ("label=severity:info,critical&label=source:db1&q=ПОЛОН&status=open", True),
-    ("since=2000-01-01T00:00:00Z&until=2100-01-01T00:00:00Z&source=monitoring", True),
-    ("format=csv", True),
-]
-
-
-async def test_a_key_can_be_combined_with_other_filters(client: httpx.AsyncClient) -> None:
-    await send(client, make_event())
-    await send(client, make_event(key="other"))
-    for query, is_found in OTHER_FILTERS:
-        response = await client.get(f"/incidents/?dedup_key=disk&{query}")
-
-        assert response.text.count(SUMMARY) == is_found, query
 
 
 async def test_the_alerts_of_an_incident_show_what_its_key_said_last(
@@ -892,9 +774,7 @@ KEYS = {
     "reader": "s3cr3t-of-reader",
     "writer": "s3cr3t-of-writer",
     "grafana": "s3cr3t-of-grafana",
-    "unknown": "s3cr3t-of-nobody",
-    "wrong case": "S3CR3T-OF-WRITER",
-    "not ASCII": "é",
+    "unknown": "S3CR3T-OF-WRITER",
 }
 
 
@@ -903,26 +783,22 @@ async def test_the_token_of_an_event_is_in_the_header_or_else_in_the_routing_key
 ) -> None:
     for header, routing_key in itertools.product(["", *KEYS], repeat=2):
         before = stored_rows()
-        headers = [(b"Authorization", f"Bearer {KEYS[header]}".encode())] if header else []
+        headers = {"Authorization": f"Bearer {KEYS[header]}"} if header else {}
         event = make_event(key=f"{header} {routing_key}")
         event |= {"routing_key": KEYS.get(routing_key)}
         response = await client.post(EVENTS, json=event, headers=headers)
-        sender, challenge = header or routing_key, response.headers.get("www-authenticate")
+        sender = header or routing_key
 
         assert response.headers["cache-control"] == "no-store"
         if sender in ("writer", "grafana"):
             assert response.status_code == 202, response.text
-            assert challenge is None
-            actors = sql("SELECT actor FROM timeline ORDER BY id DESC LIMIT 1")
-            assert actors == [(sender,)]
+            assert sql("SELECT actor FROM timeline ORDER BY id DESC LIMIT 1") == [(sender,)]
             continue
         assert stored_rows() == before
-        if sender == "reader":
-            assert_problem(response, 403)
-            assert challenge == f'{CHALLENGE}, error="insufficient_scope"'
-        else:
-            assert_problem(response, 401)
-            assert challenge == CHALLENGE + (', error="invalid_token"' if sender else "")
+        error = "insufficient_scope" if sender == "reader" else "invalid_token"
+        assert_problem(response, 403 if sender == "reader" else 401)
+        challenge = CHALLENGE + (f', error="{error}"' if sender else "")
+        assert response.headers["www-authenticate"] == challenge
 
 
 async def test_without_tokens_any_routing_key_is_taken(client: httpx.AsyncClient) -> None:
@@ -939,42 +815,17 @@ async def test_the_token_of_a_webhook_is_in_the_header_only(
         response = await client.post(ALERTS, json=body, headers=headers)
 
         assert response.status_code == status
-        assert response.headers["cache-control"] == "no-store"
-        assert ("www-authenticate" in response.headers) == (status != 200)
     assert sql("SELECT actor FROM timeline ORDER BY id") == [("writer",), ("grafana",)]
-
-
-async def test_a_token_for_events_can_be_used_for_nothing_else(
-    client: httpx.AsyncClient, with_tokens: None, stored_rows: StoredRows
-) -> None:
-    await client.post(EVENTS, json=make_event(), headers=REPORTER)
-    before = stored_rows()
-    for route in incidents.ROUTES:
-        if route.access != "token":
-            continue
-        path = route.documented_path.replace("{incident_id}", "1")
-        response = await client.request(route.method, path, json={}, headers=REPORTER)
-
-        assert_problem(response, 403)
-        assert response.headers["www-authenticate"] == f'{CHALLENGE}, error="insufficient_scope"'
-        assert response.headers["cache-control"] == "no-store"
-    for path, method in itertools.product((EVENTS, ALERTS), ("GET", "HEAD", "PUT", "DELETE")):
-        response = await client.request(method, path, headers=REPORTER)
-        assert_problem(response, 405)
-        assert response.headers["allow"] == "POST"
-    assert stored_rows() == before
 
 
 async def test_each_token_has_keys_of_its_own(client: httpx.AsyncClient, with_tokens: None) -> None:
     # Two tools may both number their problems from 1 on.
     for headers in (REPORTER, WRITER, REPORTER):
         await client.post(EVENTS, json=make_event(key="1"), headers=headers)
-    resolve = make_event("resolve", "1")
-    answer = await client.post(EVENTS, json=resolve, headers=WRITER)
+    answer = await client.post(EVENTS, json=make_event("resolve", "1"), headers=WRITER)
     listed = (await client.get("/incidents/?dedup_key=1", headers=READER)).json()
     page = await client.get("/incidents/?dedup_key=1&limit=1", headers=READER)
-    next_page = f"/incidents/{page.links['next']['url']}"
-    rest = await client.get(next_page, headers=READER)
+    rest = await client.get(f"/incidents/{page.links['next']['url']}", headers=READER)
     alerts = [
         (await client.get(f"/incidents/{number}/alerts", headers=READER)).json()[0]
         for number in (1, 2)
@@ -984,63 +835,3 @@ async def test_each_token_has_keys_of_its_own(client: httpx.AsyncClient, with_to
     assert [(each["id"], each["status"]) for each in listed] == [(2, "resolved"), (1, "open")]
     assert page.json() + rest.json() == listed
     assert [(each["actor"], each["times"]) for each in alerts] == [("grafana", 2), ("writer", 1)]
-
-
-# ── A sender and a person ─────────────────────────────────────────────────────────────────────────
-
-
-# What an event makes of each status. A trigger never moves an incident.
-MOVES = {
-    ("acknowledge", "open"): "in_progress",
-    ("resolve", "open"): "resolved",
-    ("resolve", "in_progress"): "resolved",
-}
-
-
-async def test_one_sender_and_a_person_always_see_what_a_simple_model_says(
-    client: httpx.AsyncClient, sql: Sql
-) -> None:
-    chance = random.Random(7)
-    model: dict[int, dict[str, str]] = {}  # of each incident its status, description and severity
-    versions: dict[int, int] = {}
-    said: dict[str, str] = {}  # by the sender last
-    current = times = 0
-    for step in range(400):
-        action = chance.choice(["trigger", "trigger", "acknowledge", "resolve", "person"])
-        number = current
-        before = dict(model.get(number, {}))
-        says = {"description": chance.choice("ab"), "severity": chance.choice("xyz")}
-        if action == "person":
-            if not current:
-                continue
-            number = current if chance.random() < 0.7 else chance.choice([*model])
-            before = dict(model[number])
-            what = chance.choice(["status", "description", "severity"])
-            words = {"status": incidents.STATUSES, "description": "abc", "severity": "xyzw"}
-            value = model[number][what] = chance.choice(words[what])
-            fields = {"labels": {what: value}} if what == "severity" else {what: value}
-            await change(client, number, **fields)
-        else:
-            if action == "trigger" and before.get("status") in ("open", "in_progress"):
-                model[number] |= {name: says[name] for name in says if says[name] != said[name]}
-                times += 1
-            elif action == "trigger":
-                number = current = len(model) + 1
-                before = model[number] = {"status": "open", **says}
-                versions[number], times = 1, 1
-            elif current:
-                model[number]["status"] = MOVES.get((action, before["status"]), before["status"])
-            said = says if action == "trigger" else said
-            payload = {"summary": says["description"], "severity": says["severity"]}
-            event = make_event(action) | {"payload": payload}
-            assert await send(client, event) == (current or None), step
-        if number:
-            versions[number] += model[number] != before
-        columns = "status, description, labels ->> 'severity', version"
-        stored = sql(f"SELECT id, {columns} FROM incidents ORDER BY id")
-        assert stored == [(n, *state.values(), versions[n]) for n, state in model.items()], step
-        keys = sql("SELECT incident_id, times FROM dedup_keys")
-        assert keys == ([(current, times)] if current else []), step
-
-    assert len(model) > 20, "this test was too easy"
-    assert find_inconsistencies(sql) == []
