@@ -600,7 +600,7 @@ def service(
     constants = {"STREAM_PAGE": 100, "KEEPALIVE_SECONDS": 0.3, "LOOK_SECONDS": 0.1}
     log = tmp_path_factory.mktemp("feed") / "server.log"
     settings = {"DATABASE_URL": service_database_url}
-    server = Server(patched(**constants, MAX_UNREAD_SECONDS=1), free_port(), log, settings)
+    server = Server(patched(**constants, MAX_UNREAD_SECONDS=2), free_port(), log, settings)
     wait_until(server.is_live)
     yield server
     code = server.stop()
@@ -724,12 +724,19 @@ async def test_a_stream_outlasts_a_database_that_is_away_and_loses_nothing(
                 "INSERT INTO timeline (incident_id, kind, from_value, to_value, actor)"
                 " VALUES (1, 'status', 'open', 'closed', 'psql')"
             )
-        events = await stream.read(4)
-        [status] = await filtered.read(1)
+            events = await stream.read(4)
+            [status] = await filtered.read(1)
+            assert not re.findall("Traceback|ERROR", server.printed())
+            # Only a page fails, while the feed finds out that there is a new entry.
+            session.execute("ALTER TABLE incidents RENAME TO away")
+            ids.append(insert_note(session))
+            await async_wait_until(lambda: "for an event stream" in server.printed(), 10)
+            session.execute("ALTER TABLE away RENAME TO incidents")
+        [late] = await stream.read(1)
 
-    assert [event.id for event in events] == [*ids, ids[-1] + 1]
+    assert [event.id for event in events] == [*ids[:3], ids[2] + 1]
     assert status == events[-1]
-    assert not re.findall("Traceback|ERROR", server.printed())
+    assert late.id == ids[3]
 
 
 # ── Clients that do not read ──────────────────────────────────────────────────────────────────────
@@ -766,18 +773,14 @@ def test_a_client_that_does_not_read_is_cut_off_but_not_one_that_reads_slowly(
         open_unread_stream(service, last_id) as slow,
     ):
         wait_until(lambda: is_connected(service, unread), 5)
-        started_at = time.monotonic()
-        seconds = 0.0
-        # The slow one reads 160 KB in the second after which silence counts, and for three seconds.
-        while not seconds or time.monotonic() < started_at + 3:
-            assert time.monotonic() < started_at + 10
+        # The slow one reads 80 KB in the two seconds after which silence counts.
+        deadline = time.monotonic() + 4.5
+        while time.monotonic() < deadline:
             assert slow.recv(16 * 1024)
-            assert is_connected(service, slow)
-            if not (seconds or is_connected(service, unread)):
-                seconds = time.monotonic() - started_at
-            time.sleep(0.1)  # the reader is slow
+            time.sleep(0.4)  # the reader is slow
 
-    assert seconds > 0.9
+        assert is_connected(service, slow)
+        wait_until(lambda: not is_connected(service, unread), 10)
 
 
 async def test_a_service_that_is_stopped_answers_long_polls_and_ends_streams(
