@@ -73,7 +73,7 @@ FILL_TIMELINE = """
 
 WALK = SQL("SELECT count(description) FROM incidents").format()
 WALK_THROUGH_TIMELINE = SQL("SELECT count(actor) FROM timeline").format()
-STATEMENTS = ["incident_page", "incident_search", "timeline_page", "unresolved_incidents"]
+STATEMENTS = ["incident_page", "incident_search", "timeline_page", "unresolved_incidents", "stats"]
 
 Session = psycopg.Connection[tuple[Any, ...]]
 Query = dict[str, Any]  # the parameters of a page; one that is repeated has a list
@@ -97,8 +97,9 @@ def fill(session: Session, count: int) -> None:
 
 
 def prepare(session: Session) -> None:
-    """Set a session up as the service does, and prepare the statements."""
+    """Set a session up as the service does, with generic plans, and prepare the statements."""
     session.execute("SET enable_seqscan = off; SET jit = off; SET datestyle = 'ISO'")
+    session.execute("SET plan_cache_mode = force_generic_plan")
     for name in STATEMENTS:
         statement = SQL("PREPARE {} AS ").format(Identifier(name))
         session.execute(statement.as_bytes(session) + getattr(incidents.SQL, name).text.encode())
@@ -110,18 +111,6 @@ def session(new_database: NewDatabase, migrated: str) -> Iterator[Session]:
     with psycopg.connect(new_database(template=migrated), autocommit=True) as session:
         fill(session, INCIDENTS)
         yield session
-
-
-@pytest.fixture(params=["force_generic_plan", "force_custom_plan"])
-def both_plan_modes(request: pytest.FixtureRequest, session: Session) -> None:
-    """Run a test with generic plans, and once more with custom plans."""
-    session.execute(SQL("SET plan_cache_mode = {}").format(Literal(request.param)))
-
-
-@pytest.fixture
-def generic_plans(session: Session) -> None:
-    """Use generic plans, as the service does on all its connections."""
-    session.execute("SET plan_cache_mode = force_generic_plan")
 
 
 def execute_page(query: Query, after: tuple[str, int] | None = None) -> Composed:
@@ -218,16 +207,6 @@ QUERIES: list[Query] = [{}, *itertools.chain(*FILTERS.values())] + [
 ]
 
 
-@pytest.mark.parametrize("after", [None, (MIDDLE, 35_000)], ids=["first page", "deep page"])
-@pytest.mark.usefixtures("both_plan_modes")
-def test_a_page_reads_few_buffers_whatever_the_filters(
-    session: Session, after: tuple[str, int] | None
-) -> None:
-    costs = count_buffers_of_all(session, QUERIES, after)
-
-    assert find_costly(costs) == {}
-
-
 # Words and labels that are frequent, rare, absent or never together, some with another filter.
 SEARCHES: list[Query] = [
     *({"q": word} for word in ("сеть", "СЕТ", "провод", "пожар", "авария", "ниоткуда")),
@@ -253,62 +232,48 @@ SEARCHES: list[Query] = [
 ]
 
 
-@pytest.mark.parametrize("period", [{}, {"since": "2024-01-06"}, {"until": "2024-01-21"}])
 @pytest.mark.parametrize("after", [None, (MIDDLE, 35_000)], ids=["first page", "deep page"])
-@pytest.mark.usefixtures("generic_plans")
-def test_a_search_reads_few_buffers_whether_its_hits_are_frequent_rare_or_absent(
-    session: Session, after: tuple[str, int] | None, period: Query
+def test_a_page_reads_few_buffers_whatever_the_filters(
+    session: Session, after: tuple[str, int] | None
 ) -> None:
-    costs = count_buffers_of_all(session, [query | period for query in SEARCHES], after)
+    periods: list[Query] = [{}, {"since": "2024-01-06"}, {"until": "2024-01-21"}]
+    searches = [query | period for query in SEARCHES for period in periods]
+    costs = count_buffers_of_all(session, QUERIES + searches, after)
 
     assert find_costly(costs) == {}
 
 
-# ── The metrics ───────────────────────────────────────────────────────────────────────────────────
-
-COUNT_UNRESOLVED = SQL("EXECUTE unresolved_incidents ({}, {})").format(
-    Literal(["open", "in_progress"]), Literal(list(incidents.SOURCES))
-)
+# ── Metrics and statistics ────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.usefixtures("both_plan_modes")
-def test_unresolved_incidents_are_counted_in_one_index_without_the_table(session: Session) -> None:
-    [scan] = find_scans(explain(session, COUNT_UNRESOLVED))
+def test_unresolved_incidents_are_counted_in_one_index_without_the_closed_ones(
+    session: Session,
+) -> None:
+    command = SQL("EXECUTE unresolved_incidents ({}, {})").format(
+        Literal(["open", "in_progress"]), Literal(list(incidents.SOURCES))
+    )
+    [scan] = find_scans(explain(session, command))
 
     assert scan["Node Type"] == "Index Only Scan"
     assert scan["Index Name"] == "incidents_status_source_created_at_idx"
     assert "status" in scan["Index Cond"] and "source" in scan["Index Cond"]
     assert "Filter" not in scan
     assert scan["Heap Fetches"] == 0
+    assert count_buffers(session, command) < 40
 
 
-@pytest.mark.usefixtures("both_plan_modes")
-def test_unresolved_incidents_are_counted_without_a_look_at_the_closed_ones(
+def test_the_statistics_of_some_days_read_the_incidents_of_those_days_only(
     session: Session,
 ) -> None:
-    assert count_buffers(session, COUNT_UNRESOLVED) < 40
+    for days in (1, 7):
+        command = SQL("EXECUTE stats ('2024-01-10Z', {}, false)").format(
+            Literal(f"2024-01-{10 + days}Z")
+        )
+        [scan] = find_scans(explain(session, command))
 
-
-@pytest.mark.usefixtures("generic_plans")
-def test_the_counts_and_the_age_of_unresolved_incidents_are_those_of_the_table(
-    session: Session,
-) -> None:
-    [(statuses, sources, numbers, oldest)] = session.execute(COUNT_UNRESOLVED).fetchall()
-    counted = dict(zip(zip(statuses, sources, strict=True), numbers, strict=True))
-    rows = session.execute(
-        "SELECT status, source, count(*) FROM incidents"
-        " WHERE status IN ('open', 'in_progress') GROUP BY status, source"
-    ).fetchall()
-    [(age,)] = session.execute(
-        "SELECT extract(epoch FROM now() - min(created_at))::float8"
-        " FROM incidents WHERE status = 'open'"
-    ).fetchall()
-
-    assert {key: number for key, number in counted.items() if number} == {
-        (status, source): number for status, source, number in rows
-    }
-    assert len(counted) == 6
-    assert oldest == pytest.approx(age, abs=30)
+        assert scan["Index Name"] == "incidents_created_at_idx"
+        assert "Filter" not in scan
+        assert scan["Actual Rows"] == days * 24 * 60
 
 
 # ── The feed ──────────────────────────────────────────────────────────────────────────────────────
@@ -333,7 +298,6 @@ FEED_QUERIES: list[Query] = [
 
 
 @pytest.mark.parametrize("after", [0, INCIDENTS // 2, INCIDENTS, INCIDENTS + 2000])
-@pytest.mark.usefixtures("generic_plans")
 def test_a_page_of_the_feed_reads_few_buffers_whatever_the_filters(
     session: Session, after: int
 ) -> None:
@@ -392,14 +356,12 @@ RARE, LONG_AGO = INCIDENTS // 700, INCIDENTS // 20
         ({"label": "flood:1", "q": "потоп"}, LONG_AGO // 10),
     ],
 )
-@pytest.mark.usefixtures("generic_plans")
 def test_a_search_that_grows_with_the_table_reads_a_known_number_of_buffers(
     session: Session, query: Query, bound: int
 ) -> None:
     assert find_costly(count_buffers_of_all(session, [query]), bound) == {}
 
 
-@pytest.mark.usefixtures("generic_plans")
 def test_a_search_for_two_letters_that_no_incident_has_reads_the_whole_table(
     session: Session,
 ) -> None:
@@ -418,39 +380,25 @@ def test_the_measured_pages_are_full_or_have_all_that_there_is(session: Session)
         ({"status": "open"}, LIMIT),
         ({"source": "partner"}, LIMIT),
         ({"q": "сеть"}, LIMIT),
-        ({"q": "пожар"}, LIMIT),
         ({"q": "пожар", "source": "monitoring"}, LIMIT),
         ({"q": "провод"}, LIMIT),
         ({"q": "провод", "status": "open"}, 0),
         ({"q": "провод", "source": "partner"}, 0),
-        ({"q": "провод", "source": "operator"}, 0),
-        ({"q": "авария"}, LIMIT),
         ({"q": "АВАРИЯ", "since": "2024-02-05"}, 14),
         ({"q": "авария", "status": "open"}, 0),
-        ({"q": "потоп"}, LIMIT),
         ({"q": "потоп", "source": "operator"}, LIMIT),
         ({"q": "ниоткуда"}, 0),
-        ({"q": "цц"}, 0),
-        ({"label": "team:db"}, LIMIT),
         ({"label": "team:db", "status": "open"}, LIMIT),
         ({"label": "team:db", "q": "авария"}, 29),
-        ({"label": "node:db1"}, LIMIT),
-        ({"label": "node:db1", "q": "сеть"}, 29),
         ({"label": "node:db1", "q": "авария"}, 0),
-        ({"label": "node:db1", "status": "open"}, 0),
         ({"label": ["team:db", "node:db1"]}, 29),
         ({"label": ["team:db", "wire:1"]}, LIMIT),
         ({"label": ["team:db", "team:web"]}, 0),
         ({"label": ["wire:1", "node:db1"]}, 0),
-        ({"label": "wire:1", "source": "monitoring"}, LIMIT),
-        ({"label": "wire:1", "status": "open"}, 0),
         ({"label": "wire:1", "source": "operator"}, 0),
-        ({"label": "wire:1", "source": "partner"}, 0),
         ({"label": "wire:1", "q": "провод"}, 0),
         ({"label": "wire:1", "q": "пожар"}, LIMIT),
         ({"label": "flood:1"}, LIMIT),
-        ({"label": "flood:1", "status": "open"}, 0),
-        ({"until": "2024-01-01"}, 0),
     ]
 
     for query, count in pages:
