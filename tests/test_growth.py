@@ -118,7 +118,7 @@ async def test_a_slow_search_ends_with_advice_and_a_quick_one_is_answered_meanwh
 async def test_only_a_text_with_trigrams_uses_their_index(sql: Sql) -> None:
     sql(
         "INSERT INTO incidents (description, source)"
-        " SELECT 'number ' || number, 'partner' FROM generate_series(1, 1000) AS number"
+        " SELECT 'number ' || number, 'partner' FROM generate_series(1, 2000) AS number"
     )
     short = ["ъ", "аб", "🔥", "🔥🔥🔥", "של", "%%%", "__", "\\\\\\", "ъ%", "è"]
     expected = dict.fromkeys(short, ("list", "chosen"))

@@ -307,15 +307,15 @@ async def test_commas_mean_or_and_repeated_filters_mean_and(client: httpx.AsyncC
 # ── The search, compared with a model ─────────────────────────────────────────────────────────────
 
 START = datetime(2024, 1, 15, tzinfo=UTC)
-COUNT = 3000
-WORDS = ["сервер", "Störung", "диск", "50 %", "цц"]
+COUNT = 4200
+WORDS = ["сервер", "Störung", "диск", "50 %", "цц", "пожар"]
 
 
 def make_rows() -> list[Row]:
     """Make incidents of which the newer half has other labels and words than the older one.
 
-    Of the labels and words, some are frequent, some are rare, and some are only in old incidents:
-    so each way of choose_search() is the right one for some filters.
+    Of the labels and words, some are frequent, some are rare, some are only in old incidents, and
+    one is in the newest: so each way of choose_search() is the right one for some filters.
     """
     chance = random.Random(7)
     rows = []
@@ -333,6 +333,7 @@ def make_rows() -> list[Row]:
         words += [WORDS[2]] if chance.random() < 0.003 else []
         words += [WORDS[3]] if number < COUNT / 2 and chance.random() < 0.1 else []
         words += [WORDS[4]] if number < 20 else []
+        words += [WORDS[5]] if number > COUNT - 30 else []
         rows.append(
             {
                 "id": number,
@@ -407,6 +408,7 @@ WAYS: list[tuple[Row, str]] = [
     ({"q": "диск"}, "texts"),
     ({"q": "диск", "status": "open"}, "texts"),
     ({"label": ["team:db"], "q": "диск"}, "texts"),
+    ({"q": "пожар"}, "texts"),  # a burst, of which there are no older ones
     ({"label": ["severity:critical,error"], "q": "диск"}, "texts"),
     ({"label": ["rare:да"]}, "labels"),
     ({"label": ["rare:да"], "status": "closed"}, "labels"),

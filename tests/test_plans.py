@@ -348,7 +348,7 @@ RARE, LONG_AGO = INCIDENTS // 700, INCIDENTS // 20
             (search | chosen, round(buffers_per_hit * LONG_AGO))
             for search in ({"q": "потоп"}, {"label": "flood:1"})
             for chosen, buffers_per_hit in (
-                ({}, 0.1),
+                ({}, 0.15),
                 ({"source": "operator"}, 0.4),
                 ({"status": "open"}, 5),
             )
