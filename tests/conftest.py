@@ -51,7 +51,7 @@ def pytest_sessionstart() -> None:
     """Say what a new route lacks at once, because without its body many tests would fail."""
     routes = [route_label(route) for route in incidents.ROUTES if route.body]
     if missing := [route for route in routes if route not in BODIES]:
-        raise pytest.UsageError(f"tests/helpers.py has no body for {missing}: add it to BODIES.")
+        raise pytest.UsageError(f"add to BODIES in tests/helpers.py: {', '.join(missing)}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,10 +11,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from urllib.parse import quote, quote_from_bytes
 
+import httpx
 import openapi
 import psycopg
 import pytest
@@ -291,15 +293,7 @@ def requests_to(draw: st.DrawFn, operation: Operation) -> GeneratedRequest:
 # ── The service ───────────────────────────────────────────────────────────────────────────────────
 
 
-class Response(NamedTuple):
-    """What the application has sent."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-
-async def call_application(request: GeneratedRequest) -> Response:
+async def call_application(request: GeneratedRequest) -> httpx.Response:
     """Call the application as a server does, and collect what it sends."""
     scope = {
         "type": "http",
@@ -334,11 +328,8 @@ async def call_application(request: GeneratedRequest) -> Response:
     start, *parts = messages
     counts = Counter(name for name, _ in start["headers"])
     assert set(counts.values()) == {1}, counts
-    return Response(
-        start["status"],
-        {name.decode(): value.decode("latin-1") for name, value in start["headers"]},
-        b"".join(part.get("body", b"") for part in parts),
-    )
+    content = b"".join(part.get("body", b"") for part in parts)
+    return httpx.Response(start["status"], headers=start["headers"], content=content)
 
 
 # Counts the rows that are written. Updates of idempotency_keys do not count: the service updates
@@ -365,13 +356,14 @@ $$;
 )
 
 
+@dataclass
 class Service:
     """The application in this process, called from tests that are not asynchronous."""
 
-    def __init__(self, session: psycopg.Connection[Any], runner: asyncio.Runner) -> None:
-        self.session, self.runner = session, runner
+    session: psycopg.Connection[Any]
+    runner: asyncio.Runner
 
-    def send(self, request: GeneratedRequest) -> Response:
+    def send(self, request: GeneratedRequest) -> httpx.Response:
         """Send a request to the application."""
         return self.runner.run(call_application(request))
 
@@ -434,55 +426,58 @@ def find_operation(request: GeneratedRequest) -> dict[str, Any] | None:
     return None
 
 
-def check_response(request: GeneratedRequest, response: Response, has_written: bool) -> None:
+def check_response(request: GeneratedRequest, response: httpx.Response, has_written: bool) -> None:
     """Check that a response is described and true, and that only what was asked for is written."""
     operation = find_operation(request)
-    assert response.status < 500, response
+    assert response.status_code < 500, response
     if operation is None:
-        assert response.status == 404 or request.path.startswith("/docs/")
+        assert response.status_code == 404 or request.path.startswith("/docs/")
     elif not operation:
-        assert response.status == 405
+        assert response.status_code == 405
     else:
-        assert str(response.status) in operation["responses"], response
-    if response.status >= 300:
+        assert str(response.status_code) in operation["responses"], response
+    if response.status_code >= 300:
         assert not has_written
-    if response.status >= 400:
+    if response.status_code >= 400:
         check_problem(request, response)
-    elif response.status == 304:
-        assert response.body == b""
+    elif response.status_code == 304:
+        assert response.content == b""
         assert b"if-none-match" in dict(request.headers) or request.path.startswith("/docs/")
-    elif response.status == 307:
+    elif response.status_code == 307:
         accepted = b",".join(value for name, value in request.headers if name == b"accept")
         assert request.path.rstrip("/") == "" and b"text/" in accepted.lower()
     elif operation:
         check_success(request, response, has_written, operation)
 
 
-def check_problem(request: GeneratedRequest, response: Response) -> None:
+def check_problem(request: GeneratedRequest, response: httpx.Response) -> None:
     """Check that a problem has the form of RFC 9457, and its status the right reason."""
     assert response.headers["content-type"] == "application/problem+json; charset=utf-8"
-    sent = json.loads(response.body)
+    sent = json.loads(response.content)
     if request.path.rstrip("/") == "/v2/enqueue":
         read_event_refusal(sent)
-        sent["status"] = response.status
+        sent["status"] = response.status_code
     problem = PROBLEM.validate_json(json.dumps(sent), strict=True)
-    assert problem.status == response.status
-    assert response.status != 412 or b"if-match" in dict(request.headers)
+    assert problem.status == response.status_code
+    assert response.status_code != 412 or b"if-match" in dict(request.headers)
 
 
 def check_success(
-    request: GeneratedRequest, response: Response, has_written: bool, operation: dict[str, Any]
+    request: GeneratedRequest,
+    response: httpx.Response,
+    has_written: bool,
+    operation: dict[str, Any],
 ) -> None:
     """Check that a successful response has the described form, and shows what was asked for."""
     name, is_write = operation["operationId"], request.method in ("POST", "PATCH")
     media_type = response.headers["content-type"].partition(";")[0]
-    assert media_type in operation["responses"][str(response.status)]["content"]
+    assert media_type in operation["responses"][str(response.status_code)]["content"]
     assert is_write or not has_written
     if request.method == "HEAD" or media_type not in ("application/json", "application/x-ndjson"):
         return
-    lines = response.body.decode("utf-8").split("\n")[:-1]
+    lines = response.content.decode("utf-8").split("\n")[:-1]
     is_json = media_type == "application/json"
-    body: Any = json.loads(response.body) if is_json else [json.loads(line) for line in lines]
+    body: Any = json.loads(response.content) if is_json else [json.loads(line) for line in lines]
     RESPONSE_TYPES[name].validate_python(body)
     if name in ("create_incident", "add_note"):
         assert has_written != ("idempotent-replayed" in response.headers)
@@ -539,7 +534,7 @@ def test_every_response_is_as_described_and_a_refused_request_changes_nothing(
         nonlocal writes
         writes_before, response = writes, service.send(request)
         writes = service.count_writes()
-        statuses[response.status] += 1
+        statuses[response.status_code] += 1
         check_response(request, response, has_written=writes != writes_before)
 
     send_and_check()
