@@ -145,8 +145,9 @@ def test_a_route_without_words_fails_with_a_sentence_that_names_the_file(
     message: str,
 ) -> None:
     route = incidents.ApiRoute("GET", path, endpoint, query=query)
-    routes = [each for each in incidents.ROUTES if each.name in openapi.OPERATIONS]
-    monkeypatch.setattr(incidents, "ROUTES", [*routes, route])
+    words = {name: each for name, each in openapi.OPERATIONS.items() if name == route.name}
+    monkeypatch.setattr(incidents, "ROUTES", [route])
+    monkeypatch.setattr(openapi, "OPERATIONS", words)
 
     with pytest.raises(LookupError, match=rf"docs/openapi\.py.*{message}"):
         openapi.build_description()
