@@ -312,8 +312,10 @@ def test_an_incident_is_moved_until_it_is_closed_and_opened_again(
             re.compile("^second · .*reported$"),
         ]
     )
+    url = board.url.removesuffix("#1")
     button(board, "Back").click()
-    board.goto(f"{board.url.partition('#')[0]}#1")
+    expect(board).to_have_url(f"{url}#")
+    board.goto(f"{url}#1")
     button(board, "Reopen").click()
 
     expect(board.locator("#incident-title")).to_have_text("#1 open")
@@ -812,6 +814,7 @@ def test_an_id_in_the_address_opens_its_incident_and_closing_it_keeps_the_filter
     expect(page.locator("#incident-title")).to_have_text("#1 open")
     expect(page.locator("#summary")).to_contain_text("Нет СВЕТА 🔥")
     button(page, "Back").click()
+    expect(page).to_have_url(f"{url}#q=disk")
     card(page, 2).click()
     expect(page.locator("#incident-title")).to_have_text("#2 open")
     assert page.url == f"{url}#2"
