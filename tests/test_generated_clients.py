@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers import ROOT, Serve
@@ -31,19 +30,14 @@ ENVIRONMENT = os.environ | {
     "npm_config_update_notifier": "false",
 }
 
+# Each client creates, lists, changes and reads, and is refused once. Python checks the types of
+# what it gets; tsc checks those of TypeScript.
 PYTHON_CLIENT = """
 import datetime
 import sys
 
 from client import AuthenticatedClient
-from client.api.incidents import (
-    change_incident,
-    change_status,
-    create_incident,
-    get_incident,
-    list_incidents,
-)
-from client.api.service import check_readiness
+from client.api.incidents import change_incident, change_status, create_incident, list_incidents
 from client.api.statistics import get_stats
 from client.api.timeline import add_note, get_timeline
 from client.models import IncidentChange, NewIncident, NewNote, Source, Status, StatusChange
@@ -55,13 +49,8 @@ new = NewIncident(description="Нет света", source=Source.OPERATOR)
 created = create_incident.sync(client=client, body=new, idempotency_key="one")
 assert created.status is Status.OPEN, created
 assert create_incident.sync(client=client, body=new, idempotency_key="one") == created
-other = create_incident.sync(client=client, body=new)
-
-[listed] = list_incidents.sync(client=client, limit=1, since=datetime.date(2024, 1, 15))
-assert listed == other, listed
-page = list_incidents.sync_detailed(client=client, limit=1)
-after = page.headers["Link"].partition("after=")[2].partition(">")[0]
-assert list_incidents.sync(client=client, limit=1, after=after) == [created]
+listed = list_incidents.sync(client=client, limit=1, since=datetime.date(2024, 1, 15))
+assert listed == [created], listed
 assert list_incidents.sync(client=client, status=[Status.CLOSED], until=created.created_at) == []
 
 body = StatusChange(status=Status.IN_PROGRESS)
@@ -70,32 +59,19 @@ assert (changed.status, changed.version) == (Status.IN_PROGRESS, 2), changed
 body = IncidentChange(source=Source.PARTNER)
 refused = change_incident.sync(created.id, client=client, body=body, if_match='"1"')
 assert refused.status == 412 and refused.detail, refused
-changed = change_incident.sync(created.id, client=client, body=body)
-assert get_incident.sync(created.id, client=client) == changed
-assert get_incident.sync_detailed(created.id, client=client, if_none_match='"3"').parsed is None
-
 note = add_note.sync(created.id, client=client, body=NewNote(note="Чиним"))
-timeline = get_timeline.sync(created.id, client=client)
-assert timeline[-1] == note, timeline
-assert [entry.kind.value for entry in timeline] == ["created", "status", "edited", "note"]
+assert get_timeline.sync(created.id, client=client)[-1] == note
 stats = get_stats.sync(client=client)
-assert (stats.by_status.in_progress, stats.by_source.partner) == (1, 1), stats
-assert stats.seconds_to.in_progress.count == 1 and stats.seconds_to.resolved.mean is None, stats
-assert check_readiness.sync(client=client).status == "ok"
+assert (stats.by_status.in_progress, stats.seconds_to.resolved.mean) == (1, None), stats
 
 wrong = NewIncident(description=" ", source=Source.OPERATOR)
 problem = create_incident.sync(client=client, body=wrong)
 assert [error.pointer for error in problem.errors] == ["#/description"], problem
-stranger = AuthenticatedClient(url, token="wrong")
-assert get_stats.sync(client=stranger).status == 401
 """
-
-# The comparisons of types are made by tsc, and those of values when it runs.
 TYPESCRIPT_CLIENT = """
 import createClient from "openapi-fetch";
 import type { components, paths } from "./schema.js";
 
-type Incident = components["schemas"]["Incident"];
 declare const process: { argv: string[] };
 
 function assert(condition: unknown, found: unknown): asserts condition {
@@ -108,35 +84,24 @@ const client = createClient<paths>({ baseUrl, headers: { Authorization: `Bearer 
 const body = { description: "Нет света", source: "operator" } as const;
 const created = await client.POST("/incidents/", { body });
 assert(created.data?.status === "open", created);
-const incident: Incident = created.data;
-const params = { path: { incident_id: incident.id } };
+const incident: components["schemas"]["Incident"] = created.data;
+const path = { incident_id: incident.id };
 
 const query = { status: ["open", "closed"] as ("open" | "closed")[], limit: 1 };
 const listed = await client.GET("/incidents/", { params: { query } });
-assert(Array.isArray(listed.data), listed);
-const first: Incident = listed.data[0];
-assert(first.id === incident.id, first);
+assert(Array.isArray(listed.data) && listed.data[0].id === incident.id, listed);
 
 const changed = await client.PATCH("/incidents/{incident_id}/status", {
-  params: { ...params, header: { "If-Match": '"1"' } },
+  params: { path, header: { "If-Match": '"1"' } },
   body: { status: "resolved" },
 });
 assert(changed.data?.version === 2, changed);
-const edited = await client.PATCH("/incidents/{incident_id}", {
-  params,
-  body: { source: "partner" },
-});
-const read = await client.GET("/incidents/{incident_id}", { params });
-assert(read.data?.source === "partner" && read.data.version === edited.data?.version, read);
-
-const note = await client.POST("/incidents/{incident_id}/notes", {
-  params,
-  body: { note: "Чиним" },
-});
+const params = { path };
+const note = await client.POST("/incidents/{incident_id}/notes", { params, body: { note: "Да" } });
 const timeline = await client.GET("/incidents/{incident_id}/timeline", { params });
-assert(timeline.data?.length === 4 && timeline.data[3].note === note.data?.note, timeline);
+assert(timeline.data?.length === 3 && timeline.data[2].note === note.data?.note, timeline);
 const stats = await client.GET("/stats");
-assert(stats.data?.by_status.resolved === 1 && stats.data.by_source.partner === 1, stats);
+assert(stats.data?.by_status.resolved === 1, stats);
 
 const wrong = await client.POST("/incidents/", { body: { ...body, description: " " } });
 assert(wrong.error?.errors?.[0].pointer === "#/description", wrong);
@@ -168,37 +133,31 @@ def npm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def lint(npm_folder: Path, *command: str | Path) -> Any:
-    """Run a linter, and give its report. Its exit code is 1 because it reports something."""
-    ended = subprocess.run(
-        [npm_folder / "node_modules/.bin" / command[0], *command[1:]],
+# Both have one thing to say: /incidents/ ends with a slash. Here each path works with and without.
+@pytest.mark.parametrize(
+    ("command", "name", "rule"),
+    [
+        ("redocly lint --extends recommended-strict", "ruleId", "no-path-trailing-slash"),
+        ("spectral lint --ruleset ruleset.yaml --quiet", "code", "path-keys-no-trailing-slash"),
+    ],
+)
+def test_a_linter_finds_nothing_but_the_trailing_slash(
+    npm_folder: Path, command: str, name: str, rule: str
+) -> None:
+    (npm_folder / "ruleset.yaml").write_text('extends: ["spectral:oas"]\n', "utf-8")
+    program, *arguments = command.split()
+    linted = subprocess.run(  # its exit code is 1 because it reports something
+        [npm_folder / "node_modules/.bin" / program, *arguments, "--format", "json", DESCRIPTION],
         cwd=npm_folder,
         env=ENVIRONMENT,
         capture_output=True,
         encoding="utf-8",
     )
-    assert ended.stdout, ended.stderr
-    return json.loads(ended.stdout)
 
-
-# Both have one thing to say: /incidents/ ends with a slash. Here each path works with and without.
-
-
-def test_redocly_finds_nothing_but_the_trailing_slash(npm_folder: Path) -> None:
-    options = ("--extends", "recommended-strict", "--format", "json")
-    report = lint(npm_folder, "redocly", "lint", *options, DESCRIPTION)
-
-    found = [problem["ruleId"] for problem in report["problems"]]
-    assert found == ["no-path-trailing-slash"], report["problems"]
-
-
-def test_spectral_finds_nothing_but_the_trailing_slash(npm_folder: Path) -> None:
-    (npm_folder / "ruleset.yaml").write_text('extends: ["spectral:oas"]\n', "utf-8")
-    options = ("--ruleset", "ruleset.yaml", "--format", "json", "--quiet")
-    report = lint(npm_folder, "spectral", "lint", *options, DESCRIPTION)
-
-    found = [problem["code"] for problem in report]
-    assert found == ["path-keys-no-trailing-slash"], report
+    assert linted.stdout, linted.stderr
+    report = json.loads(linted.stdout)
+    problems = report["problems"] if program == "redocly" else report
+    assert [problem[name] for problem in problems] == [rule], problems
 
 
 def test_a_generated_python_client_creates_lists_changes_and_reads(

@@ -7,16 +7,16 @@ and the slow one 20,000.
 """
 
 import asyncio
-import csv
-import io
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, quote, quote_from_bytes
+from urllib.parse import quote, quote_from_bytes
 
+import httpx
 import openapi
 import psycopg
 import pytest
@@ -27,13 +27,14 @@ from helpers import (
     Rows,
     find_inconsistencies,
     read_event_refusal,
+    route_label,
 )
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 import incidents
-from incidents import KINDS, SOURCES, STATUSES, Position, decode_cursor, encode_cursor
+from incidents import KINDS, SOURCES, STATUSES, Position, encode_cursor
 
 Operation = tuple[str, str]  # a method and a path, as they are described
 
@@ -41,16 +42,11 @@ PATHS: dict[str, dict[str, Any]] = json.loads((ROOT / "docs/openapi.json").read_
     "paths"
 ]
 OPERATIONS = [(method.upper(), path) for path, methods in PATHS.items() for method in methods]
-UNKNOWN_PATH = ("GET", "/nowhere")
 
 FEW, ALL = 50, -(-20_000 // len(OPERATIONS))  # requests to each operation
-INCIDENTS = 24  # there are two of each status and source
-# The incidents have these labels in turn.
-LABELS: list[dict[str, str]] = [{}, {"team": "db"}, {"team": "сеть"}, {"team": "critical,error"}]
+INCIDENTS = 8
 
-RESPONSE_TYPES = {
-    route.name: TypeAdapter(openapi.response_type(route.name)) for route in incidents.ROUTES
-}
+RESPONSE_TYPES = {name: TypeAdapter(openapi.response_type(name)) for name in openapi.OPERATIONS}
 PROBLEM = TypeAdapter(openapi.ProblemDetails)
 
 
@@ -67,53 +63,30 @@ def percent_encode(text: str) -> bytes:
     return quote_from_bytes(encode(text)).encode()
 
 
-ONE_IN_TWENTY = st.sampled_from([False] * 19 + [True])
-ONE_IN_TEN = st.sampled_from([False] * 9 + [True])
-TRUE_OR_FALSE = st.booleans()
-INDEX = {size: st.integers(0, size - 1) for size in range(1, 10)}
+def one_in(count: int) -> st.SearchStrategy[bool]:
+    """Give true once in so many times."""
+    return st.sampled_from([False] * (count - 1) + [True])
+
 
 SPECIAL_TEXTS = [
-    "",
-    " ",
-    "0",
-    "1",
-    "null",
-    "\0",
-    f"{SECRET_MARKER}\0",
-    "\ufeff",
-    "\u200b\u2800",
-    "\n",
-    "\u0301",
-    "\ud800",
-    "\udfff\ud800",
-    "🔥🧯",
-    "👩🏽‍🚒",
-    "‮אזעקה‬",
-    "حريق في الخادم",
-    "Проблема с сервером",
-    "故障",
-    "a\r\nSet-Cookie: a=b",
-    "'; DROP TABLE incidents; --",
-    "%00%ff",
-    "{}",
-    "9" * 400,
-    "x" * 200,
-    "x" * 201,
-    "x" * 5000,
-    "x" * 5001,
-    "🔥" * 5000,
+    *("", " ", "0", "1", "null", "{}", "9" * 400, "x" * 200, "x" * 201, "x" * 5000, "x" * 5001),
+    *("\0", f"{SECRET_MARKER}\0", "\ufeff", "\u200b\u2800", "\n", "\u0301", "\ud800"),
+    *("🔥🧯", "👩🏽‍🚒", "‮אזעקה‬", "حريق في الخادم", "Проблема с сервером", "故障", "🔥" * 5000),
+    *("a\r\nSet-Cookie: a=b", "'; DROP TABLE incidents; --", "%00%ff"),
 ]
-ANY_CHARACTER = st.characters(exclude_categories=())  # lone surrogates too
-ANY_TEXT = st.one_of(st.sampled_from(SPECIAL_TEXTS), st.text(ANY_CHARACTER, max_size=12))
+ANY_TEXT = st.one_of(  # with lone surrogates too
+    st.sampled_from(SPECIAL_TEXTS), st.text(st.characters(exclude_categories=()), max_size=12)
+)
 VALID_TEXT = st.one_of(
     st.sampled_from([SECRET_MARKER, "Проблема с сервером", "🔥 حريق", "x" * 5000]),
     st.text(max_size=12).map(lambda text: SECRET_MARKER + text.replace("\0", "")),
 )
 ANY_SCALAR = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), ANY_TEXT)
+DETAILS = st.dictionaries(ANY_TEXT, ANY_SCALAR, max_size=3)
 ANY_VALUE = st.one_of(
     ANY_SCALAR,
+    DETAILS,
     st.lists(ANY_SCALAR, max_size=3),
-    st.dictionaries(ANY_TEXT, ANY_SCALAR, max_size=3),
     st.dictionaries(ANY_TEXT, st.lists(ANY_SCALAR, max_size=2), max_size=2),
 )
 LABEL_NAMES = st.one_of(
@@ -133,7 +106,6 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
 }
 LABEL_PATCHES = st.dictionaries(LABEL_NAMES, st.one_of(st.none(), LABEL_VALUES), max_size=3)
 DEDUP_KEYS = st.sampled_from(["disk-db1", "ключ 🔥", "x" * 255])
-DETAILS = st.dictionaries(ANY_TEXT, ANY_SCALAR, max_size=3)
 ALERTS = st.fixed_dictionaries(
     {"status": st.sampled_from(["firing", "resolved"]), "fingerprint": DEDUP_KEYS},
     optional={"labels": DETAILS, "annotations": DETAILS, "generatorURL": ANY_TEXT},
@@ -166,24 +138,14 @@ VALID_BODIES: dict[Operation, st.SearchStrategy[dict[str, Any]]] = {
 UNUSUAL_BODIES = st.one_of(
     st.sampled_from(
         [
-            b"",
-            b"{",
-            b"[" * 1000,
+            *(b"", b"{", b"[" * 1000, b"\x00", b"\xef\xbb\xbf{}", b"description=a&source=partner"),
             b'{"description": "a", "description": "b", "source": "partner"}',
-            b'{"status": "open", "status": 1}',
-            b"\xef\xbb\xbf{}",
-            b'{"note": "\xff"}',
-            b'{"note": "\xed\xa0\x80"}',
-            b'{"note": "\\ud800"}',
-            b'{"note": NaN}',
-            b"\x00",
-            b"description=a&source=partner",
-            b" " * (incidents.MAX_BODY_BYTES + 1),
+            *(b'{"note": "\xff"}', b'{"note": "\xed\xa0\x80"}', b'{"note": "\\ud800"}'),
+            *(b'{"note": NaN}', b" " * (incidents.MAX_BODY_BYTES + 1)),
         ]
     ),
     st.binary(max_size=20),
 )
-
 BODY_KINDS = st.sampled_from(
     ["valid", "valid", "valid", "wrong value", "field more", "field less", "any JSON", "unusual"]
 )
@@ -197,16 +159,15 @@ def bodies(draw: st.DrawFn, operation: Operation) -> bytes:
     kind = draw(BODY_KINDS)
     if kind == "unusual":
         return draw(UNUSUAL_BODIES)
-    if kind == "any JSON":
-        return encode(json.dumps(draw(ANY_VALUE), ensure_ascii=draw(TRUE_OR_FALSE)))
-    body: dict[str, Any] = dict(draw(VALID_BODIES.get(operation, OTHER_BODY)))
-    if kind == "wrong value" and body:
-        body[sorted(body)[draw(INDEX[len(body)])]] = draw(ANY_VALUE)
-    elif kind == "field less" and body:
-        del body[sorted(body)[draw(INDEX[len(body)])]]
-    elif kind == "field more":
-        body[draw(ANY_NAME)] = draw(ANY_VALUE)
-    return encode(json.dumps(body, ensure_ascii=draw(TRUE_OR_FALSE)))
+    valid = VALID_BODIES.get(operation, OTHER_BODY)
+    value: Any = draw(ANY_VALUE) if kind == "any JSON" else draw(valid)
+    if kind == "field more":
+        value |= {draw(ANY_NAME): draw(ANY_VALUE)}
+    elif kind in ("wrong value", "field less") and value:
+        name = draw(st.sampled_from(sorted(value)))
+        others = {other: value[other] for other in value if other != name}
+        value = others | ({name: draw(ANY_VALUE)} if kind == "wrong value" else {})
+    return encode(json.dumps(value, ensure_ascii=draw(st.booleans())))
 
 
 # ── Headers, queries and whole requests ───────────────────────────────────────────────────────────
@@ -219,22 +180,15 @@ HEADERS = {
     "x-request-id": ["a", "x" * 100, "x" * 101, "a b", "a\r\nb: c"],
     "content-type": ["application/json; charset=utf-8", "text/plain", "application/json;", "json"],
 }
-ANY_HEADER = [
+NAMED_HEADERS = [
     st.tuples(st.just(name.encode()), st.one_of(st.sampled_from(values), ANY_TEXT).map(encode))
     for name, values in HEADERS.items()
 ]
-ANY_HEADERS = st.lists(st.one_of(ANY_HEADER), max_size=3)
-
-
-@st.composite
-def header_lists(draw: st.DrawFn) -> list[tuple[bytes, bytes]]:
-    """Make some headers, also the same one twice; mostly with the content type that is needed."""
-    needed = [] if draw(ONE_IN_TEN) else [(b"content-type", b"application/json")]
-    return needed + draw(ANY_HEADERS)
-
+ANY_HEADERS = st.lists(st.one_of(NAMED_HEADERS), max_size=3)  # also the same one twice
+JSON_HEADER = (b"content-type", b"application/json")
 
 CURSOR = encode_cursor(Position(datetime(2999, 12, 31, tzinfo=UTC), 7))
-PARAMETERS = {
+PARAMETERS: dict[str, list[str]] = {
     "status": [*STATUSES, "open,closed", "open,", "OPEN"],
     "source": [*SOURCES, "partner,operator", "system"],
     "label": [
@@ -251,13 +205,8 @@ PARAMETERS = {
     "limit": ["1", "2", "1000", "0", "1001", "-1", "1e2", "٣", "1.0", "9" * 30],
     "after": [
         CURSOR,
-        encode_cursor(Position(datetime(2024, 1, 15, tzinfo=UTC), 1)),
         encode_cursor(Position(datetime.max.replace(tzinfo=UTC), 10**18 - 1)),
-        CURSOR[:-1],
-        "1",
-        "latest",
-        "9" * 18,
-        "9" * 19,
+        *(CURSOR[:-1], "1", "latest", "9" * 18, "9" * 19),
     ],
     "wait": ["0", "-1", "61", "0.5"],
     "incident": ["1", "2", "0", "9" * 18, "9" * 19, "x"],
@@ -269,22 +218,7 @@ PARAMETERS = {
     "since": ["2024-01-15", "2024-01-15T10:30:00Z", "2999-12-31T23:59:59.9+23:59", "2024-02-30"],
     "until": ["2024-01-15", "9999-12-31T23:59:59-23:59", "0001-01-01T00:00:00+01:00", "now"],
 }
-
-
-def parameter_lists(route: incidents.ApiRoute) -> st.SearchStrategy[list[tuple[str, str]]]:
-    """Make up to three parameters that the route has. One value in five may be any text."""
-    names = route.query.model_fields
-    pairs = [
-        st.tuples(st.just(name), value)
-        for name in names
-        for value in [st.sampled_from(PARAMETERS[name])] * 4 + [ANY_TEXT]
-    ]
-    return st.lists(st.one_of(pairs), max_size=3 if pairs else 0)
-
-
-VALID_PARAMETERS = {
-    (route.method, route.documented_path): parameter_lists(route) for route in incidents.ROUTES
-}
+QUERIES = {(route.method, route.documented_path): route.query for route in incidents.ROUTES}
 UNUSUAL_QUERY = st.one_of(
     st.binary(max_size=12), ANY_TEXT.map(percent_encode), st.just(b"&".join([b"q=a"] * 101))
 )
@@ -295,13 +229,22 @@ UNKNOWN_PARAMETER = st.tuples(
 
 @st.composite
 def queries(draw: st.DrawFn, operation: Operation) -> bytes:
-    """Make a query, mostly of parameters that the operation has, also the same one twice."""
-    if draw(ONE_IN_TWENTY):
+    """Make a query, mostly of up to three parameters that the operation has.
+
+    One value in five is any text, and the same parameter may come twice.
+    """
+    if draw(one_in(20)):
         return draw(UNUSUAL_QUERY)
-    pairs = draw(VALID_PARAMETERS[operation]) if operation in VALID_PARAMETERS else []
-    if draw(ONE_IN_TWENTY):
-        pairs = [*pairs, draw(UNKNOWN_PARAMETER)]
-    return b"&".join(percent_encode(name) + b"=" + percent_encode(value) for name, value in pairs)
+    names = [*QUERIES[operation].model_fields] if operation in QUERIES else []
+    pairs = [
+        st.tuples(st.just(name), value)
+        for name in names
+        for value in [st.sampled_from(PARAMETERS.get(name) or [""])] * 4 + [ANY_TEXT]
+    ]
+    chosen = draw(st.lists(st.one_of(pairs), max_size=3)) if pairs else []
+    if draw(one_in(20)):
+        chosen.append(draw(UNKNOWN_PARAMETER))
+    return b"&".join(percent_encode(name) + b"=" + percent_encode(value) for name, value in chosen)
 
 
 class GeneratedRequest(NamedTuple):
@@ -329,49 +272,28 @@ METHODS = st.sampled_from(
 def requests_to(draw: st.DrawFn, operation: Operation) -> GeneratedRequest:
     """Make a request to an operation. One in twenty has another method, and some another path."""
     method, path = operation
-    if draw(ONE_IN_TWENTY):
+    if draw(one_in(20)):
         method = draw(METHODS)
-    elif method == "GET" and draw(ONE_IN_TEN):
+    elif method == "GET" and draw(one_in(10)):
         method = "HEAD"
     if "{" in path:
-        path = path.replace("{incident_id}", draw(UNUSUAL_ID if draw(ONE_IN_TEN) else KNOWN_ID))
-    if draw(ONE_IN_TEN):
+        path = path.replace("{incident_id}", draw(UNUSUAL_ID if draw(one_in(10)) else KNOWN_ID))
+    if draw(one_in(10)):
         path = path.rstrip("/") or path if path.endswith("/") else path + "/"
-    elif draw(ONE_IN_TWENTY):
+    elif draw(one_in(20)):
         path += draw(ANY_TEXT)
     # uvicorn decodes a path like this; bytes that are not UTF-8 become replacement characters.
     path = encode(path).decode("utf-8", "replace")
-    has_body = method not in ("GET", "HEAD") or draw(ONE_IN_TWENTY)
+    headers = ([] if draw(one_in(10)) else [JSON_HEADER]) + draw(ANY_HEADERS)
+    has_body = method not in ("GET", "HEAD") or draw(one_in(20))
     body = draw(bodies(operation)) if has_body else b""
-    return GeneratedRequest(method, path, draw(queries(operation)), draw(header_lists()), body)
-
-
-UNKNOWN_PATHS = st.one_of(
-    st.lists(ANY_TEXT, min_size=1, max_size=3).map(lambda parts: "/" + "/".join(parts)),
-    ANY_TEXT.map(lambda name: f"/docs/{name}"),
-    st.sampled_from([path.replace("{incident_id}", "1").upper() for path in PATHS]),
-)
-
-
-@st.composite
-def requests_to_unknown_paths(draw: st.DrawFn) -> GeneratedRequest:
-    """Make a request with any method to a path that most likely no operation has."""
-    request = draw(requests_to(("POST", draw(UNKNOWN_PATHS))))
-    return request._replace(method=draw(METHODS))
+    return GeneratedRequest(method, path, draw(queries(operation)), headers, body)
 
 
 # ── The service ───────────────────────────────────────────────────────────────────────────────────
 
 
-class Response(NamedTuple):
-    """What the application has sent."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-
-async def call_application(request: GeneratedRequest) -> Response:
+async def call_application(request: GeneratedRequest) -> httpx.Response:
     """Call the application as a server does, and collect what it sends."""
     scope = {
         "type": "http",
@@ -406,11 +328,8 @@ async def call_application(request: GeneratedRequest) -> Response:
     start, *parts = messages
     counts = Counter(name for name, _ in start["headers"])
     assert set(counts.values()) == {1}, counts
-    return Response(
-        start["status"],
-        {name.decode(): value.decode("latin-1") for name, value in start["headers"]},
-        b"".join(part.get("body", b"") for part in parts),
-    )
+    content = b"".join(part.get("body", b"") for part in parts)
+    return httpx.Response(start["status"], headers=start["headers"], content=content)
 
 
 # Counts the rows that are written. Updates of idempotency_keys do not count: the service updates
@@ -424,26 +343,27 @@ BEGIN
     RETURN NULL;
 END
 $$;
-CREATE TRIGGER count_writes AFTER INSERT OR UPDATE OR DELETE ON incidents
-    FOR EACH ROW EXECUTE FUNCTION count_write();
-CREATE TRIGGER count_writes AFTER INSERT OR UPDATE OR DELETE ON timeline
-    FOR EACH ROW EXECUTE FUNCTION count_write();
-CREATE TRIGGER count_writes AFTER INSERT OR UPDATE OR DELETE ON incident_texts
-    FOR EACH ROW EXECUTE FUNCTION count_write();
-CREATE TRIGGER count_writes AFTER INSERT OR UPDATE OR DELETE ON dedup_keys
-    FOR EACH ROW EXECUTE FUNCTION count_write();
-CREATE TRIGGER count_writes AFTER INSERT OR DELETE ON idempotency_keys
-    FOR EACH ROW EXECUTE FUNCTION count_write();
-"""
+""" + "".join(
+    f"CREATE TRIGGER count_writes AFTER INSERT OR DELETE {or_update} ON {table}"
+    " FOR EACH ROW EXECUTE FUNCTION count_write();"
+    for table, or_update in {
+        "incidents": "OR UPDATE",
+        "timeline": "OR UPDATE",
+        "incident_texts": "OR UPDATE",
+        "dedup_keys": "OR UPDATE",
+        "idempotency_keys": "",
+    }.items()
+)
 
 
+@dataclass
 class Service:
     """The application in this process, called from tests that are not asynchronous."""
 
-    def __init__(self, session: psycopg.Connection[Any], runner: asyncio.Runner) -> None:
-        self.session, self.runner = session, runner
+    session: psycopg.Connection[Any]
+    runner: asyncio.Runner
 
-    def send(self, request: GeneratedRequest) -> Response:
+    def send(self, request: GeneratedRequest) -> httpx.Response:
         """Send a request to the application."""
         return self.runner.run(call_application(request))
 
@@ -476,24 +396,16 @@ def running_service(module_database_url: str) -> Iterator[Service]:
 
 @pytest.fixture
 def service(running_service: Service) -> Service:
-    """Give the application with two incidents of each status and source, and no others."""
+    """Give the application with a few incidents of each source, and no others."""
     running_service.run_sql(TRUNCATE_ALL)
-    json_type = [(b"content-type", b"application/json")]
-    for number in range(INCIDENTS):
-        new = {
-            "description": f"{SECRET_MARKER} {number}",
-            "source": SOURCES[number % len(SOURCES)],
-            "labels": LABELS[number % len(LABELS)],
-        }
-        change = {"status": STATUSES[number // 3 % len(STATUSES)]}
-        path = f"/incidents/{number + 1}/status"
-        created = running_service.send(
-            GeneratedRequest("POST", "/incidents/", b"", json_type, json.dumps(new).encode())
-        )
-        changed = running_service.send(
-            GeneratedRequest("PATCH", path, b"", json_type, json.dumps(change).encode())
-        )
-        assert (created.status, changed.status) == (201, 200)
+    running_service.run_sql(
+        "INSERT INTO incidents (description, source, labels)"
+        " SELECT 'number ' || n, (ARRAY['operator', 'monitoring', 'partner'])[1 + n % 3],"
+        """ (ARRAY['{}', '{"team": "db"}', '{"team": "сеть"}']::jsonb[])[1 + n % 3]"""
+        f" FROM generate_series(1, {INCIDENTS}) AS n;"
+        "INSERT INTO timeline (incident_id, kind, actor)"
+        " SELECT id, 'created', 'a' FROM incidents ORDER BY id"
+    )
     return running_service
 
 
@@ -514,132 +426,94 @@ def find_operation(request: GeneratedRequest) -> dict[str, Any] | None:
     return None
 
 
-def check_response(request: GeneratedRequest, response: Response, has_written: bool) -> None:
+def check_response(request: GeneratedRequest, response: httpx.Response, has_written: bool) -> None:
     """Check that a response is described and true, and that only what was asked for is written."""
     operation = find_operation(request)
-    assert response.status < 500, response
+    assert response.status_code < 500, response
     if operation is None:
-        assert response.status == 404 or request.path.startswith("/docs/")
+        assert response.status_code == 404 or request.path.startswith("/docs/")
     elif not operation:
-        assert response.status == 405
+        assert response.status_code == 405
     else:
-        assert str(response.status) in operation["responses"], response
-    if response.status >= 300:
+        assert str(response.status_code) in operation["responses"], response
+    if response.status_code >= 300:
         assert not has_written
-    if response.status >= 400:
+    if response.status_code >= 400:
         check_problem(request, response)
-    elif response.status == 304:
-        assert response.body == b""
+    elif response.status_code == 304:
+        assert response.content == b""
         assert b"if-none-match" in dict(request.headers) or request.path.startswith("/docs/")
-    elif response.status == 307:
+    elif response.status_code == 307:
         accepted = b",".join(value for name, value in request.headers if name == b"accept")
         assert request.path.rstrip("/") == "" and b"text/" in accepted.lower()
     elif operation:
         check_success(request, response, has_written, operation)
 
 
-def check_problem(request: GeneratedRequest, response: Response) -> None:
+def check_problem(request: GeneratedRequest, response: httpx.Response) -> None:
     """Check that a problem has the form of RFC 9457, and its status the right reason."""
     assert response.headers["content-type"] == "application/problem+json; charset=utf-8"
-    sent = json.loads(response.body)
+    sent = json.loads(response.content)
     if request.path.rstrip("/") == "/v2/enqueue":
         read_event_refusal(sent)
-        sent["status"] = response.status
+        sent["status"] = response.status_code
     problem = PROBLEM.validate_json(json.dumps(sent), strict=True)
-    assert (problem.status, problem.type) == (response.status, "about:blank")
-    assert problem.title.strip() and problem.detail.strip()
-    if response.status == 412:
-        assert b"if-match" in dict(request.headers)
+    assert problem.status == response.status_code
+    assert response.status_code != 412 or b"if-match" in dict(request.headers)
 
 
 def check_success(
-    request: GeneratedRequest, response: Response, has_written: bool, operation: dict[str, Any]
+    request: GeneratedRequest,
+    response: httpx.Response,
+    has_written: bool,
+    operation: dict[str, Any],
 ) -> None:
     """Check that a successful response has the described form, and shows what was asked for."""
     name, is_write = operation["operationId"], request.method in ("POST", "PATCH")
     media_type = response.headers["content-type"].partition(";")[0]
-    assert media_type in operation["responses"][str(response.status)]["content"]
+    assert media_type in operation["responses"][str(response.status_code)]["content"]
     assert is_write or not has_written
-    if request.method == "HEAD":
+    if request.method == "HEAD" or media_type not in ("application/json", "application/x-ndjson"):
         return
-    body = read_body(response, media_type)
+    lines = response.content.decode("utf-8").split("\n")[:-1]
+    is_json = media_type == "application/json"
+    body: Any = json.loads(response.content) if is_json else [json.loads(line) for line in lines]
     RESPONSE_TYPES[name].validate_python(body)
-    sent_body = json.loads(request.body.decode("utf-8-sig", "replace")) if is_write else {}
     if name in ("create_incident", "add_note"):
         assert has_written != ("idempotent-replayed" in response.headers)
-    if re.fullmatch("/incidents/[0-9]+(/.*)?", request.path) and name != "get_alerts":
-        [incident_id] = re.findall("/([0-9]+)", request.path)
-        shown = body if name == "get_timeline" else [body]
-        assert {item.get("incident_id", item["id"]) for item in shown} <= {int(incident_id)}
-    if name in ("create_incident", "get_incident", "change_incident", "change_status"):
-        assert response.headers["etag"] == f'"{body["version"]}"'
     if name == "create_incident":
         assert response.headers["location"] in (f"{body['id']}", f"incidents/{body['id']}")
-    if name in ("change_incident", "change_status"):
-        sent_body.pop("note", None)  # it is on the timeline
-    if name in ("create_incident", "change_incident"):
-        labels = sent_body.pop("labels", {})
+    if name in ("create_incident", "get_incident", "change_incident", "change_status"):
+        assert response.headers["etag"] == f'"{body["version"]}"'
+        assert name == "create_incident" or str(body["id"]) in request.path
+    if name in ("get_timeline", "add_note"):
+        entries = body if name == "get_timeline" else [body]
+        assert all(f"/{entry['incident_id']}/" in request.path for entry in entries)
+    if name in ("create_incident", "change_incident", "change_status", "add_note"):
+        sent = json.loads(request.body.decode("utf-8-sig"))
+        if name != "add_note":
+            sent.pop("note", None)  # it is on the timeline
+        labels = sent.pop("labels", {})
         assert {label: body["labels"].get(label) for label in labels} == labels
-    if is_write and name not in ("apply_event", "apply_alerts"):
-        assert {field: body[field] for field in sent_body} == sent_body
-    if name == "list_incidents":
-        check_list(request, body)
-    if name == "get_timeline":
-        assert b"after" in request.query or body[0]["kind"] == "created"
-        assert [entry["id"] for entry in body] == sorted(entry["id"] for entry in body)
-    if name == "get_stats":
-        assert sum(body["by_status"].values()) == sum(body["by_source"].values())
-        assert sum(body["by_status"].values()) == body["incidents"]
+        assert {field: body[field] for field in sent} == sent
 
 
-def read_body(response: Response, media_type: str) -> Any:
-    """Parse a body according to its media type."""
-    text = response.body.decode("utf-8")
-    if media_type == "application/json":
-        return json.loads(text)
-    if media_type == "application/x-ndjson":
-        return [json.loads(line) for line in text.split("\n")[:-1]]
-    if media_type == "text/event-stream":
-        assert re.match(r"retry: 2000\nid: [0-9]+\n\n", text)
-        return [json.loads(data) for data in re.findall("(?m)^data: (.*)$", text)]
-    if media_type == "text/csv":
-        rows = csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
-        return [row | {"labels": json.loads(row["labels"])} for row in rows]
-    return text
+# ── The tests ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def check_list(request: GeneratedRequest, listed: list[dict[str, Any]]) -> None:
-    """Check that a list has only what the filters let through, newest first."""
-    pairs = parse_qsl(request.query.decode("latin-1"), keep_blank_values=True)
-    filters: dict[str, set[str]] = {}
-    for name, value in pairs:
-        parts = value.split(",") if name in ("status", "source") else [value]
-        filters.setdefault(name, set()).update(parts)
-    for incident in listed:
-        assert incident["status"] in filters.get("status", STATUSES)
-        assert incident["source"] in filters.get("source", SOURCES)
-        for part in filters.get("q", ()):
-            assert part.casefold() in incident["description"].casefold()
-        for label_filter in filters.get("label", ()):
-            label, _, text = label_filter.partition(":")
-            assert incident["labels"].get(label) in {text, *text.split(",")}
-    positions = [
-        Position(datetime.fromisoformat(incident["created_at"]), int(incident["id"]))
-        for incident in listed
+def test_every_body_and_query_parameter_can_be_generated() -> None:
+    bodies = [
+        f"{route_label(route)} to VALID_BODIES"
+        for route in incidents.ROUTES
+        if route.body and (route.method, route.documented_path) not in VALID_BODIES
     ]
-    assert positions == sorted(positions, reverse=True)
-    assert len(listed) <= float(*filters.get("limit", {"inf"}))
-    assert len(listed) <= 1 or "dedup_key" not in filters
-    for cursor in filters.get("after", ()):
-        assert all(position < decode_cursor(cursor) for position in positions)
+    names = {name for route in incidents.ROUTES for name in route.query.model_fields}
+    missing = bodies + [f"{name} to PARAMETERS" for name in sorted(names - PARAMETERS.keys())]
+
+    assert not missing, f"add to tests/test_generated_requests.py: {', '.join(missing)}"
 
 
-# ── The test ──────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(
-    "operation", [*OPERATIONS, UNKNOWN_PATH], ids=[" ".join(o) for o in [*OPERATIONS, UNKNOWN_PATH]]
-)
+@pytest.mark.parametrize("operation", OPERATIONS, ids=[" ".join(each) for each in OPERATIONS])
 @pytest.mark.parametrize("count", [FEW, pytest.param(ALL, marks=pytest.mark.slow)])
 def test_every_response_is_as_described_and_a_refused_request_changes_nothing(
     service: Service, operation: Operation, count: int
@@ -655,18 +529,18 @@ def test_every_response_is_as_described_and_a_refused_request_changes_nothing(
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
-    @given(requests_to_unknown_paths() if operation == UNKNOWN_PATH else requests_to(operation))
+    @given(requests_to(operation))
     def send_and_check(request: GeneratedRequest) -> None:
         nonlocal writes
         writes_before, response = writes, service.send(request)
         writes = service.count_writes()
-        statuses[response.status] += 1
+        statuses[response.status_code] += 1
         check_response(request, response, has_written=writes != writes_before)
 
     send_and_check()
 
     print(dict(statuses))
     assert statuses.total() >= count
-    assert ALL * len(OPERATIONS) >= 20_000
-    assert operation == UNKNOWN_PATH or any(status < 300 for status in statuses)
+    if operation in VALID_BODIES or operation[0] == "GET":
+        assert any(status < 300 for status in statuses)
     assert find_inconsistencies(service.run_sql) == []

@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -117,41 +116,28 @@ def without_times(text: str) -> str:
     return re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z", "TIME", text)
 
 
-@contextlib.contextmanager
-def run_mail_script(url: str, folder: Path) -> Iterator[None]:
-    """Run the script that mails what happens; here its mails are added to a file."""
-    script = find_block("bash", "mail -s").replace("http://127.0.0.1:8000", url)
-    command = ["bash", "-c", f"mail() {{ cat >> mails.txt; }}; {script}"]
-    process = subprocess.Popen(command, cwd=folder, start_new_session=True)
-    try:
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)  # with the curl that it runs
-        process.wait(10)
-
-
 def test_the_script_mails_each_entry_once_also_when_it_was_stopped_meanwhile(
     serve: Serve, database_url: str, tmp_path: Path
 ) -> None:
     url = serve(DATABASE_URL=database_url).url
+    script = find_block("bash", "mail -s").replace("http://127.0.0.1:8000", url)
+    command = ["bash", "-c", f"mail() {{ cat >> mails.txt; }}; {script}"]
     mails = tmp_path / "mails.txt"
 
-    def create(description: str) -> None:
-        body = {"description": description, "source": "partner"}
+    def report_and_wait(count: int) -> None:
+        body = {"description": "Третий 🔥", "source": "partner"}
         httpx.post(f"{url}/incidents/", json=body).raise_for_status()
-
-    def wait_for_mails(count: int) -> None:
         wait_until(lambda: mails.exists() and mails.read_text("utf-8").count("\n") == count)
         wait_until(lambda: (tmp_path / "position.txt").read_text() == f"{count}\n")
 
-    create("before the script")
-    with run_mail_script(url, tmp_path):
-        wait_for_mails(1)
-        create("Второй")
-        wait_for_mails(2)
-    create("Третий 🔥")
-    with run_mail_script(url, tmp_path):
-        wait_for_mails(3)
+    for counts in ([1, 2], [3]):
+        process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
+        try:
+            for count in counts:
+                report_and_wait(count)
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)  # with the curl that it runs
+            process.wait(10)
 
     entries = [json.loads(line) for line in mails.read_text("utf-8").splitlines()]
     assert [entry["incident_id"] for entry in entries] == [1, 2, 3]
@@ -200,7 +186,7 @@ def test_the_service_works_under_a_path_of_the_manuals_nginx(
     (tmp_path / "conf").write_text(f"{files} http {{ access_log off; {code} }}", "utf-8")
     process = subprocess.Popen([nginx, "-c", str(tmp_path / "conf"), "-e", str(tmp_path / "log")])
     with httpx.Client(base_url=f"http://127.0.0.1:{port}/inc/", follow_redirects=True) as client:
-        wait_until(lambda: accepts_connections(port))
+        wait_until((tmp_path / "pid").exists)  # nginx writes it when it listens
         created = client.post("incidents/", json={"description": "Нет", "source": "operator"})
         shown = client.get(created.request.url.join(created.headers["location"]))
         board = client.get("", headers={"Accept": "text/html"})
@@ -213,41 +199,26 @@ def test_the_service_works_under_a_path_of_the_manuals_nginx(
     assert script.is_success and "docs/board.js" in board.text
 
 
-def accepts_connections(port: int) -> bool:
-    """Tell whether something listens on a port of 127.0.0.1."""
-    with socket.socket() as connection:
-        return connection.connect_ex(("127.0.0.1", port)) == 0
-
-
-@pytest.mark.skipif(shutil.which("amtool") is None, reason="amtool is not installed")
-def test_amtool_accepts_the_configuration_of_alertmanager(tmp_path: Path) -> None:
-    check_file(tmp_path / "alertmanager.yml", "webhook_configs", "amtool", "check-config")
-
-
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 @pytest.mark.parametrize(
-    ("words", "arguments"),
-    [("groups:\n", ["rules"]), ("scrape_configs:", ["config", "--syntax-only"])],
+    ("language", "words", "command"),
+    [
+        ("yaml", "webhook_configs", "amtool check-config"),
+        ("yaml", "groups:\n", "promtool check rules"),
+        ("yaml", "scrape_configs:", "promtool check config --syntax-only"),
+        ("ini", "[Service]", "systemd-analyze verify"),
+    ],
 )
-def test_promtool_accepts_the_files_for_prometheus(
-    tmp_path: Path, words: str, arguments: list[str]
+def test_a_configuration_of_the_manual_is_accepted_by_its_program(
+    tmp_path: Path, language: str, words: str, command: str
 ) -> None:
-    check_file(tmp_path / "prometheus.yml", words, "promtool", "check", *arguments)
+    program, *arguments = command.split()
+    if not shutil.which(program):
+        pytest.skip(f"{program} is not installed")
+    code = find_block(language, words).replace("/opt/incidents/.venv/bin/python", sys.executable)
+    file = tmp_path / "incidents.service"  # systemd looks at the ending
+    file.write_text(code.replace("/opt/incidents", str(ROOT)), "utf-8")
+    checked = subprocess.run([program, *arguments, file], capture_output=True, text=True)
 
-
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd")
-def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
-    programs = {"/opt/incidents/.venv/bin/python": sys.executable, "/opt/incidents": str(ROOT)}
-    check_file(tmp_path / "incidents.service", "[Service]", "systemd-analyze", "verify", **programs)
-
-
-def check_file(file: Path, words: str, *command: str, **replacements: str) -> None:
-    """Write the block of code with these words into a file, and have a program check it."""
-    code = find_block("ini" if file.suffix == ".service" else "yaml", words)
-    for old, new in replacements.items():
-        code = code.replace(old, new)
-    file.write_text(code, "utf-8")
-    checked = subprocess.run([*command, file], capture_output=True, text=True, timeout=30)
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
@@ -328,17 +299,13 @@ COMPOSE_SETTINGS = set(re.findall(r"\${(\w+)", (ROOT / "docker-compose.yml").rea
 SETTINGS = sorted(SERVICE_SETTINGS | COMPOSE_SETTINGS)
 
 
-def test_every_setting_is_in_the_readme_and_the_readme_names_no_others() -> None:
+def test_every_setting_is_in_the_readme_and_in_the_example_file() -> None:
     [table] = [rows for rows in tables(README) if any("`DATABASE_URL`" in row for row in rows)]
     named = re.findall(r"`([A-Z_]+)`", "\n".join(table))
-
-    assert sorted(named) == SETTINGS, "README.md needs a row of the table of settings for each"
-
-
-def test_every_setting_is_in_the_example_file() -> None:
     example = (ROOT / ".env.example").read_text("utf-8")
     missing = [setting for setting in SETTINGS if f"\n{setting}=" not in example]
 
+    assert sorted(named) == SETTINGS, "README.md needs a row of the table of settings for each"
     assert not missing, f".env.example lacks {', '.join(missing)}"
 
 
@@ -351,13 +318,6 @@ def test_every_route_is_in_the_readme() -> None:
 
 
 @EVERY_PAGE
-def test_no_command_has_to_be_scrolled_sideways(name: str) -> None:
-    shown = [code for language, code in blocks(PAGES[name]) if language not in ("output", "json")]
-
-    assert [line for line in "\n".join(shown).splitlines() if len(line) > 100] == []
-
-
-@EVERY_PAGE
 def test_every_link_leads_somewhere(name: str) -> None:
     links = re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", BLOCK.sub("", PAGES[name]))
     wrong = []
@@ -366,23 +326,12 @@ def test_every_link_leads_somewhere(name: str) -> None:
         if not target.exists() or (anchor and anchor not in anchors(target.read_text("utf-8"))):
             wrong.append(f"{path}#{anchor}")
 
-    assert links
-    assert wrong == []
+    assert links and wrong == []
 
 
 def anchors(text: str) -> list[str]:
     """Give the anchors that the hosting site makes of a page's headings."""
     return [re.sub(r"[^\w -]", "", words.lower()).replace(" ", "-") for _, words in headings(text)]
-
-
-@EVERY_TRANSLATION
-def test_the_pages_lead_to_each_other(name: str, russian_name: str) -> None:
-    for page, other in ((name, russian_name), (russian_name, name)):
-        assert f"]({os.path.relpath(ROOT / other, (ROOT / page).parent)})" in PAGES[page]
-
-
-def test_the_readme_leads_to_every_page_of_the_manual() -> None:
-    assert [name for name in ENGLISH[1:] if f"]({name})" not in README] == []
 
 
 # ── The Russian pages say the same ────────────────────────────────────────────────────────────────
@@ -398,17 +347,14 @@ def commands(text: str) -> list[tuple[str, str]]:
 
 
 @EVERY_TRANSLATION
-def test_the_russian_page_has_the_same_commands_and_output(name: str, russian_name: str) -> None:
-    assert commands(PAGES[russian_name]) == commands(PAGES[name])
+def test_the_russian_page_has_the_same_commands_output_and_headings(
+    name: str, russian_name: str
+) -> None:
+    english, russian = PAGES[name], PAGES[russian_name]
 
-
-@EVERY_TRANSLATION
-def test_the_russian_page_has_the_same_headings(name: str, russian_name: str) -> None:
-    english, russian = (
-        [signs for signs, _ in headings(PAGES[page])] for page in (name, russian_name)
-    )
-
-    assert russian == english, f"{russian_name} must have a heading for each of {name}"
+    assert commands(russian) == commands(english)
+    levels = [[signs for signs, _ in headings(page)] for page in (russian, english)]
+    assert levels[0] == levels[1], f"{russian_name} must have a heading for each of {name}"
 
 
 @EVERY_TRANSLATION
@@ -435,17 +381,13 @@ def rows(text: str) -> list[str]:
 # ── Its first commands ────────────────────────────────────────────────────────────────────────────
 
 
-def test_ci_runs_the_test_commands_of_the_readme_word_for_word() -> None:
-    ci = (ROOT / ".ci/run").read_text("utf-8").splitlines()
+def test_ci_runs_the_test_commands_of_the_readme() -> None:
+    ci = (ROOT / ".ci/run").read_text("utf-8")
     [(_, code)] = blocks(section("Tests"))
-    missing = [
-        command
-        for command in code.splitlines()
-        if not any(f"{line} ".startswith(f"{command} ") for line in ci)
-    ]
+    missing = [command for command in code.splitlines() if f"\n{command}" not in ci]
 
-    assert code.count("pytest") == 2
-    assert not missing, f".ci/run must begin lines with these commands of README.md: {missing}"
+    assert "pytest" in code
+    assert not missing, f".ci/run must have these commands of README.md: {missing}"
 
 
 # What a shell needs besides PATH: where packages come from, and where files may be kept.
@@ -454,7 +396,6 @@ INHERITED = re.compile(
     r"|REQUESTS_CA_BUNDLE|\w+_proxy",
     re.IGNORECASE,
 )
-SYSTEM_PYTHON = Path("/usr/bin/python3")
 
 
 @pytest.fixture
@@ -480,36 +421,31 @@ def checkout() -> Iterator[Path]:
 
 
 def processes_in(folder: Path) -> list[psutil.Process]:
-    """The processes that run in a folder: the shell, uv, the service and its PostgreSQL."""
-    return [process for process in psutil.process_iter() if runs_in(process, folder)]
-
-
-def runs_in(process: psutil.Process, folder: Path) -> bool:
-    """Whether a process works in the folder, or below it. A zombie has ended."""
-    with contextlib.suppress(psutil.Error, OSError):
-        return process.status() != psutil.STATUS_ZOMBIE and (
-            Path(process.cwd()).is_relative_to(folder)
-        )
-    return False
+    """Give the processes that run in a folder: the shell, uv, the service and its PostgreSQL."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            is_over = process.status() == psutil.STATUS_ZOMBIE
+            if not is_over and Path(process.cwd()).is_relative_to(folder):
+                found.append(process)
+    return found
 
 
 @pytest.fixture
 def system_python() -> None:
-    """Skips a test where the distribution has no Python 3.11 with venv and pip."""
-    if not SYSTEM_PYTHON.exists():
-        pytest.skip(f"there is no {SYSTEM_PYTHON}")
+    """Skip a test where the distribution has no Python 3.11 with venv and pip."""
     check = "import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))"
-    if subprocess.run([SYSTEM_PYTHON, "-c", check], capture_output=True).returncode:
-        pytest.skip(f"{SYSTEM_PYTHON} is older than 3.11, or python3-venv is not installed")
+    python = shutil.which("python3", path="/usr/bin")
+    if not python or subprocess.run([python, "-c", check], capture_output=True).returncode:
+        pytest.skip("/usr/bin/python3 is missing, older than 3.11, or without python3-venv")
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("system_python")
-@pytest.mark.skipif(sys.platform == "win32", reason="the command is for Linux and macOS")
 def test_the_first_command_of_the_readme_starts_the_service_with_the_system_python_alone(
     checkout: Path, tmp_path: Path
 ) -> None:
-    language, command = blocks(section("Run it"))[0]
+    _, command = blocks(section("Run it"))[0]
     port = free_port()
     inherited = {name: text for name, text in os.environ.items() if INHERITED.fullmatch(name)}
     environment = inherited | {"PATH": "/usr/bin:/bin", "API_PORT": str(port)}
@@ -537,6 +473,4 @@ def test_the_first_command_of_the_readme_starts_the_service_with_the_system_pyth
     shell.wait(15)
     wait_until(lambda: not processes_in(checkout), seconds=15)
 
-    assert language == "bash"
-    assert command.startswith("python3 -m venv ")
     assert running >= 3, "uv, the service and PostgreSQL should have been seen"

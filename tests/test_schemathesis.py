@@ -27,11 +27,9 @@ def test_every_response_to_generated_requests_is_as_described(
     server = serve(DATABASE_URL=database_url)
     command = [uv, "run", "--project", str(ROOT), "--isolated", "--only-group", "schemathesis"]
     command += ["schemathesis", "run", f"{server.url}/openapi.json", "--checks", "all"]
-    command += ["--phases", phases]
     # By default, the path of the description itself is left out.
-    command += ["--include-path-regex", "."]
-    command += ["--max-examples", str(EXAMPLES), "--seed", "1", "--continue-on-failure"]
-    command += ["--generation-database", "none", "--no-color"]
+    command += ["--phases", phases, "--include-path-regex", ".", "--continue-on-failure"]
+    command += ["--max-examples", str(EXAMPLES), "--seed", "1", "--generation-database", "none"]
     hooks = {"PYTHONPATH": str(ROOT / "tests"), "SCHEMATHESIS_HOOKS": "schemathesis_hooks"}
     ended = subprocess.run(
         command,
@@ -41,7 +39,6 @@ def test_every_response_to_generated_requests_is_as_described(
         encoding="utf-8",
     )
 
-    print(ended.stdout, ended.stderr)
-    assert ended.returncode == 0
+    assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr}"
     assert not re.search("(?i)warning", ended.stdout)
     assert not re.search("Traceback|ERROR", server.printed())
