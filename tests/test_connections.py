@@ -38,7 +38,7 @@ from helpers import (
     wait_until,
 )
 from psycopg.conninfo import conninfo_to_dict
-from test_faults import get_status, new_incident, run_sql
+from test_faults import get_status, new_incident, run_sql, wait_until_ready
 
 import incidents
 
@@ -183,13 +183,6 @@ async def use_server(server: Server, count: int = 20) -> list[str]:
         return await use_api_at_once(client, count)
 
 
-async def wait_until_ready(server: Server) -> None:
-    """Wait until the service is ready, without doing anything for it."""
-    async with asyncio.timeout(15):
-        while await get_status(server, "/health/ready") != 200:
-            await asyncio.sleep(0.05)
-
-
 def find_lines(server: Server, text: str) -> list[str]:
     """Give the lines of the service's log that have this text."""
     return [line for line in server.printed().splitlines() if text in line]
@@ -221,18 +214,6 @@ async def test_past_a_server_that_is_gone_the_service_starts_and_connects_anew_w
     assert gone.connections <= 4
     assert seconds < SOON
     assert f"The data is in 127.0.0.1:{live.port}" in caplog.messages
-
-
-async def test_when_the_sessions_end_the_next_requests_get_new_ones_without_a_failure(
-    client: httpx.AsyncClient, database_url: str
-) -> None:
-    before = await use_api_at_once(client)
-    pool = incidents.database.pool
-    ended = end_sessions(database_url)
-    await async_wait_until(lambda: pool.get_size() == 0)
-
-    assert ended > 0
-    assert before + await use_api_at_once(client) == []
 
 
 @pytest.mark.parametrize("kind", ["dead", pytest.param("silent", marks=pytest.mark.slow)])

@@ -11,7 +11,6 @@ import socket
 import stat
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -445,38 +444,22 @@ def test_the_whole_project_may_be_in_a_folder_of_any_name(
 
 UNPRIVILEGED = 65534  # the user `nobody`
 
-# A script that connects to a server as root, becomes this user, and tries it again.
-CONNECT_AS_NOBODY = f"""
-import os, sys, psycopg
-psycopg.connect(sys.argv[1]).close()
-os.setgroups([])
-os.setgid({UNPRIVILEGED})
-os.setuid({UNPRIVILEGED})
-try:
-    psycopg.connect(sys.argv[1])
-except psycopg.OperationalError as error:
-    print(error)
-"""
-
-
-@needs_root
-def test_another_user_cannot_connect_to_the_embedded_database(embedded: tuple[Path, str]) -> None:
-    command = [sys.executable, "-c", CONNECT_AS_NOBODY, embedded[1]]
-    done = subprocess.run(command, capture_output=True, text=True)
-    link = Path(parse_qs(urlsplit(embedded[1]).query)["host"][0])
-
-    assert "Permission denied" in done.stdout
-    assert done.returncode == 0
-    assert [stat.S_IMODE(path.stat().st_mode) for path in (embedded[0], link.parent)] == [0o700] * 2
-
 
 @pytest.mark.skipif(ON_WINDOWS, reason="on Windows it listens on 127.0.0.1")
-def test_the_embedded_database_listens_on_no_network_address(embedded: tuple[Path, str]) -> None:
-    postmaster = min(find_processes(embedded[0]), key=lambda process: process.create_time())
+def test_the_embedded_database_listens_only_on_a_socket_that_other_users_cannot_reach(
+    embedded: tuple[Path, str],
+) -> None:
+    data_dir, url = embedded
+    postmaster = min(find_processes(data_dir), key=lambda process: process.create_time())
     processes = [postmaster, *postmaster.children(recursive=True)]
+    link = Path(parse_qs(urlsplit(url).query)["host"][0])
 
     assert [p.net_connections("inet") for p in processes] == [[]] * len(processes)
     assert postmaster.net_connections("unix")
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in (data_dir, link.parent)] == [
+        0o700
+    ] * 2
+    assert link.resolve() == data_dir
 
 
 def test_the_embedded_server_knows_letters_of_every_alphabet_and_their_case(
@@ -555,43 +538,13 @@ def test_a_folder_with_other_files_is_refused_with_a_line_and_nothing_is_changed
     assert [path.name for path in new_data_dir.iterdir()] == ["file"]
 
 
-# A script that becomes this user and runs a program, with its arguments, in its first one.
-AS_NOBODY = f"""
-import os, sys
-if os.geteuid() == 0:
-    os.setgroups([])
-    os.setgid({UNPRIVILEGED})
-    os.setuid({UNPRIVILEGED})
-os.chdir(sys.argv[1])
-os.execv(sys.argv[2], sys.argv[2:])
-"""
+def test_only_root_lets_another_user_run_postgresql(
+    new_data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_data_dir.mkdir()
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
 
-
-def find_unprivileged_python(settings: dict[str, str]) -> str:
-    """Find a Python that an unprivileged user may run, because root's own may be out of reach."""
-    version = f"python3.{sys.version_info[1]}"
-    for python in (sys.executable, shutil.which(version, path=os.defpath)):
-        command = [sys.executable, "-c", AS_NOBODY, "/", str(python), "-c", "import asyncpg"]
-        if python and not subprocess.run(command, env=settings, capture_output=True).returncode:
-            return python
-    pytest.skip(f"{version} and its packages are in folders that an unprivileged user cannot read")
-
-
-@not_on_windows
-def test_an_unprivileged_user_can_run_the_service(serve: Serve, new_data_dir: Path) -> None:
-    folder = copy_service(new_data_dir.parent / "my project")
-    data_dir = folder / "data"
-    if IS_ROOT:
-        for each in (folder, folder.parent):
-            os.chown(each, UNPRIVILEGED, UNPRIVILEGED)
-    settings = {"PYTHONPATH": sysconfig.get_path("purelib"), "DATA_DIR": str(data_dir)}
-    python = find_unprivileged_python(settings)
-    command = [sys.executable, "-c", AS_NOBODY, str(folder), python, "incidents.py"]
-    server = serve(command=command, HOME=str(folder), **settings)
-
-    report_incident(server)
-    assert 0 not in {process.uids().real for process in find_processes(data_dir)}
-    end(server, data_dir)
+    assert incidents.choose_user(new_data_dir) == {}
 
 
 # ── Memory ────────────────────────────────────────────────────────────────────────────────────────
