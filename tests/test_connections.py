@@ -466,7 +466,7 @@ async def test_connections_are_as_many_as_the_pool_may_have_and_have_the_name_of
     option: dict[str, str],
     name: str,
 ) -> None:
-    monkeypatch.setattr(incidents.get_settings(), "db_pool_size", 3)
+    monkeypatch.setattr(incidents.get_settings(), "db_pool_size", 2)
     separator = "&" if "?" in database_url else "?"
     async with open_client(f"{database_url}{separator}{urlencode(option)}".rstrip("?&")) as client:
         assert await use_api_at_once(client, 100) == []
@@ -475,7 +475,7 @@ async def test_connections_are_as_many_as_the_pool_may_have_and_have_the_name_of
             " WHERE datname = current_database() AND pid <> pg_backend_pid()"
         )
 
-    assert names == [(name,)] * 3
+    assert names == [(name,)] * 2
 
 
 PRINT_THE_NAME_OF_A_STATEMENT = """

@@ -142,9 +142,9 @@ def test_two_processes_may_migrate_one_empty_database_at_once(
     new_database: NewDatabase,
 ) -> None:
     url = new_database()
-    others = (
+    waiting = (
         "SELECT pid FROM pg_stat_activity"
-        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        " WHERE datname = current_database() AND query LIKE 'SELECT pg_try_advisory_lock%'"
     )
     with psycopg.connect(url, autocommit=True) as session:
         session.execute(f"SELECT pg_advisory_lock({LOCK})")
@@ -152,7 +152,7 @@ def test_two_processes_may_migrate_one_empty_database_at_once(
         processes = [
             subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)
         ]
-        wait_until(lambda: session.execute(others).rowcount == 2)
+        wait_until(lambda: session.execute(waiting).rowcount == 2)
 
     ends = [(process.communicate(timeout=30)[1], process.returncode) for process in processes]
 
