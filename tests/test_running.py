@@ -340,8 +340,9 @@ def test_a_start_that_waits_for_the_database_says_so_and_a_signal_ends_it_at_onc
 ) -> None:
     server = serve(wait=False, DATABASE_URL=dead_url)
     wait_until(lambda: "Try 1 of 30" in server.printed(), seconds=10)
-    server.stop(number, seconds=1)
+    exit_code = server.stop(number, seconds=1)
 
+    assert exit_code == 0
     address = f"127.0.0.1:{urlsplit(dead_url).port}"
     tries = [line for line in server.printed().splitlines() if "Try" in line]
     assert re.fullmatch(
