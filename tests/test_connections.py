@@ -570,7 +570,9 @@ async def test_the_service_is_not_ready_while_no_commit_ends_because_a_standby_i
             before = await client.get("/health/ready")
             run_sql(url, "ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
             run_sql(url, "SELECT pg_reload_conf()")
-            without = await client.get("/health/ready")
+            async with asyncio.timeout(10):  # the server needs a moment to read its settings
+                while (without := await client.get("/health/ready")).status_code == 200:
+                    await asyncio.sleep(0.05)
             reads = await client.get("/health/ready?only=reads")
             run_sql(url, "ALTER SYSTEM RESET synchronous_standby_names")
             run_sql(url, "SELECT pg_reload_conf()")
