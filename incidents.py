@@ -871,27 +871,12 @@ async def get_openapi(request: Request) -> Response:
     return Response((HERE / "docs/openapi.json").read_bytes(), media_type=JSON_TYPE)
 
 
-def page_response(request: Request, name: str) -> Response:
-    """Reply with a page of docs/pages; its references are relative to the folder of its path."""
-    page = (PAGES / name).read_text("utf-8")
+async def show_page(request: Request) -> Response:
+    """Show a page of docs/pages; its references are relative to the folder of its path."""
+    page = (PAGES / f"{request.scope['route'].path[1:]}.html").read_text("utf-8")
     if request.scope["raw_path"].endswith(b"/"):  # /board/ is the same page as /board
         page = page.replace("<head>", '<head><base href="../">')
     return HTMLResponse(page)
-
-
-async def show_swagger_ui(request: Request) -> Response:
-    """Show this API in Swagger UI."""
-    return page_response(request, "swagger.html")
-
-
-async def show_redoc(request: Request) -> Response:
-    """Show this API in ReDoc."""
-    return page_response(request, "redoc.html")
-
-
-async def show_board(request: Request) -> Response:
-    """Show what is open, live, and let people work on it."""
-    return page_response(request, "board.html")
 
 
 async def get_docs_file(request: Request) -> Response:
@@ -932,7 +917,7 @@ class ApiRoute(Route):
         super().__init__(path, endpoint, methods=[method])
         # Each path works with and without its last slash. `$` would also fit before a line break.
         self.path_regex = re.compile(self.path_regex.pattern.rstrip("/$") + r"/?\Z")
-        self.method, self.documented_path, self.body = method, path, body
+        self.method, self.body = method, body
         self.query = query or (NoQuery if access == "token" else AnyQuery)
         self.access, self.is_public = access, access == "public"
 
@@ -973,12 +958,14 @@ ROUTES = [
     ApiRoute("GET", "/health/ready", check_readiness, query=ReadinessQuery, access="public"),
     ApiRoute("GET", "/", get_root, access="public"),
     ApiRoute("GET", "/openapi.json", get_openapi, access="public"),
-    ApiRoute("GET", "/board", show_board, access="public"),
-    ApiRoute("GET", "/docs", show_swagger_ui, access="public"),
-    ApiRoute("GET", "/redoc", show_redoc, access="public"),
 ]
-# The files of the pages are not part of the API, so docs/openapi.py does not describe them.
-DOCS_FILES_ROUTE = ApiRoute("GET", "/docs/{file:path}", get_docs_file, access="public")
+# The pages are for people, so docs/openapi.py does not describe them.
+PAGE_ROUTES = [
+    ApiRoute("GET", "/board", show_page, access="public"),
+    ApiRoute("GET", "/docs", show_page, access="public"),
+    ApiRoute("GET", "/redoc", show_page, access="public"),
+    ApiRoute("GET", "/docs/{file:path}", get_docs_file, access="public"),
+]
 
 
 # ── How a request is answered: middleware ─────────────────────────────────────────────────────────
@@ -2515,9 +2502,7 @@ def log_start(settings: Settings) -> None:
         log.log(level, "API_TOKENS is not set: whoever reaches this may read and write")
 
 
-app = RequestMiddleware(
-    Router([*ROUTES, DOCS_FILES_ROUTE], redirect_slashes=False, lifespan=lifespan)
-)
+app = RequestMiddleware(Router([*ROUTES, *PAGE_ROUTES], redirect_slashes=False, lifespan=lifespan))
 
 
 class OrderlyServer(uvicorn.Server):

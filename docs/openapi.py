@@ -407,8 +407,6 @@ LIST["content"] |= {
         '1,"Проблема с сервером",open,monitoring,2026-01-15T10:30:00.123456Z,…,1,"{}"\r\n',
     },
 }
-PAGE = response("The page.", str, media_type="text/html")
-
 TIMELINE = [
     {
         "id": 1,
@@ -571,21 +569,6 @@ OPERATIONS: dict[str, Json] = {
         "description": "For tools that read OpenAPI, such as client generators.",
         "responses": {"200": response("This description.", dict)},
     },
-    "show_board": {
-        "tags": ["Service"],
-        "description": "A page for people, in English and Russian. It uses only this API.",
-        "responses": {"200": PAGE},
-    },
-    "show_swagger_ui": {
-        "tags": ["Service"],
-        "description": "A page on which you can try the API.",
-        "responses": {"200": PAGE},
-    },
-    "show_redoc": {
-        "tags": ["Service"],
-        "description": "A page for reading.",
-        "responses": {"200": PAGE},
-    },
 }
 
 # ── The description ───────────────────────────────────────────────────────────────────────────────
@@ -607,7 +590,7 @@ def build_description() -> Json:
         )
     paths: dict[str, Json] = {}
     for route in incidents.ROUTES:
-        paths.setdefault(route.documented_path, {})[route.method.lower()] = describe(route)
+        paths.setdefault(route.path, {})[route.method.lower()] = describe(route)
     return {
         "openapi": "3.1.0",
         "info": INFO,
@@ -624,7 +607,7 @@ def describe(route: ApiRoute) -> Json:
         raise LookupError(f"docs/openapi.py has no words for {route.name}: add it to OPERATIONS.")
     words = OPERATIONS[route.name]
     headers = words.get("parameters", {})
-    path = refer("parameters", *re.findall(r"{(\w+)}", route.documented_path))
+    path = refer("parameters", *re.findall(r"{(\w+)}", route.path))
     if missing := path.keys() - PARAMETERS.keys():
         raise LookupError(f"docs/openapi.py has no words for {missing}: add them to PARAMETERS.")
     operation = {
@@ -668,7 +651,7 @@ def find_refusals(route: ApiRoute, headers: Json) -> set[str]:
         "400 408 413 415": route.body is not None,
         "401": not route.is_public,
         "403": not route.is_public,
-        "404": "{incident_id}" in route.documented_path,
+        "404": "{incident_id}" in route.path,
         "405 500": True,  # a wrong method, a bug
         # A wrong field, or a wrong or unknown query parameter.
         "422": route.body is not None or route.query is not incidents.AnyQuery,
