@@ -25,7 +25,7 @@ async def send_body(
     client: httpx.AsyncClient, route: incidents.ApiRoute, body: bytes, *codings: str
 ) -> httpx.Response:
     """Send a body with a line of Content-Encoding for each of the codings."""
-    path = route.documented_path.replace("{incident_id}", "1")
+    path = route.path.replace("{incident_id}", "1")
     headers = [("Content-Type", "application/json")]
     headers += [("Content-Encoding", coding) for coding in codings]
     return await client.request(route.method, path, content=body, headers=headers)

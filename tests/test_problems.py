@@ -19,7 +19,7 @@ JSON_HEADERS = {"content-type": "application/json"}
 
 # Each request that writes, for incident 1: its method, its path and a valid body.
 WRITES = [
-    (route.method, route.documented_path.replace("{incident_id}", "1"), BODIES[route_label(route)])
+    (route.method, route.path.replace("{incident_id}", "1"), BODIES[route_label(route)])
     for route in incidents.ROUTES
     if route.body
 ]

@@ -310,7 +310,7 @@ def test_every_setting_is_in_the_readme_and_in_the_example_file() -> None:
 
 
 def test_every_route_is_in_the_readme() -> None:
-    routes = [f"`{route.method} {route.documented_path}`" for route in incidents.ROUTES]
+    routes = [f"`{route.method} {route.path}`" for route in incidents.ROUTES]
     rows = "\n".join(tables(README)[0])
     missing = [route for route in routes if route not in rows]
 

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_incident")]
 # The methods that each path takes.
 METHODS: dict[str, set[str]] = {}
 for route in ROUTES:
-    METHODS.setdefault(route.documented_path, set()).update(route.methods or ())
+    METHODS.setdefault(route.path, set()).update(route.methods or ())
 
 
 @pytest.fixture
@@ -35,8 +35,7 @@ async def test_a_path_works_with_and_without_its_trailing_slash(client: httpx.As
     for route in ROUTES:
         body = BODIES.get(route_label(route))
         without_slash, with_slash = [
-            await client.request(route.method, url, json=body)
-            for url in make_urls(route.documented_path)
+            await client.request(route.method, url, json=body) for url in make_urls(route.path)
         ]
 
         makes_something = route.method == "POST" and route.path.startswith("/incidents")
@@ -66,7 +65,7 @@ async def test_the_root_has_the_name_of_the_service_and_working_links(
 
 def test_head_is_answered_like_get_but_without_a_body(serve: Serve, database_url: str) -> None:
     server = serve(DATABASE_URL=database_url)
-    paths = [r.documented_path.replace("{incident_id}", "1") for r in ROUTES if r.method == "GET"]
+    paths = [r.path.replace("{incident_id}", "1") for r in ROUTES if r.method == "GET"]
     paths += ["/incidents", "/incidents/?format=csv&limit=1", "/docs/swagger.js"]
     refused_paths = ["/nope", "/incidents/?stauts=open", "/incidents/1/status"]
 
@@ -161,11 +160,11 @@ async def test_an_unknown_query_parameter_is_refused_where_it_could_mean_somethi
     client: httpx.AsyncClient, stored_rows: Callable[[], list[Rows]]
 ) -> None:
     before = stored_rows()
-    strict_routes = [route for route in ROUTES if route.documented_path not in IGNORING]
+    strict_routes = [route for route in ROUTES if route.path not in IGNORING]
 
     assert len(strict_routes) + len(IGNORING) == len(ROUTES)
     for route in strict_routes:
-        for url in make_urls(route.documented_path):
+        for url in make_urls(route.path):
             body = BODIES.get(route_label(route))
             response = await client.request(route.method, f"{url}?stauts=open", json=body)
             assert_problem(response, 422, "#/stauts")
@@ -175,9 +174,9 @@ async def test_an_unknown_query_parameter_is_refused_where_it_could_mean_somethi
 async def test_an_unknown_query_parameter_is_ignored_where_machines_add_some(
     client: httpx.AsyncClient,
 ) -> None:
-    for route in [route for route in ROUTES if route.documented_path in IGNORING]:
+    for route in [route for route in ROUTES if route.path in IGNORING]:
         for query in ("uptime_kuma_cachebuster=a1b2c3", "1719500000", "cluster=prod&cluster=b"):
-            url, body = f"{route.documented_path}?{query}", BODIES.get(route_label(route))
+            url, body = f"{route.path}?{query}", BODIES.get(route_label(route))
             assert (await client.request(route.method, url, json=body)).is_success, url
 
 
