@@ -2331,7 +2331,7 @@ def choose_user(data_dir: Path) -> dict[str, Any]:
         if any(data_dir.iterdir()):
             raise RuntimeError(f"DATA_DIR={data_dir} has files of root; name another folder")
         # It fails when the user is there already.
-        command = ["useradd", "--system", POSTGRES_USER]
+        command = ["/usr/sbin/useradd", "--system", POSTGRES_USER]
         if subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0:
             log.warning("useradd --system %s, because root may not run PostgreSQL", POSTGRES_USER)
         shutil.chown(data_dir, POSTGRES_USER, POSTGRES_USER)

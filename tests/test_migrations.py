@@ -82,6 +82,8 @@ def test_each_rollback_restores_the_schema_that_was_there_before(
     new_database: NewDatabase, request: pytest.FixtureRequest, is_replaced: bool
 ) -> None:
     url = request.getfixturevalue("replaced") if is_replaced else new_database()
+    # A rollback leaves the extension: it may be somebody else's.
+    fetch(url, "CREATE EXTENSION pg_trgm")
     schemas = [describe_schema(url)]
 
     for name in NAMES:
@@ -301,6 +303,7 @@ async def test_old_incidents_that_break_todays_rules_can_be_changed_and_new_ones
 
 
 async def test_a_take_over_can_be_rolled_back_and_done_again(replaced: str) -> None:
+    fetch(replaced, "CREATE EXTENSION pg_trgm")
     before = describe_schema(replaced)
     async with open_client(replaced) as client:
         await client.post("/incidents/", json=NEW_INCIDENT)

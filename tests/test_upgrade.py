@@ -24,6 +24,7 @@ from helpers import (
     Sql,
     async_wait_until,
     find_inconsistencies,
+    in_database,
     open_client,
     wait_until,
 )
@@ -33,6 +34,7 @@ from schemas import (
     fetch,
     find_applied,
     roll_back,
+    run_debian_postgres,
 )
 
 import incidents
@@ -44,6 +46,29 @@ VERSION_BEFORE = "5d17a7d"
 SCHEMA_BEFORE = (ROOT / f"tests/schema_of_{VERSION_BEFORE}.sql").read_text("utf-8")
 REPLACED_SCHEMA = (ROOT / "tests/replaced_schema.sql").read_text("utf-8")
 TABLES = ["incidents", "timeline", "incident_texts", "idempotency_keys", "dedup_keys"]
+
+
+@pytest.fixture(scope="module")
+def new_debian_database() -> Iterator[NewDatabase]:
+    """Create a database on the newest PostgreSQL that Debian offers, and give its URL."""
+    if not shutil.which("apt-get"):
+        pytest.skip("there is no apt-get: this is not Debian")
+    with run_debian_postgres() as url, psycopg.connect(url, autocommit=True) as session:
+
+        def create() -> str:
+            name = f"incidents_{uuid.uuid4().hex[:12]}"
+            session.execute(f"CREATE DATABASE {name}".encode())
+            return in_database(url, name)
+
+        yield create
+
+
+@pytest.fixture(params=["embedded", pytest.param("debian", marks=pytest.mark.slow)])
+def create_database(request: pytest.FixtureRequest) -> NewDatabase:
+    """Create an empty database on the server of the other tests, or on Debian's PostgreSQL."""
+    fixture = {"embedded": "new_database", "debian": "new_debian_database"}[request.param]
+    create: NewDatabase = request.getfixturevalue(fixture)
+    return create
 
 
 async def use_api(client: httpx.AsyncClient, key: str) -> list[str]:
@@ -112,9 +137,9 @@ RULE_BEFORE = """
 
 @pytest.mark.parametrize("is_taken_over", [False, True], ids=["new", "taken over"])
 async def test_a_database_of_the_version_before_loses_nothing_and_gets_todays_schema(
-    new_database: NewDatabase, is_taken_over: bool
+    create_database: NewDatabase, is_taken_over: bool
 ) -> None:
-    today, upgraded = new_database(), new_database()
+    today, upgraded = create_database(), create_database()
     if is_taken_over:
         for statement in (REPLACED_SCHEMA, REPLACED_ROWS):
             fetch(today, statement)
@@ -173,9 +198,9 @@ def add_migration(folder: Path, statements: str, undo: str = "") -> str:
 
 
 async def test_each_table_can_get_a_column_with_a_default_and_lose_it_again(
-    new_database: NewDatabase, tmp_path: Path
+    create_database: NewDatabase, tmp_path: Path
 ) -> None:
-    url = new_database()
+    url = create_database()
     incidents.migrate(url)
     name = add_migration(
         tmp_path,
