@@ -129,8 +129,10 @@ def migrated(new_database: NewDatabase) -> str:
 
 
 @pytest.fixture
-def database_url(new_database: NewDatabase, migrated: str) -> str:
-    """Give an empty database with the schema that only this test uses."""
+def database_url(request: pytest.FixtureRequest, new_database: NewDatabase, migrated: str) -> str:
+    """Give an empty database with the schema: a new one, or the file's with `one_database`."""
+    if request.node.get_closest_marker("one_database"):
+        return str(request.getfixturevalue("emptied_database_url"))
     return new_database(template=migrated)
 
 
@@ -142,10 +144,7 @@ def module_database_url(new_database: NewDatabase, migrated: str) -> str:
 
 @pytest.fixture
 def emptied_database_url(module_database_url: str) -> str:
-    """Empty the database that all tests of a file share, which is faster than a new one.
-
-    A file uses it by a fixture `database_url` of its own.
-    """
+    """Empty the database that all tests of a file share, which is faster than a new one."""
     with psycopg.connect(module_database_url, autocommit=True) as session:
         session.execute(TRUNCATE_ALL)
     return module_database_url

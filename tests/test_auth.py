@@ -23,15 +23,9 @@ from helpers import (
 
 import incidents
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.one_database]
 
 StoredRows = Callable[[], list[Rows]]
-
-
-@pytest.fixture
-def database_url(emptied_database_url: str) -> str:
-    """Let the tests of this file share one database, which is emptied before each of them."""
-    return emptied_database_url
 
 
 @pytest.fixture(autouse=True)

@@ -26,13 +26,7 @@ from incidents import (
     is_unavailable,
 )
 
-pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def database_url(emptied_database_url: str) -> str:
-    """Let all tests of this file share a database, which is empty before each."""
-    return emptied_database_url
+pytestmark = [pytest.mark.anyio, pytest.mark.one_database]
 
 
 @pytest.fixture

@@ -10,17 +10,11 @@ from helpers import INCIDENT_FIELDS, NEW_INCIDENT, Sql, assert_problem, find_inc
 
 from incidents import STATUSES
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("incident")]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("incident"), pytest.mark.one_database]
 
 # Both routes that change an incident, each with a body that changes a new one.
 CHANGES = [("/incidents/1", {"source": "partner"}), ("/incidents/1/status", {"status": "closed"})]
 both_routes = pytest.mark.parametrize(("path", "change"), CHANGES, ids=["incident", "status"])
-
-
-@pytest.fixture
-def database_url(emptied_database_url: str) -> str:
-    """All tests of this file share one database."""
-    return emptied_database_url
 
 
 # ── Show ──────────────────────────────────────────────────────────────────────────────────────────

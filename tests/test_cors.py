@@ -7,7 +7,7 @@ import httpx
 import pytest
 from helpers import BODIES, READER, TOKENS, Rows, Serve, Sql, assert_problem, insert_incident
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.one_database]
 
 # The headers with which a browser asks whether a page may send a POST with a JSON body.
 PREFLIGHT = {
@@ -15,12 +15,6 @@ PREFLIGHT = {
     "Access-Control-Request-Headers": "content-type",
 }
 OUR_SITE, OTHER_SITE = {"Origin": "https://ops.example"}, {"Origin": "https://evil.example"}
-
-
-@pytest.fixture
-def database_url(emptied_database_url: str) -> str:
-    """Let the tests of this file share one database, which is emptied before each of them."""
-    return emptied_database_url
 
 
 @pytest.fixture(autouse=True)

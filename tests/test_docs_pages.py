@@ -9,14 +9,7 @@ import httpx
 import pytest
 from helpers import ROOT
 
-pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def database_url(module_database_url: str) -> str:
-    """All tests of this file share one database."""
-    return module_database_url
-
+pytestmark = [pytest.mark.anyio, pytest.mark.one_database]
 
 PAGES = ["/docs", "/redoc", "/board"]
 BOARD = {

@@ -10,15 +10,9 @@ from helpers import BODIES, Rows, assert_problem, call_route, route_label
 
 import incidents
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_incident")]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_incident"), pytest.mark.one_database]
 
 ROUTES_WITH_BODY = [route for route in incidents.ROUTES if route.body]
-
-
-@pytest.fixture
-def database_url(emptied_database_url: str) -> str:
-    """Let the tests of this file share one database, which is emptied before each of them."""
-    return emptied_database_url
 
 
 async def send_body(

@@ -28,7 +28,7 @@ from helpers import (
 
 import incidents
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.one_database]
 
 StoredRows = Callable[[], list[Rows]]
 
@@ -38,12 +38,6 @@ UNKNOWN = {"Authorization": "Bearer s3cr3t-of-nobody"}
 CHALLENGE = 'Bearer realm="incidents"'
 JSON = {"Content-Type": "application/json"}
 EVENTS, ALERTS = "/v2/enqueue", "/webhooks/alertmanager"
-
-
-@pytest.fixture
-def database_url(emptied_database_url: str) -> str:
-    """Let the tests of this file share one database, which is emptied before each of them."""
-    return emptied_database_url
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ from helpers import (
 
 import incidents
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.one_database]
 
 NDJSON = {"Accept": "application/x-ndjson"}
 EVENT_STREAM = {"Accept": "text/event-stream"}
@@ -59,12 +59,6 @@ INSERT_NOTE = (
 )
 
 Entry = dict[str, Any]
-
-
-@pytest.fixture
-def database_url(emptied_database_url: str) -> str:
-    """All tests of this file share one database."""
-    return emptied_database_url
 
 
 async def make_history(client: httpx.AsyncClient) -> list[Entry]:

@@ -8,17 +8,11 @@ import psycopg
 import pytest
 from helpers import NEW_INCIDENT, Sql, assert_problem
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.one_database]
 
 OTHER_INCIDENT = NEW_INCIDENT | {"source": "partner"}
 KEY = {"Idempotency-Key": "8e03978e-40d5-43e8-bc93-6894a57f9324"}
 REPLAYED = "idempotent-replayed"
-
-
-@pytest.fixture
-def database_url(emptied_database_url: str) -> str:
-    """Let all tests of this file share a database, which is empty before each."""
-    return emptied_database_url
 
 
 def summarize(answers: list[httpx.Response]) -> tuple[set[int], set[int], int]:

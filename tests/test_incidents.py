@@ -10,13 +10,7 @@ from helpers import INCIDENT_FIELDS, NEW_INCIDENT, TIMESTAMP, Sql
 
 from incidents import SOURCES
 
-pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def database_url(emptied_database_url: str) -> str:
-    """All tests of this file share one database."""
-    return emptied_database_url
+pytestmark = [pytest.mark.anyio, pytest.mark.one_database]
 
 
 # ── Report ────────────────────────────────────────────────────────────────────────────────────────

@@ -28,17 +28,11 @@ from psycopg.types.json import Jsonb
 import incidents
 from incidents import SOURCES, STATUSES
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.one_database]
 
 Labels = dict[str, str]
 Row = dict[str, Any]
 KEY = {"Idempotency-Key": "a key"}
-
-
-@pytest.fixture
-def database_url(emptied_database_url: str) -> str:
-    """All tests of this file share one database, but for those of the search."""
-    return emptied_database_url
 
 
 async def report(client: httpx.AsyncClient, labels: Any, **options: Any) -> httpx.Response:

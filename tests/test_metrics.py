@@ -33,7 +33,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import incidents
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.one_database]
 
 REQUESTS = "incidents_http_request_seconds"
 IN_FLIGHT = "incidents_http_requests_in_flight"
@@ -42,12 +42,6 @@ OLDEST_OPEN = "incidents_oldest_open_seconds"
 BATCHES = "incidents_batch_calls"
 
 Samples = dict[str, float]
-
-
-@pytest.fixture
-def database_url(emptied_database_url: str) -> str:
-    """Let the tests of this file share one database, which is emptied before each of them."""
-    return emptied_database_url
 
 
 def write_series(name: str, **labels: str) -> str:

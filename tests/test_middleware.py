@@ -23,13 +23,7 @@ from helpers import (
 
 import incidents
 
-pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def database_url(emptied_database_url: str) -> str:
-    """Let the tests of this file share one database, which is emptied before each of them."""
-    return emptied_database_url
+pytestmark = [pytest.mark.anyio, pytest.mark.one_database]
 
 
 @pytest.fixture(autouse=True)

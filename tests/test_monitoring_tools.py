@@ -20,18 +20,12 @@ from helpers import SECRET_MARKER, WRITER, Serve, Server, free_port, wait_until
 
 import incidents
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.one_database]
 # Each tool has a token that may only send events. Its name is the actor in the timeline.
 TOKENS = (
     "writer:s3cr3t-of-writer,alertmanager:s3cr3t-of-alertmanager:report,"
     "grafana:s3cr3t-of-grafana:report,python:s3cr3t-of-python:report"
 )
-
-
-@pytest.fixture
-def database_url(emptied_database_url: str) -> str:
-    """Let the tests of this file share one database, which is emptied before each of them."""
-    return emptied_database_url
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 
 import incidents
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_incident")]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_incident"), pytest.mark.one_database]
 
 DESCRIPTION: dict[str, Any] = json.loads((incidents.HERE / "docs/openapi.json").read_text("utf-8"))
 COMPONENTS = DESCRIPTION["components"]
@@ -40,12 +40,6 @@ ROUTES = {route.name: route for route in incidents.ROUTES if route.name in OPERA
 every_route = pytest.mark.parametrize(
     "route", ROUTES.values(), ids=map(route_label, ROUTES.values())
 )
-
-
-@pytest.fixture
-def database_url(emptied_database_url: str) -> str:
-    """All tests of this file share one database."""
-    return emptied_database_url
 
 
 def find_values(key: str, part: Any) -> Iterator[Any]:

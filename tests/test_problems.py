@@ -13,7 +13,7 @@ from helpers import BODIES, NEW_INCIDENT, Rows, assert_problem, route_label
 
 import incidents
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_incident")]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_incident"), pytest.mark.one_database]
 
 JSON_HEADERS = {"content-type": "application/json"}
 
@@ -25,12 +25,6 @@ WRITES = [
 ]
 # Monitoring tools get their answers in a form of their own, so some tests leave their routes out.
 INCIDENT_WRITES = [write for write in WRITES if write[1].startswith("/incidents/")]
-
-
-@pytest.fixture
-def database_url(emptied_database_url: str) -> str:
-    """All tests of this file share one database."""
-    return emptied_database_url
 
 
 # ── Bodies ────────────────────────────────────────────────────────────────────────────────────────

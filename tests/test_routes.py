@@ -8,18 +8,12 @@ from helpers import BODIES, NEW_INCIDENT, Rows, Serve, assert_problem, route_lab
 
 from incidents import PAGE_ROUTES, ROUTES
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_incident")]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_incident"), pytest.mark.one_database]
 
 # The methods that each path takes.
 METHODS: dict[str, set[str]] = {}
 for route in ROUTES:
     METHODS.setdefault(route.path, set()).update(route.methods or ())
-
-
-@pytest.fixture
-def database_url(emptied_database_url: str) -> str:
-    """All tests of this file share one database."""
-    return emptied_database_url
 
 
 def make_urls(path: str) -> list[str]:

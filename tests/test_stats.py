@@ -7,18 +7,12 @@ import httpx
 import pytest
 from helpers import Sql, assert_problem
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.one_database]
 
 START = datetime(2024, 1, 15, 12, tzinfo=UTC)
 
 # The figures when no incident got to a status.
 NO_FIGURES = {"count": 0, "mean": None, "p50": None, "p95": None}
-
-
-@pytest.fixture
-def database_url(emptied_database_url: str) -> str:
-    """All tests of this file share one database."""
-    return emptied_database_url
 
 
 # Six incidents, one for each day from 15 January on: the source, and how many seconds after its

@@ -9,13 +9,7 @@ import psycopg
 import pytest
 from helpers import NEW_INCIDENT, Sql, assert_problem, async_wait_until, find_inconsistencies
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("incident")]
-
-
-@pytest.fixture
-def database_url(emptied_database_url: str) -> str:
-    """All tests of this file share one database."""
-    return emptied_database_url
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("incident"), pytest.mark.one_database]
 
 
 async def get_timeline(client: httpx.AsyncClient, incident_id: int = 1) -> list[dict[str, Any]]:
