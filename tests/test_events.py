@@ -8,13 +8,10 @@ import itertools
 import json
 import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
-import httpx
 import pytest
 from helpers import (
-    INCIDENT_FIELDS,
     READER,
     SECRET_MARKER,
     TIMESTAMP,
@@ -25,6 +22,7 @@ from helpers import (
     assert_problem,
     find_inconsistencies,
 )
+from httpx import AsyncClient
 
 import incidents
 
@@ -34,7 +32,6 @@ StoredRows = Callable[[], list[Rows]]
 
 SUMMARY = f"{SECRET_MARKER}: диск полон"
 REPORTER = {"Authorization": "Bearer s3cr3t-of-grafana"}
-UNKNOWN = {"Authorization": "Bearer s3cr3t-of-nobody"}
 CHALLENGE = 'Bearer realm="incidents"'
 JSON = {"Content-Type": "application/json"}
 EVENTS, ALERTS = "/v2/enqueue", "/webhooks/alertmanager"
@@ -72,73 +69,74 @@ def alert_of(annotations: Any, labels: Any = None, **fields: Any) -> dict[str, A
     return make_alert("key", annotations=annotations, labels=labels, **fields)
 
 
-def event_of(payload: Any, **fields: Any) -> dict[str, Any]:
+def event_of(payload: Any, key: Any = "key", **fields: Any) -> dict[str, Any]:
     """Make a trigger with only this payload, and further fields."""
-    return {"event_action": "trigger", "dedup_key": "key", "payload": payload} | fields
+    return {"event_action": "trigger", "dedup_key": key, "payload": payload} | fields
 
 
-async def send(client: httpx.AsyncClient, event: dict[str, Any]) -> int | None:
+async def send(client: AsyncClient, event: Any) -> Any:
     """Send an event that is taken, and give the id of its incident."""
-    response = await client.post(EVENTS, json=event)
+    response = await client.post(EVENTS, content=json.dumps(event), headers=JSON)
     assert response.status_code == 202, response.text
-    number: int | None = response.json()["incident_id"]
-    return number
+    return response.json()["incident_id"]
 
 
-async def send_alerts(client: httpx.AsyncClient, *alerts: dict[str, Any]) -> dict[str, Any]:
+async def send_alerts(client: AsyncClient, *alerts: Any) -> Any:
     """Send a webhook that is taken, and give the incident of each fingerprint."""
-    response = await client.post(ALERTS, json={"alerts": alerts})
+    content = json.dumps({"alerts": alerts})
+    response = await client.post(ALERTS, content=content, headers=JSON)
     assert response.status_code == 200, response.text
-    incident_ids: dict[str, Any] = response.json()["incident_ids"]
-    return incident_ids
+    return response.json()["incident_ids"]
 
 
-async def show(client: httpx.AsyncClient, incident_id: int | None) -> dict[str, Any]:
+async def show(client: AsyncClient, incident_id: Any) -> Any:
     """Give an incident as it is now."""
-    response = await client.get(f"/incidents/{incident_id}")
-    assert response.status_code == 200, response.text
-    body: dict[str, Any] = response.json()
-    return body
+    return (await client.get(f"/incidents/{incident_id}")).json()
 
 
-async def change(client: httpx.AsyncClient, incident_id: int | None, **fields: Any) -> None:
+async def change(client: AsyncClient, incident_id: int, **fields: Any) -> None:
     """Change an incident, as a person does."""
     response = await client.patch(f"/incidents/{incident_id}", json=fields)
     assert response.status_code == 200, response.text
 
 
-async def list_changes(client: httpx.AsyncClient, incident_id: int | None) -> list[Any]:
+async def list_changes(client: AsyncClient, incident_id: int) -> list[Any]:
     """Give the timeline: of each entry its kind or field, and what it became."""
     entries = (await client.get(f"/incidents/{incident_id}/timeline")).json()
     return [(entry.get("field", entry["kind"]), entry.get("to")) for entry in entries]
 
 
-async def count_times(client: httpx.AsyncClient, incident_id: int | None) -> dict[str, int]:
+async def list_alerts(client: AsyncClient, incident_id: int, **options: Any) -> Any:
+    """Give what the keys that point to an incident said last."""
+    return (await client.get(f"/incidents/{incident_id}/alerts", **options)).json()
+
+
+async def count_times(client: AsyncClient, incident_id: int) -> dict[str, int]:
     """Give how often each key that points to an incident has come for it."""
-    alerts = (await client.get(f"/incidents/{incident_id}/alerts")).json()
-    return {alert["dedup_key"]: alert["times"] for alert in alerts}
+    return {alert["dedup_key"]: alert["times"] for alert in await list_alerts(client, incident_id)}
 
 
-# ── Trigger ───────────────────────────────────────────────────────────────────────────────────────
+# ── Events ────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_trigger_opens_an_incident_of_monitoring(client: httpx.AsyncClient) -> None:
+async def test_a_trigger_opens_an_incident_of_monitoring(client: AsyncClient) -> None:
     response = await client.post(f"{EVENTS}/?cluster=prod", json=make_event(key="disk-db1"))
     incident = await show(client, 1)
+    created_at, updated_at = incident.pop("created_at"), incident.pop("updated_at")
 
-    assert response.status_code == 202
     assert response.headers["content-type"] == "application/json; charset=utf-8"
     answer = {"status": "success", "message": "Event processed"}
     assert response.json() == answer | {"dedup_key": "disk-db1", "incident_id": 1}
-    assert list(incident) == INCIDENT_FIELDS
-    assert (incident["description"], incident["status"]) == (SUMMARY, "open")
-    assert (incident["source"], incident["version"]) == ("monitoring", 1)
-    assert incident["labels"] == {"severity": "critical", "source": "db1"}
+    assert incident == {
+        "id": 1, "description": SUMMARY, "status": "open", "source": "monitoring",
+        "labels": {"severity": "critical", "source": "db1"}, "version": 1,
+    }  # fmt: skip
+    assert created_at == updated_at
     assert await list_changes(client, 1) == [("created", None)]
 
 
 async def test_an_identical_repeat_is_only_counted(
-    client: httpx.AsyncClient, sql: Sql, stored_rows: StoredRows
+    client: AsyncClient, sql: Sql, stored_rows: StoredRows
 ) -> None:
     event, alert = make_event("trigger", "event"), tell("firing 8:00")
     await change(client, await send(client, event), status="in_progress")
@@ -155,12 +153,8 @@ async def test_an_identical_repeat_is_only_counted(
     assert sql("SELECT max(id) FROM timeline") == [(4,)]
 
 
-def make_labels(name: str, count: int) -> dict[str, Any]:
-    """Make some labels."""
-    return {f"{name}{number}": "x" for number in range(count)}
-
-
-FULL = make_labels("s", 28)
+FULL = {f"s{number}": "x" for number in range(28)}
+FOUR = {f"p{number}": "x" for number in range(4)}
 ADDRESSES = dict.fromkeys(["client_url", "generatorURL", "imageURL", "image 1"], "http://a")
 # What is said first (with the summary "a" if there is none), what a person changes, what is said
 # then, and what changes by that.
@@ -170,45 +164,41 @@ REPEATS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, An
     ({"team": "db"}, {}, {}, {"team": None}),
     # Each Alertmanager of a cluster has an address of its own, which alone is no news.
     (ADDRESSES, {}, dict.fromkeys(ADDRESSES, "http://b"), {}),
-    ({"client_url": "x", "s": "1"}, {}, {"client_url": "y", "s": "2"},
-     {"client_url": "y", "s": "2"}),
+    (ADDRESSES | {"s": "1"}, {}, {"client_url": "y", "s": "2"},
+     {"client_url": "y", "s": "2"} | dict.fromkeys([*ADDRESSES][1:])),
     # A person's change stays until the sender says something new about the same.
     ({"s": "1"}, {"description": "мы"}, {"s": "2"}, {"s": "2"}),
     ({"s": "1"}, {"description": "мы"}, {"summary": "b", "s": "1"}, {"description": "b"}),
-    ({"s": "1"}, {"labels": {"s": "3"}}, {"summary": "b", "s": "1"}, {"description": "b"}),
+    ({"s": "1", "t": "1"}, {"labels": {"s": "3"}}, {"s": "1", "t": "2"}, {"t": "2"}),
+    ({"s": "1", "t": "1"}, {"labels": {"s": None}}, {"s": "1", "t": "2"}, {"t": "2"}),
     ({"s": "1"}, {"labels": {"s": "3"}}, {"s": "2"}, {"s": "2"}),
-    ({"s": "1"}, {"labels": {"s": None}}, {"summary": "b", "s": "1"}, {"description": "b"}),
     ({"s": "1"}, {"labels": {"s": None}}, {"s": "2"}, {"s": "2"}),
     ({"s": "1"}, {"labels": {"s": "3"}}, {}, {}),
-    ({"s": "1"}, {"labels": {"s": None}}, {}, {}),
-    ({"s": "1"}, {"labels": {"t": "x"}}, {"s": "2"}, {"s": "2"}),
     ({}, {"labels": {"t": "x"}}, {"t": "y"}, {"t": "y"}),
     # It is so already.
     ({"s": "1"}, {"labels": {"s": "2"}, "description": "b"}, {"s": "2", "summary": "b"}, {}),
     # An incident has 32 labels at most. Those that it has stay.
-    (FULL, {"labels": make_labels("p", 4)}, FULL | {"new": "x"}, {}),
-    (FULL, {"labels": make_labels("p", 3)}, FULL | {"new": "x", "newer": "x"}, {"new": "x"}),
-    (FULL, {"labels": make_labels("p", 4)}, FULL | {"s1": "", "t": "x"}, {"s1": None, "t": "x"}),
+    (FULL, {"labels": FOUR | {"p3": None}}, FULL | {"new": "x", "newer": "x"}, {"new": "x"}),
+    (FULL, {"labels": FOUR}, FULL | {"s1": "", "t": "x"}, {"s1": None, "t": "x"}),
 ]  # fmt: skip
 
 
 async def test_a_repeat_changes_what_it_says_differently_from_the_one_before(
-    client: httpx.AsyncClient, sql: Sql
+    client: AsyncClient, sql: Sql
 ) -> None:
     for key, (first, by_person, then, changes) in enumerate(REPEATS):
+        number = await send(client, event_of({"summary": "a"} | first, key))
         status = ("open", "in_progress")[key % 2]
-        number = await send(client, event_of({"summary": "a"} | first, dedup_key=key))
         await change(client, number, status=status, note="Смотрю", **by_person)
         before, entries = await show(client, number), await list_changes(client, number)
         for _ in range(2):
-            assert await send(client, event_of({"summary": "a"} | then, dedup_key=key)) == number
+            assert await send(client, event_of({"summary": "a"} | then, key)) == number
         after = await show(client, number)
         new = (await list_changes(client, number))[len(entries) :]
 
-        said = {"description": before["description"]} | before["labels"] | changes
-        assert {"description": after["description"]} | after["labels"] == {
-            name: value for name, value in said.items() if value is not None
-        }
+        shown = {"description": before["description"]} | before["labels"] | changes
+        shown = {name: value for name, value in shown.items() if value is not None}
+        assert {"description": after["description"]} | after["labels"] == shown
         assert {field.removeprefix("labels."): to for field, to in new} == changes, then
         assert len(new) == len(changes)
         assert after["version"] == before["version"] + bool(changes)
@@ -226,52 +216,50 @@ MOVES: dict[str, list[str | None]] = {
 
 
 async def test_an_event_moves_an_incident_forwards_and_never_opens_it_again(
-    client: httpx.AsyncClient, sql: Sql
+    client: AsyncClient, sql: Sql
 ) -> None:
     for action, status in itertools.product(MOVES, incidents.STATUSES):
         key, new_status = f"{action} {status}", MOVES[action][incidents.STATUSES.index(status)]
         number = await send(client, make_event(key=key))
         await change(client, number, status=status)
         before, entries = await show(client, number), await list_changes(client, number)
-        seen = sql("SELECT times, last_seen_at FROM dedup_keys WHERE incident_id = %s", number)
+        seen = await list_alerts(client, number)
         # Only a trigger says something: what the others have in their payload is not taken.
         payload = {} if action == "trigger" else {"message": "другой текст", "team": "db"}
         answer = await send(client, make_event(action, key, **payload))
         after, new = await show(client, number), await list_changes(client, number)
 
         assert (answer != number) == (new_status is None)
-        assert after["status"] == (new_status or status)
         is_moved = after["status"] != status
+        assert after["status"] == (new_status or status)
         assert after["version"] == before["version"] + is_moved
         assert new[len(entries) :] == ([("status", new_status)] if is_moved else [])
         if action != "trigger":
-            columns = "times, last_seen_at"
-            assert sql(f"SELECT {columns} FROM dedup_keys WHERE incident_id = %s", number) == seen
+            [alert] = await list_alerts(client, number)
+            assert [alert | {"changed_at": seen[0]["changed_at"]}] == seen
     assert find_inconsistencies(sql) == []
 
 
 async def test_a_key_that_opens_another_incident_is_counted_and_compared_anew(
-    client: httpx.AsyncClient,
+    client: AsyncClient,
 ) -> None:
     for _ in range(2):
         await send(client, make_event(timestamp="2026-01-15T09:00:00Z"))
     await change(client, 1, status="closed")
     again = make_event(summary="снова", severity="info")
-    number = await send(client, again)
-    [alert] = (await client.get("/incidents/2/alerts")).json()
-    await send(client, again)
+    numbers = [await send(client, again), await send(client, again)]
+    [alert] = await list_alerts(client, 2)
 
-    assert number == 2
-    assert (alert["times"], alert["description"]) == (1, "снова")
+    assert numbers == [2, 2]
+    assert (alert["times"], alert["description"]) == (2, "снова")
     assert alert["labels"] == {"severity": "info", "source": "db1"}
     assert alert["started_at"] == "2026-01-15T09:00:00Z"  # no later time has been told
     assert (await show(client, 2))["version"] == 1
-    assert await count_times(client, 2) == {"disk": 2}
-    assert await count_times(client, 1) == {}
+    assert await list_alerts(client, 1) == []
 
 
 async def test_a_key_of_an_older_version_is_compared_from_its_next_trigger_on(
-    client: httpx.AsyncClient, sql: Sql
+    client: AsyncClient, sql: Sql
 ) -> None:
     await send(client, make_event())
     sql("UPDATE dedup_keys SET description = NULL, labels = NULL, changed_at = NULL")
@@ -285,18 +273,15 @@ async def test_a_key_of_an_older_version_is_compared_from_its_next_trigger_on(
 
 
 async def test_an_event_of_an_unknown_key_is_taken_and_changes_nothing(
-    client: httpx.AsyncClient, stored_rows: StoredRows, sql: Sql
+    client: AsyncClient, stored_rows: StoredRows
 ) -> None:
     before = stored_rows()
 
     assert await send(client, make_event("acknowledge", "unknown")) is None
-    assert await send(client, make_event("resolve", "unknown")) is None
     assert await send_alerts(client, make_alert("unknown", "resolved")) == {"unknown": None}
     assert stored_rows() == before
-    assert sql("SELECT nextval('incidents_id_seq')") == [(1,)]
+    assert await send(client, make_event()) == 1  # no id was drawn
 
-
-# ── Late events ───────────────────────────────────────────────────────────────────────────────────
 
 NO_TIME = "0001-01-01T00:00:00Z"
 
@@ -316,15 +301,12 @@ LATE_ALERTS = [
      ["resolved since 8:00", "open since 9:00"]),
     ("firing 8:00, firing 9:00, resolved 8:00 8:10", ["open since 9:00"]),
     ("firing 9:00, firing 8:00, resolved 8:00 8:10", ["open since 9:00"]),
-    ("firing 9:00, resolved 8:00", ["open since 9:00"]),
     ("firing 9:00, resolved 8:00 9:00", ["resolved since 9:00"]),
-    ("firing 9:00, resolved 9:00", ["resolved since 9:00"]),
     ("firing 9:00, resolved 9:00 8:59", ["resolved since 9:00"]),
     ("firing 9:00, resolved", ["resolved since 9:00"]),
     ("firing 8:00 9:00, resolved 8:00 8:30", ["resolved since 8:00"]),
     ("firing, resolved 8:00 8:10", ["resolved unknown"]),
     ("firing 9:00, firing, resolved 8:00 8:10", ["open unknown"]),
-    ("firing 9:00, firing 9:30, resolved 9:00 9:40", ["resolved since 9:30"]),
     # After an outage, Prometheus fires again with the old time.
     ("firing 9:00, resolved 9:00 9:10, firing 9:00", ["resolved since 9:00", "open since 9:00"]),
     ("firing 9:00, resolved 9:00 9:10, firing 8:00, resolved 8:00 8:10",
@@ -332,7 +314,7 @@ LATE_ALERTS = [
 ]  # fmt: skip
 
 
-async def test_the_newest_episode_of_an_alert_decides(client: httpx.AsyncClient) -> None:
+async def test_the_newest_episode_of_an_alert_decides(client: AsyncClient) -> None:
     for key, (told, expected) in enumerate(LATE_ALERTS):
         for text in told.split(", "):
             alert = tell(text) | {"fingerprint": str(key), "labels": {"case": str(key)}}
@@ -342,18 +324,6 @@ async def test_the_newest_episode_of_an_alert_decides(client: httpx.AsyncClient)
         assert [f"{each['status']} {each['description']}" for each in listed] == expected, told
 
 
-async def test_an_event_from_before_the_newest_trigger_changes_nothing(
-    client: httpx.AsyncClient, stored_rows: StoredRows
-) -> None:
-    at_8, at_9 = "2026-01-15T08:00:00+0000", "2026-01-15T09:00:00+0000"
-    await send(client, make_event(timestamp=at_9))
-    before = stored_rows()
-    for action in ("acknowledge", "resolve"):
-        assert await send(client, make_event(action, timestamp=at_8)) == 1
-
-    assert stored_rows() == before
-
-
 TIMES = [
     ("2026-01-15T10:30:00.123456789Z", "2026-01-15T10:30:00.123456Z"),
     ("2026-01-15t10:30:00z", "2026-01-15T10:30:00Z"),
@@ -361,76 +331,54 @@ TIMES = [
     ("2015-07-17T08:42:58.315+0000", "2015-07-17T08:42:58.315Z"),
 ]
 NO_TIMES: list[Any] = [NO_TIME, "0001-01-01T00:00:00+23:59", "2026-01-15T10:30:00", "2026-01-15"]
-NO_TIMES += ["yesterday", "", None, 0, 1768473000, True, [], {}, "9999-12-31T23:59:59-23:59"]
-NO_TIMES += ["2099-01-01T00:00:00Z", "2026-13-45T99:00:00Z", "\0", "🔥", "9" * 5000]
+NO_TIMES += ["", None, 1768473000, [], "9999-12-31T23:59:59-23:59", "2099-01-01T00:00:00Z", "\0"]
 
 
 async def test_a_time_is_kept_as_the_sender_says_it_and_a_wrong_one_is_none(
-    client: httpx.AsyncClient,
+    client: AsyncClient,
 ) -> None:
     for key, (sent, kept) in enumerate([*TIMES, *((time, None) for time in NO_TIMES)]):
         [number] = (await send_alerts(client, make_alert(key, startsAt=sent))).values()
         other = await send(client, make_event(key=f"event {key}", timestamp=sent))
         for each in (number, other):
-            [alert] = (await client.get(f"/incidents/{each}/alerts")).json()
+            [alert] = await list_alerts(client, each)
             assert alert["started_at"] == kept, sent
         await send_alerts(client, make_alert(key, "resolved", startsAt=sent, endsAt=sent))
         assert (await show(client, number))["status"] == "resolved"
 
 
-# ── Keys ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-async def test_an_event_without_a_key_gets_one(client: httpx.AsyncClient) -> None:
+async def test_an_event_without_a_key_gets_one(client: AsyncClient) -> None:
     event = {"event_action": "trigger", "payload": {"summary": SUMMARY}}
     events = [event, event | {"dedup_key": ""}, event | {"dedup_key": None}]
-    events += [event | {"event_action": action} for action in ("acknowledge", "resolve")]
+    events.append({"event_action": "resolve"})
     answers = [(await client.post(EVENTS, json=event)).json() for event in events]
-    keys = [answer["dedup_key"] for answer in answers]
+    keys = {answer["dedup_key"] for answer in answers}
 
-    assert len(set(keys)) == len(events)
-    assert all(re.fullmatch("[0-9a-f]{32}", key) for key in keys)
-    assert [answer["incident_id"] for answer in answers] == [1, 2, 3, None, None]
-    assert await send(client, make_event("resolve", keys[0])) == 1
-
-
-DIFFERENT_KEYS = [
-    *("disk", "DISK", " disk", "disk ", "disk\n", " ", "0", "00", "é", "e\u0301", "🔥" * 255),
-    *("я" * 254, "\u202eשלום", "שלום", "\ufeff", "null", "'; DROP TABLE incidents; --", "%"),
-]
+    assert len(keys) == 4 and all(re.fullmatch("[0-9a-f]{32}", key) for key in keys)
+    assert [answer["incident_id"] for answer in answers] == [1, 2, 3, None]
+    assert await send(client, make_event("resolve", answers[0]["dedup_key"])) == 1
 
 
-async def test_keys_that_differ_in_anything_are_different_keys(client: httpx.AsyncClient) -> None:
-    numbers = [await send(client, make_event(key=key)) for key in DIFFERENT_KEYS]
-    again = [await send(client, make_event(key=key)) for key in DIFFERENT_KEYS]
+SAME_KEYS = ["disk", "DISK", " disk", "disk\n", " ", "00", "é", "e\u0301", "🔥" * 255]
+SAME_KEYS += ["\u202eשלום", "שלום", "'; DROP TABLE incidents; --", "%"]
+# What is sent, and the key that it is taken as.
+ALL_KEYS: list[tuple[Any, str]] = [(key, key) for key in SAME_KEYS]
+ALL_KEYS += [(0, "0"), ({"a": [None]}, '{"a":[null]}'), ("a\0b", "ab"), ("a\ud83d", "a\ufffd")]
 
-    assert numbers == again == list(range(1, len(DIFFERENT_KEYS) + 1))
-    for key, number in zip(DIFFERENT_KEYS, numbers, strict=True):
+
+async def test_keys_that_differ_in_anything_are_different_keys(client: AsyncClient) -> None:
+    numbers = [await send(client, make_event(key=sent)) for sent, _ in ALL_KEYS]
+    again = [await send_alerts(client, make_alert(sent)) for sent, _ in ALL_KEYS]
+
+    assert numbers == list(range(1, len(ALL_KEYS) + 1))
+    assert again == [{key: number} for number, (_, key) in enumerate(ALL_KEYS, 1)]
+    for number, (_, key) in enumerate(ALL_KEYS, 1):
         found = (await client.get("/incidents/", params={"dedup_key": key})).json()
         assert [incident["id"] for incident in found] == [number]
         assert await count_times(client, number) == {key: 2}
 
 
-ODD_KEYS: list[tuple[Any, str]] = [
-    (42, "42"), (0, "0"), (True, "true"), (["a", 1], '["a",1]'), ({"a": None}, '{"a":null}'),
-    ("a\0b", "ab"), ("\ud83d", "\ufffd"), ("a\udd25\ud83d\udd25", "a\ufffd🔥"),
-]  # fmt: skip
-
-
-async def test_a_key_that_is_no_text_is_taken_as_text(client: httpx.AsyncClient) -> None:
-    for sent, key in ODD_KEYS:
-        response = await client.post(EVENTS, content=json.dumps(make_event(key=sent)), headers=JSON)
-        number = response.json()["incident_id"]
-        body = json.dumps({"alerts": [make_alert(sent, "resolved")]})
-        resolved = await client.post(ALERTS, content=body, headers=JSON)
-
-        assert response.json()["dedup_key"] == key
-        assert resolved.json()["incident_ids"] == {key: number}
-
-
-async def test_an_alert_without_a_fingerprint_is_known_by_its_labels(
-    client: httpx.AsyncClient,
-) -> None:
+async def test_an_alert_without_a_fingerprint_is_known_by_its_labels(client: AsyncClient) -> None:
     all_labels: list[Any] = [{"host": "db1", "job": "a"}, {"host": "db2", "job": "a"}, {}, None, []]
     alerts = [{"status": "firing", "labels": labels, "fingerprint": ""} for labels in all_labels]
     numbers = await send_alerts(client, *alerts)
@@ -446,27 +394,25 @@ async def test_an_alert_without_a_fingerprint_is_known_by_its_labels(
 # What is sent, and the same as text.
 TEXTS: list[tuple[Any, str]] = [
     ("\u202eДиск 🔥 שלום e\u0301", "\u202eДиск 🔥 שלום e\u0301"), ("  a\0b\0 ", "  ab "),
-    ("=1+1'\"\\$.%", "=1+1'\"\\$.%"), (0, "0"), (-1.5, "-1.5"), (False, "false"),
-    (10**300, str(10**300)), (float("inf"), "Infinity"), ([], "[]"),
-    ({"a": ["б", None, "\0"]}, '{"a":["б",null,"\\u0000"]}'), ("я" * 1000, "я" * 1000),
-    (json.loads("[" * 190 + "]" * 190), "[" * 190 + "]" * 190),
-    ("cut \ud83d", "cut \ufffd"), ("\udd25\ud83d\udd25", "\ufffd🔥"),
+    ("=1+1'\"\\$.%", "=1+1'\"\\$.%"), (0, "0"), (False, "false"), (10**300, str(10**300)),
+    (float("inf"), "Infinity"), ([], "[]"), ({"a": ["б", None]}, '{"a":["б",null]}'),
+    (json.loads("[" * 190 + "]" * 190), "[" * 190 + "]" * 190), ("я" * 1000, "я" * 1000),
+    ("\udd25\ud83d\udd25", "\ufffd🔥"),
 ]  # fmt: skip
 
 
-async def test_any_value_is_taken_as_text(client: httpx.AsyncClient) -> None:
+async def test_any_value_is_taken_as_text(client: AsyncClient) -> None:
     for key, (value, text) in enumerate(TEXTS):
         payload = {"summary": value, "severity": value, "custom_details": {"detail": value}}
-        event = event_of(payload, dedup_key=key, client=value)
-        response = await client.post(EVENTS, content=json.dumps(event), headers=JSON)
-        incident = await show(client, response.json()["incident_id"])
+        number = await send(client, event_of(payload, key, client=value))
+        incident = await show(client, number)
 
         assert incident["description"] == text
         assert incident["labels"] == dict.fromkeys(("severity", "detail", "client"), text)
 
 
-GOOD_NAMES = ["a", "A", "я" * 100, "🔥", "a b", "a\nb", "a.b", '"', "\\", "'", "$", "labels.a"]
-BAD_NAMES = ["", " ", "\u2003", "\0", "a:b", ":", "a" * 101]
+GOOD_NAMES = ["a", "A", "я" * 100, "🔥", "a b", "a\nb", '"', "\\", "$", "labels.a"]
+BAD_NAMES = ["", " ", "\u2003", "\0", "a:b", "a" * 101]
 NAMES = dict.fromkeys([*BAD_NAMES, *GOOD_NAMES, "b\0"], "x")
 URL, LONG = "https://runbooks.example.com/x?a=1&b=2", "🔥" * 1001
 LINKS = [{"href": URL, "text": "Runbook"}, {"href": f"{URL}2"}, "https://plain", {"text": "none"}]
@@ -479,30 +425,23 @@ SAID: list[tuple[dict[str, Any], str, dict[str, str]]] = [
     (alert_of({"summary": "a", "description": "a"}), "a", {}),
     (alert_of({"impact": "no shop"}, {"app": "x"}), "impact=no shop, app=x",
      {"impact": "no shop", "app": "x"}),
-    (alert_of({"summary": "\0", "description": " "}, {"a": "1", "b": "2"}), "a=1, b=2",
-     {"a": "1", "b": "2"}),
+    (alert_of({"summary": "\0", "description": " "}, {"a": "1"}), "a=1", {"a": "1"}),
     (alert_of({}, {}), "Alert key", {}),
     (alert_of("text"), "annotations=text", {"annotations": "text"}),
-    (alert_of([], ["a"]), 'labels=["a"]', {"labels": '["a"]'}),
     (alert_of({"summary": "я" * 3000, "description": "б" * 3000}),
      "я" * 3000 + "\n" + "б" * 1999, {}),
     (alert_of({"summary": "a"}, {"firing": LONG}), f"a\nfiring: {LONG}", {"firing": "🔥" * 1000}),
     (alert_of({"summary": " " * 5000 + "a"}), "Alert key", {}),
     (event_of({}), "Event key", {}),
-    (event_of("text"), "payload=text", {"payload": "text"}),
-    (event_of({"summary": "a" * 5001}), "a" * 5000, {}),
     # The labels
-    (event_of({"summary": "a", "source": "db1.пример", "class": "disk", "timestamp": "x",
-               "custom_details": {"free": "0 %", "команда": "שלום"}}, client="z", client_url=URL,
-              unknown=[1]), "a",
-     {"source": "db1.пример", "class": "disk", "free": "0 %", "команда": "שלום", "client": "z",
+    (event_of({"summary": "a", "source": "db1.пример", "timestamp": "x", "class": None,
+               "custom_details": {"source": "x", "class": "disk", "команда": "שלום"}},
+              client="z", client_url=URL, unknown=[1]), "a",
+     {"source": "db1.пример", "class": "disk", "команда": "שלום", "client": "z",
       "client_url": URL}),
     # What has a name that no label can have is left out.
     (event_of({"summary": "a", "custom_details": NAMES}), "a",
      dict.fromkeys([*GOOD_NAMES, "b"], "x")),
-    (event_of({"summary": "a", "severity": "error", "component": None, "custom_details":
-               {"severity": "info", "component": "details"}}), "a",
-     {"severity": "error", "component": "details"}),
     (event_of({"summary": "a"}, links=LINKS, images=[{"src": "https://i", "href": "https://h"}]),
      "a", {"link 1": URL, "link 2": f"{URL}2", "link 3": "https://plain",
            "link 4": '{"text":"none"}', "image 1": "https://i"}),
@@ -513,21 +452,18 @@ SAID: list[tuple[dict[str, Any], str, dict[str, str]]] = [
     (alert_of({"summary": "a"}, None, generatorURL=URL, silenceURL="s", dashboardURL="", panelURL=
               "p", imageURL=None, ruleUID="af1", values={"A": 1}, valueString="[ value=1 ]"), "a",
      {"generatorURL": URL, "silenceURL": "s", "panelURL": "p", "ruleUID": "af1"}),
-    *((event_of({"summary": "a", "custom_details": details}), "a",
-       {"custom_details": text} if text else {})
-      for details, text in [("text", "text"), (False, "false"), (None, ""), ([], "[]"),
-                            ({}, "")]),
+    (event_of({"summary": "a", "custom_details": False}), "a", {"custom_details": "false"}),
 ]  # fmt: skip
 
 
 async def test_what_a_tool_says_becomes_description_and_labels(
-    client: httpx.AsyncClient, sql: Sql
+    client: AsyncClient, sql: Sql
 ) -> None:
     for message, description, labels in SAID:
         if "event_action" in message:
             number = await send(client, message)
         else:
-            [number] = (await send_alerts(client, message)).values()
+            number = (await send_alerts(client, message))["key"]
         incident = await show(client, number)
 
         assert (incident["description"], incident["labels"]) == (description, labels), message
@@ -535,14 +471,14 @@ async def test_what_a_tool_says_becomes_description_and_labels(
     assert find_inconsistencies(sql) == []
 
 
-# People filter by these.
 NEEDED = ["alertname", "severity", "priority", "service", "team", "instance", "host", "hostname"]
 NEEDED += ["job", "namespace", "cluster", "environment", "env", "component", "region", "zone"]
 NEEDED += ["node", "pod", "container", "app", "application", "Severity"]
 
 
-async def test_of_many_labels_those_stay_that_people_need(client: httpx.AsyncClient) -> None:
+async def test_of_many_labels_those_stay_that_people_need(client: AsyncClient) -> None:
     many = {f"label_{number:02}": "x" for number in range(70)}
+    # People filter by these.
     needed = dict.fromkeys(NEEDED, "y") | {"runbook": URL, "zzz": URL}
     [number] = (await send_alerts(client, alert_of({"runbook": URL}, many | needed))).values()
 
@@ -553,34 +489,32 @@ async def test_of_many_labels_those_stay_that_people_need(client: httpx.AsyncCli
 # ── What is taken in part, and what is refused ────────────────────────────────────────────────────
 
 
-async def test_of_very_many_values_the_first_thousand_are_read(client: httpx.AsyncClient) -> None:
+async def test_of_very_many_values_the_first_thousand_are_read(client: AsyncClient) -> None:
     values = dict.fromkeys([f"field{number}" for number in range(999)]) | {"team": "db", "a": "b"}
     number = await send(client, event_of(values) | values)
 
     assert (await show(client, number))["labels"] == {"team": "db"}
 
 
-async def test_bytes_that_are_not_utf_8_do_not_sink_their_alert(client: httpx.AsyncClient) -> None:
-    for number, bad in enumerate([b"\xff", b"\xd0", b"\xed\xa0\xbd", b"caf\xe9"], 1):
+async def test_bytes_that_are_not_utf_8_do_not_sink_their_alert(client: AsyncClient) -> None:
+    for number, bad in enumerate([b"\xff", b"\xed\xa0\xbd", b"caf\xe9"], 1):
         alert = b'{"status":"firing","labels":{"number":%d},"annotations":{"summary":"%s"}}'
         content = b'\xef\xbb\xbf{"alerts":[' + alert % (number, bad) + b"]}"
-        response = await client.post(ALERTS, content=content, headers=JSON)
+        await client.post(ALERTS, content=content, headers=JSON)
 
-        assert response.status_code == 200, response.text
         assert (await show(client, number))["description"] == bad.decode("utf-8", "replace")
 
 
-WRONG_ALERTS: list[Any] = [5, None, "a", [], {}, [make_alert("x")], {"fingerprint": "x"}]
-WRONG_ALERTS += [make_alert("x", status) for status in ("pending", "Firing", "")]
-WRONG_ALERTS += [make_alert(key) for key in ("a" * 256, "🔥" * 256, 10**255, ["a" * 255])]
-WRONG_WEBHOOKS: list[tuple[Any, list[str]]] = [([], ["#"]), (5, ["#"]), ({}, ["#/alerts"])]
-NO_LISTS: list[Any] = [None, {}, "a", [{}] * 10_001]
-WRONG_WEBHOOKS += [({"alerts": alerts}, ["#/alerts"]) for alerts in NO_LISTS]
+WRONG_ALERTS: list[Any] = [5, None, [], {}, [make_alert("x")], {"fingerprint": "x"}]
+WRONG_ALERTS += [make_alert("x", "Firing"), make_alert("🔥" * 256), make_alert(["a" * 255])]
+WRONG_LISTS: list[Any] = [None, {}, [{}] * 10_001]
+WRONG_WEBHOOKS: list[tuple[Any, list[str]]] = [([], ["#"]), ({}, ["#/alerts"])]
+WRONG_WEBHOOKS += [({"alerts": wrong}, ["#/alerts"]) for wrong in WRONG_LISTS]
 WRONG_WEBHOOKS += [({"alerts": [wrong]}, []) for wrong in WRONG_ALERTS]
 
 
 async def test_an_alert_that_cannot_be_understood_does_not_stop_the_others(
-    client: httpx.AsyncClient, stored_rows: StoredRows
+    client: AsyncClient, stored_rows: StoredRows
 ) -> None:
     before = stored_rows()
     for body, pointers in WRONG_WEBHOOKS:
@@ -588,28 +522,25 @@ async def test_an_alert_that_cannot_be_understood_does_not_stop_the_others(
         assert_problem(refused, 422, *pointers)
     assert stored_rows() == before
     assert await send_alerts(client) == {}  # an empty list, in which nothing is wrong
-    alerts = [WRONG_ALERTS[0], make_alert("a"), *WRONG_ALERTS[1:], make_alert("b")]
+    alerts: list[Any] = [WRONG_ALERTS[0], make_alert("a"), *WRONG_ALERTS[1:], make_alert("b")]
     answer = (await client.post(ALERTS, json={"alerts": alerts})).json()
 
     assert answer["incident_ids"] == {"a": 1, "b": 2}
-    indexes = [0, *range(2, len(alerts) - 1)]
-    detail = incidents.WRONG_ALERT
-    assert answer["ignored"] == [{"index": index, "detail": detail} for index in indexes]
+    assert [wrong["index"] for wrong in answer["ignored"]] == [0, *range(2, len(alerts) - 1)]
+    assert {wrong["detail"] for wrong in answer["ignored"]} == {incidents.WRONG_ALERT}
 
 
 WRONG_EVENTS = [
     *(b"", b"{", b"[]", b"{}", b'{"event_action": null}', b"[" * 100_000),
-    b'{"event_action": "Trigger", "payload": {}}',
-    b'{"event_action": "trigger"}',
-    b'{"event_action": "trigger", "payload": null}',
+    *(b'{"event_action": "trigger"}', b'{"event_action": "trigger", "payload": null}'),
     b'{"event_action": "trigger", "payload": {"summary": %s}}' % (b"9" * 10_000),
     b'{"event_action": "trigger", "payload": {"summary": "\\ud83d", "a": }}',
-    *(json.dumps(make_event("resolve", key)).encode() for key in ("a" * 256, "🔥" * 256, 10**255)),
+    json.dumps(make_event("resolve", "🔥" * 256)).encode(),
 ]
 
 
 async def test_a_wrong_event_is_refused_in_the_form_that_its_sender_reads(
-    client: httpx.AsyncClient, stored_rows: StoredRows
+    client: AsyncClient, stored_rows: StoredRows
 ) -> None:
     before = stored_rows()
     for content in WRONG_EVENTS:
@@ -618,27 +549,13 @@ async def test_a_wrong_event_is_refused_in_the_form_that_its_sender_reads(
         assert response.json()["status"] == "invalid event"
     response = await client.post(EVENTS, json={"event_action": "page"})
     assert response.json()["errors"][0].startswith("#/event_action: Input should be 'trigger'")
-    for method in ("GET", "PUT"):
-        response = await client.request(method, EVENTS)
-        assert_problem(response, 405)
-        assert response.json()["status"] == "method not allowed"
+    response = await client.get(EVENTS)
+    assert_problem(response, 405)
+    assert response.json()["status"] == "method not allowed"
     assert stored_rows() == before
 
 
-async def test_an_event_that_cannot_be_stored_is_refused_in_that_form_too(
-    client: httpx.AsyncClient,
-    database_unavailable: Callable[[], AbstractContextManager[None]],
-) -> None:
-    with database_unavailable():
-        response = await client.post(EVENTS, json=make_event())
-
-    assert_problem(response, 503)
-    assert response.json()["status"] == "service unavailable"
-    assert int(response.headers["retry-after"]) > 0
-    assert await send(client, make_event()) == 1
-
-
-async def test_a_body_may_be_as_long_as_the_limit_and_no_longer(client: httpx.AsyncClient) -> None:
+async def test_a_body_may_be_as_long_as_the_limit_and_no_longer(client: AsyncClient) -> None:
     for path, limit, body in (
         (EVENTS, 512 * 1024, b'{"event_action":"resolve","dedup_key":"a"}'),
         (ALERTS, 2 * 1024 * 1024, b'{"alerts":[]}'),
@@ -654,39 +571,25 @@ async def test_a_body_may_be_as_long_as_the_limit_and_no_longer(client: httpx.As
 # ── Webhooks of Alertmanager and Grafana ──────────────────────────────────────────────────────────
 
 
-async def test_a_webhook_takes_each_alert_by_itself(client: httpx.AsyncClient) -> None:
-    await send_alerts(client, *(make_alert(key) for key in "abc"))
-    numbers = await send_alerts(
-        client,
-        make_alert("d"),
-        make_alert("a", "resolved"),
-        make_alert("b"),
-        make_alert("unknown", "resolved"),
-        make_alert("c", annotations={"summary": "new"}),
-    )
+async def test_a_webhook_takes_each_alert_by_itself_and_counts_one_that_is_there_twice_once(
+    client: AsyncClient,
+) -> None:
+    await send_alerts(client, *(make_alert(key) for key in "abac"))
+    # Of two alerts with the same fingerprint, the later one counts.
+    alerts = [make_alert("d"), make_alert("a"), make_alert("a", "resolved")]
+    alerts += [make_alert("b", "resolved"), make_alert("b"), make_alert("unknown", "resolved")]
+    alerts += [make_alert("c", annotations={"summary": "new"})]
+    numbers = await send_alerts(client, *alerts)
     shown = [await show(client, number) for number in (1, 2, 3, 4)]
+    times = [await count_times(client, number) for number in (1, 2, 3, 4)]
 
     assert [*numbers.items()] == [("d", 4), ("a", 1), ("b", 2), ("unknown", None), ("c", 3)]
     assert [each["status"] for each in shown] == ["resolved", "open", "open", "open"]
     assert [each["description"] for each in shown] == [SUMMARY, SUMMARY, "new", SUMMARY]
+    assert times == [{"a": 1}, {"b": 2}, {"c": 2}, {"d": 1}]
 
 
-async def test_an_alert_that_is_there_twice_counts_once_and_as_it_was_last(
-    client: httpx.AsyncClient,
-) -> None:
-    numbers = await send_alerts(client, make_alert("a"), make_alert("b"), make_alert("a"))
-    ended = await send_alerts(client, make_alert("a"), make_alert("a", "resolved"))
-    again = await send_alerts(client, make_alert("b", "resolved"), make_alert("b"))
-    statuses = [(await show(client, number))["status"] for number in (1, 2)]
-
-    assert (numbers, ended, again) == ({"a": 1, "b": 2}, {"a": 1}, {"b": 2})
-    assert (await count_times(client, 1)) | (await count_times(client, 2)) == {"a": 1, "b": 2}
-    assert statuses == ["resolved", "open"]
-
-
-async def test_long_webhooks_at_once_do_not_fill_the_queue(
-    client: httpx.AsyncClient, sql: Sql
-) -> None:
+async def test_long_webhooks_at_once_do_not_fill_the_queue(client: AsyncClient, sql: Sql) -> None:
     count = 100 + incidents.MAX_WAITING // 4
     groups = [[make_alert(f"{group}-{n:03}") for n in range(count)] for group in range(4)]
     answers = await asyncio.gather(*(send_alerts(client, *group) for group in groups))
@@ -698,14 +601,10 @@ async def test_long_webhooks_at_once_do_not_fill_the_queue(
     assert sql("SELECT count(*) FROM incidents") == [(4 * count,)]
 
 
-async def test_triggers_of_one_key_at_once_open_one_incident(
-    client: httpx.AsyncClient, sql: Sql
-) -> None:
+async def test_triggers_of_one_key_at_once_open_one_incident(client: AsyncClient, sql: Sql) -> None:
     events = [make_event(severity=f"{number % 7}") for number in range(50)]
     numbers = await asyncio.gather(*(send(client, event) for event in events))
-    [(said, labels)] = sql(
-        "SELECT said.labels, incidents.labels FROM dedup_keys AS said, incidents"
-    )
+    [(said, labels)] = sql("SELECT said.labels, incidents.labels FROM dedup_keys said, incidents")
 
     assert set(numbers) == {1}
     assert await count_times(client, 1) == {"disk": 50}
@@ -713,73 +612,53 @@ async def test_triggers_of_one_key_at_once_open_one_incident(
     assert find_inconsistencies(sql) == []
 
 
-# ── Which incident a key points to ────────────────────────────────────────────────────────────────
-
-
-async def test_the_list_shows_the_newest_incident_of_a_key(client: httpx.AsyncClient) -> None:
+async def test_the_list_shows_the_newest_incident_of_a_key(client: AsyncClient) -> None:
     await send(client, make_event(key="a"))
     await send(client, make_event(key="b"))
     await change(client, 1, status="closed")
     old = await client.get("/incidents/?dedup_key=a")
     await send(client, make_event(key="a"))
-    new = await client.get("/incidents/?dedup_key=a")
+    new = await show(client, 3)
 
     assert old.json() == [await show(client, 1)]
-    assert new.json() == [await show(client, 3)]
     label = "label=severity:info,critical&q=ПОЛОН&status=open&since=2000-01-01&source=monitoring"
-    for query, is_found in ((label, True), ("status=closed", False), ("q=сервер", False)):
-        response = await client.get(f"/incidents/?dedup_key=a&{query}")
-        assert response.json() == (new.json() if is_found else []), query
-    for query in ("", "a&dedup_key=b", "%00", "a" * 256):
+    for query, found in ((label, [new]), ("status=closed", []), ("q=сервер", [])):
+        assert (await client.get(f"/incidents/?dedup_key=a&{query}")).json() == found, query
+    for query in ("a&dedup_key=b", "%00", "a" * 256):
         refused = await client.get(f"/incidents/?dedup_key={query}")
         assert_problem(refused, 422, "#/dedup_key")
 
 
-async def test_the_alerts_of_an_incident_show_what_its_key_said_last(
-    client: httpx.AsyncClient,
-) -> None:
+async def test_the_alerts_of_an_incident_show_what_its_key_said_last(client: AsyncClient) -> None:
     at = "2026-01-15T10:30:00Z"
     await send(client, make_event(timestamp=at))
     await change(client, 1, description="Другое", labels={"severity": None})
     await send(client, make_event(severity="info", timestamp=at))
     await send(client, make_event(severity="info", timestamp=at))
     await client.post("/incidents/", json={"description": "a", "source": "operator"})
-    [alert] = (await client.get("/incidents/1/alerts")).json()
+    [alert] = await list_alerts(client, 1)
     last_seen_at, changed_at = alert.pop("last_seen_at"), alert.pop("changed_at")
 
     assert alert == {
-        "dedup_key": "disk",
-        "actor": "anonymous",
-        "times": 3,
-        "description": SUMMARY,
-        "labels": {"severity": "info", "source": "db1"},
-        "started_at": at,
-    }
-    assert re.fullmatch(TIMESTAMP, last_seen_at) and re.fullmatch(TIMESTAMP, changed_at)
-    assert changed_at < last_seen_at
-    assert (await client.get("/incidents/2/alerts")).json() == []
-    for unknown in ("3", "0", "x", "9" * 18, "9" * 30):
-        assert_problem(await client.get(f"/incidents/{unknown}/alerts"), 404)
+        "dedup_key": "disk", "actor": "anonymous", "times": 3, "description": SUMMARY,
+        "labels": {"severity": "info", "source": "db1"}, "started_at": at,
+    }  # fmt: skip
+    assert re.fullmatch(TIMESTAMP, last_seen_at) and changed_at < last_seen_at
+    assert await list_alerts(client, 2) == []
 
 
 # ── Tokens ────────────────────────────────────────────────────────────────────────────────────────
 
-KEYS = {
-    "reader": "s3cr3t-of-reader",
-    "writer": "s3cr3t-of-writer",
-    "grafana": "s3cr3t-of-grafana",
-    "unknown": "S3CR3T-OF-WRITER",
-}
+KEYS = {name: f"s3cr3t-of-{name}" for name in ("reader", "writer", "grafana", "unknown")}
 
 
 async def test_the_token_of_an_event_is_in_the_header_or_else_in_the_routing_key(
-    client: httpx.AsyncClient, with_tokens: None, sql: Sql, stored_rows: StoredRows
+    client: AsyncClient, with_tokens: None, sql: Sql, stored_rows: StoredRows
 ) -> None:
     for header, routing_key in itertools.product(["", *KEYS], repeat=2):
         before = stored_rows()
         headers = {"Authorization": f"Bearer {KEYS[header]}"} if header else {}
-        event = make_event(key=f"{header} {routing_key}")
-        event |= {"routing_key": KEYS.get(routing_key)}
+        event = make_event(key=f"{header} {routing_key}") | {"routing_key": KEYS.get(routing_key)}
         response = await client.post(EVENTS, json=event, headers=headers)
         sender = header or routing_key
 
@@ -795,24 +674,12 @@ async def test_the_token_of_an_event_is_in_the_header_or_else_in_the_routing_key
         assert response.headers["www-authenticate"] == challenge
 
 
-async def test_without_tokens_any_routing_key_is_taken(client: httpx.AsyncClient) -> None:
-    for routing_key in ("", "writer", "é", "🔥", 5, None, ["a"], "a" * 10_000):
+async def test_without_tokens_any_routing_key_is_taken(client: AsyncClient) -> None:
+    for routing_key in ("", "🔥", 5, None, ["a"], "a" * 10_000):
         assert await send(client, make_event() | {"routing_key": routing_key}) == 1
 
 
-async def test_the_token_of_a_webhook_is_in_the_header_only(
-    client: httpx.AsyncClient, with_tokens: None, sql: Sql
-) -> None:
-    senders = [({}, 401), (UNKNOWN, 401), (READER, 403), (WRITER, 200), (REPORTER, 200)]
-    for key, (headers, status) in enumerate(senders):
-        body = {"alerts": [make_alert(key)], "routing_key": KEYS["writer"]}
-        response = await client.post(ALERTS, json=body, headers=headers)
-
-        assert response.status_code == status
-    assert sql("SELECT actor FROM timeline ORDER BY id") == [("writer",), ("grafana",)]
-
-
-async def test_each_token_has_keys_of_its_own(client: httpx.AsyncClient, with_tokens: None) -> None:
+async def test_each_token_has_keys_of_its_own(client: AsyncClient, with_tokens: None) -> None:
     # Two tools may both number their problems from 1 on.
     for headers in (REPORTER, WRITER, REPORTER):
         await client.post(EVENTS, json=make_event(key="1"), headers=headers)
@@ -820,12 +687,11 @@ async def test_each_token_has_keys_of_its_own(client: httpx.AsyncClient, with_to
     listed = (await client.get("/incidents/?dedup_key=1", headers=READER)).json()
     page = await client.get("/incidents/?dedup_key=1&limit=1", headers=READER)
     rest = await client.get(f"/incidents/{page.links['next']['url']}", headers=READER)
-    alerts = [
-        (await client.get(f"/incidents/{number}/alerts", headers=READER)).json()[0]
-        for number in (1, 2)
-    ]
+    [by_grafana] = await list_alerts(client, 1, headers=READER)
+    [by_writer] = await list_alerts(client, 2, headers=READER)
 
     assert answer.json()["incident_id"] == 2
     assert [(each["id"], each["status"]) for each in listed] == [(2, "resolved"), (1, "open")]
     assert page.json() + rest.json() == listed
-    assert [(each["actor"], each["times"]) for each in alerts] == [("grafana", 2), ("writer", 1)]
+    assert (by_grafana["actor"], by_grafana["times"]) == ("grafana", 2)
+    assert (by_writer["actor"], by_writer["times"]) == ("writer", 1)
