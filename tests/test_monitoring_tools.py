@@ -17,15 +17,18 @@ import httpx
 import pagerduty
 import pytest
 from helpers import SECRET_MARKER, WRITER, Serve, Server, free_port, wait_until
+from httpx import AsyncClient
 
 import incidents
 
 pytestmark = [pytest.mark.anyio, pytest.mark.one_database]
+
 # Each tool has a token that may only send events. Its name is the actor in the timeline.
 TOKENS = (
     "writer:s3cr3t-of-writer,alertmanager:s3cr3t-of-alertmanager:report,"
     "grafana:s3cr3t-of-grafana:report,python:s3cr3t-of-python:report"
 )
+SUMMARY = f"{SECRET_MARKER}: на db1 кончается место 🔥"
 
 
 @pytest.fixture(autouse=True)
@@ -48,9 +51,6 @@ def read(server: Server, path: str, **query: str) -> Any:
     return response.json()
 
 
-# ── The PagerDuty client for Python ───────────────────────────────────────────────────────────────
-
-
 def open_pagerduty_client(server: Server, token: str) -> pagerduty.EventsApiV2Client:
     """Give PagerDuty's client of a service of its own.
 
@@ -61,24 +61,20 @@ def open_pagerduty_client(server: Server, token: str) -> pagerduty.EventsApiV2Cl
     def send_without_tls(request: Any) -> None:
         request.url = request.url.copy_with(scheme="http")
 
-    return pagerduty.EventsApiV2Client(
-        token,
-        base_url=server.url.replace("http://", "https://"),
-        event_hooks={"request": [send_without_tls]},
-    )
+    url, hooks = server.url.replace("http://", "https://"), {"request": [send_without_tls]}
+    return pagerduty.EventsApiV2Client(token, base_url=url, event_hooks=hooks)
 
 
 def test_the_pagerduty_client_triggers_acknowledges_resolves_and_says_why_it_was_refused(
     server: Server,
 ) -> None:
-    summary = f"{SECRET_MARKER}: диск полон 🔥"
     what: dict[str, Any] = {
         "custom_details": {"team": "db", "free": {"percent": 3}},
         "links": [{"href": "http://example.com/runbook", "text": "What to do"}],
     }
     with open_pagerduty_client(server, "s3cr3t-of-python") as client:
-        key = client.trigger(summary, "db1", **what)
-        repeated_key = client.trigger(summary, "db1", dedup_key=key, **what)
+        key = client.trigger(SUMMARY, "db1", **what)
+        repeated_key = client.trigger(SUMMARY, "db1", dedup_key=key, **what)
         [triggered] = read(server, "/incidents/")
         acknowledged_key = client.acknowledge(key)
         acknowledged = read(server, "/incidents/1")
@@ -93,7 +89,7 @@ def test_the_pagerduty_client_triggers_acknowledges_resolves_and_says_why_it_was
     [resolved] = read(server, "/incidents/")
 
     assert {repeated_key, acknowledged_key, resolved_key} == {key}
-    assert (triggered["description"], triggered["status"]) == (summary, "open")
+    assert (triggered["description"], triggered["status"]) == (SUMMARY, "open")
     assert triggered["labels"] == {
         "severity": "critical", "source": "db1", "team": "db", "free": '{"percent":3}',
         "link 1": "http://example.com/runbook",
@@ -105,79 +101,63 @@ def test_the_pagerduty_client_triggers_acknowledges_resolves_and_says_why_it_was
     assert (alert["dedup_key"], alert["times"]) == (key, 2)
 
 
-# ── Messages as tools send them ───────────────────────────────────────────────────────────────────
+GRAFANA = "http://grafana.example.com"
+LABELS = {"alertname": "Диск", "grafana_folder": "Серверы", "instance": "db1"}
+LINKS = {
+    "generatorURL": f"{GRAFANA}/alerting/grafana/af1b2c/view?orgId=1", "ruleUID": "af1b2c",
+    "silenceURL": f"{GRAFANA}/alerting/silence/new?alertmanager=grafana",
+    "dashboardURL": f"{GRAFANA}/d/abc?orgId=1", "panelURL": f"{GRAFANA}/d/abc?viewPanel=4",
+}  # fmt: skip
+ALERT: dict[str, Any] = {
+    "status": "firing", "fingerprint": "c6eadffa33fcdf37", "labels": LABELS, "imageURL": "",
+    "annotations": {"summary": SUMMARY, "description": "Осталось 3 %", "__orgId__": "1"},
+    "startsAt": "2026-11-27T11:00:00Z", "endsAt": "0001-01-01T00:00:00Z", "orgId": 1,
+    "values": {"A": 97.2, "C": 1}, "valueString": "[ var='A' labels={} value=97.2 ]",
+} | LINKS  # fmt: skip
+RESOLVED = ALERT | {"status": "resolved", "endsAt": "2026-11-27T11:20:00Z"}
+GROUP = {
+    "receiver": "incidents", "status": "firing", "groupLabels": {}, "commonLabels": LABELS,
+    "groupKey": "{}:{}", "orgId": 1, "version": "1", "truncatedAlerts": 0, "state": "alerting",
+    "title": "[FIRING:1] Диск", "message": "**Firing**\n", "externalURL": GRAFANA,
+}  # fmt: skip
+ZABBIX = {"client": "Zabbix", "client_url": "http://zabbix.example.com"}
+ZABBIX_LINK = "http://zabbix.example.com/tr_events.php?triggerid=1&eventid=48213"
+FIELDS = {"source": "db1 : 192.0.2.7", "severity": "error"}
+DETAILS = {
+    "Event date": "2026.11.27", "Event time": "14:00:00", "Trigger opdata": "Used: 97 %",
+    "Event tags": "scope:availability, target:linux", "Event host ip": "192.0.2.7",
+}  # fmt: skip
+PAYLOAD = FIELDS | {"summary": SUMMARY, "custom_details": DETAILS | {"Trigger description": ""}}
+EVENTS: list[dict[str, Any]] = [
+    {"event_action": "trigger", "payload": PAYLOAD, "links": [{"href": ZABBIX_LINK}]} | ZABBIX,
+    *({"event_action": "acknowledge"}, {"event_action": "resolve"}),
+]
+KEYS = {"routing_key": "s3cr3t-of-grafana", "dedup_key": "48213"}
+# What Grafana and Zabbix send, and the description and the labels of the incident.
+MESSAGES = [
+    ("/webhooks/alertmanager", [GROUP | {"alerts": [each]} for each in (ALERT, ALERT, RESOLVED)],
+     f"{SUMMARY}\nОсталось 3 %", LABELS | LINKS),
+    ("/v2/enqueue", [KEYS | event for event in EVENTS],
+     SUMMARY, DETAILS | FIELDS | ZABBIX | {"link 1": ZABBIX_LINK}),
+]  # fmt: skip
 
 
-async def read_incident(client: httpx.AsyncClient) -> dict[str, Any]:
-    """Give the only incident, all of whose timeline is by the token of Grafana."""
+@pytest.mark.parametrize(
+    ("path", "messages", "description", "labels"), MESSAGES, ids=["Grafana", "Zabbix"]
+)
+async def test_a_problem_that_a_tool_reports_becomes_one_incident(
+    client: AsyncClient, path: str, messages: list[Any], description: str, labels: dict[str, str]
+) -> None:
+    headers = {} if path == "/v2/enqueue" else {"Authorization": "Bearer s3cr3t-of-grafana"}
+    for message in messages:
+        response = await client.post(path, json=message, headers=headers)
+        assert response.is_success, response.text
     [incident] = (await client.get("/incidents/", headers=WRITER)).json()
     timeline = (await client.get("/incidents/1/timeline", headers=WRITER)).json()
+
     assert {entry["actor"] for entry in timeline} == {"grafana"}
-    found: dict[str, Any] = incident
-    return found
-
-
-async def test_an_alert_of_grafana_becomes_one_incident(client: httpx.AsyncClient) -> None:
-    grafana = "http://grafana.example.com"
-    labels = {"alertname": "Диск", "grafana_folder": "Серверы", "instance": "db1"}
-    links = {
-        "generatorURL": f"{grafana}/alerting/grafana/af1b2c/view?orgId=1", "ruleUID": "af1b2c",
-        "silenceURL": f"{grafana}/alerting/silence/new?alertmanager=grafana",
-        "dashboardURL": f"{grafana}/d/abc?orgId=1", "panelURL": f"{grafana}/d/abc?viewPanel=4",
-    }  # fmt: skip
-    summary = f"{SECRET_MARKER}: на db1 кончается место 🔥"
-    firing: dict[str, Any] = {
-        "status": "firing", "fingerprint": "c6eadffa33fcdf37", "labels": labels, "imageURL": "",
-        "annotations": {"summary": summary, "description": "Осталось 3 %", "__orgId__": "1"},
-        "startsAt": "2026-11-27T11:00:00Z", "endsAt": "0001-01-01T00:00:00Z", "orgId": 1,
-        "values": {"A": 97.2, "C": 1}, "valueString": "[ var='A' labels={} value=97.2 ]",
-    } | links  # fmt: skip
-    over = firing | {"status": "resolved", "endsAt": "2026-11-27T11:20:00Z"}
-    for alert in (firing, firing, over):
-        group = {
-            "receiver": "incidents", "status": alert["status"], "alerts": [alert], "version": "1",
-            "groupLabels": {}, "commonLabels": labels, "commonAnnotations": {}, "groupKey": "{}:{}",
-            "truncatedAlerts": 0, "orgId": 1, "title": "[FIRING:1] Диск", "state": "alerting",
-            "message": "**Firing**\n\nValue: A=97.2, C=1\n", "externalURL": grafana,
-        }  # fmt: skip
-        headers = {"Authorization": "Bearer s3cr3t-of-grafana"}
-        response = await client.post("/webhooks/alertmanager", json=group, headers=headers)
-        assert response.status_code == 200, response.text
-    incident = await read_incident(client)
-
-    assert (incident["status"], incident["version"]) == ("resolved", 2)
-    assert incident["description"] == f"{summary}\nОсталось 3 %"
-    assert incident["labels"] == labels | links
-
-
-async def test_a_problem_of_zabbix_becomes_one_incident(client: httpx.AsyncClient) -> None:
-    details = {
-        "Event date": "2026.11.27", "Event time": "14:00:00", "Trigger opdata": "Used: 97 %",
-        "Event tags": "scope:availability, target:linux", "Event host ip": "192.0.2.7",
-    }  # fmt: skip
-    link = "http://zabbix.example.com/tr_events.php?triggerid=1&eventid=48213"
-    sender = {"client": "Zabbix", "client_url": "http://zabbix.example.com"}
-    summary = f"Problem: {SECRET_MARKER}: мало места на /var"
-    payload = {
-        "summary": summary, "source": "db1 : 192.0.2.7", "severity": "error",
-        "custom_details": details | {"Trigger description": ""},
-    }  # fmt: skip
-    links = [{"href": link, "text": "Event link"}]
-    for event in (
-        {"event_action": "trigger", "payload": payload, "links": links} | sender,
-        {"event_action": "acknowledge"},
-        {"event_action": "resolve"},
-    ):
-        body = {"routing_key": "s3cr3t-of-grafana", "dedup_key": "48213"} | event
-        response = await client.post("/v2/enqueue", json=body)
-        # As Zabbix checks it.
-        assert (response.status_code, response.json()["status"]) == (202, "success")
-    incident = await read_incident(client)
-
-    assert (incident["status"], incident["description"]) == ("resolved", summary)
-    assert incident["labels"] == details | sender | {
-        "severity": "error", "source": "db1 : 192.0.2.7", "link 1": link
-    }  # fmt: skip
+    assert (incident["status"], incident["version"]) == ("resolved", len(timeline))
+    assert (incident["description"], incident["labels"]) == (description, labels)
 
 
 # ── The real Alertmanager ─────────────────────────────────────────────────────────────────────────
@@ -186,44 +166,37 @@ async def test_a_problem_of_zabbix_becomes_one_incident(client: httpx.AsyncClien
 WAYS = ("webhook", "pagerduty")
 
 
-def alertmanager_config(url: str) -> dict[str, Any]:
-    """Write a configuration that sends each problem to a service, and again while it lasts."""
+@contextlib.contextmanager
+def run_alertmanager(folder: Path, url: str) -> Iterator[str]:
+    """Run an Alertmanager that sends each problem to a service, and again while it lasts."""
+    token = "s3cr3t-of-alertmanager"
     webhook = {
         "url": f"{url}/webhooks/alertmanager",
-        "http_config": {"authorization": {"credentials": "s3cr3t-of-alertmanager"}},
+        "http_config": {"authorization": {"credentials": token}},
     }
     event = {
         "url": f"{url}/v2/enqueue",
-        "routing_key": "s3cr3t-of-alertmanager",
+        "routing_key": token,
         "description": "{{ (index .Alerts 0).Annotations.summary }}",
         "details": {"via": "{{ .CommonLabels.via }}", "firing": "", "resolved": ""},
     }
-    soon = {"group_wait": "100ms", "group_interval": "500ms", "repeat_interval": "500ms"}
     routes = [{"matchers": [f'via="{way}"'], "receiver": way} for way in WAYS]
-    return {
-        "route": {"receiver": "webhook", "group_by": ["alertname", "via"], "routes": routes} | soon,
-        "receivers": [
-            {"name": "webhook", "webhook_configs": [webhook | {"send_resolved": True}]},
-            {"name": "pagerduty", "pagerduty_configs": [event | {"send_resolved": True}]},
-        ],
-    }
-
-
-@contextlib.contextmanager
-def run_alertmanager(folder: Path, config: dict[str, Any]) -> Iterator[str]:
-    """Run an Alertmanager with its data in a folder, and give its URL."""
+    route = {"receiver": "webhook", "group_by": ["alertname", "via"], "routes": routes}
+    soon = {"group_wait": "100ms", "group_interval": "500ms", "repeat_interval": "500ms"}
+    receivers: list[dict[str, Any]] = [
+        {"name": "webhook", "webhook_configs": [webhook | {"send_resolved": True}]},
+        {"name": "pagerduty", "pagerduty_configs": [event | {"send_resolved": True}]},
+    ]
     config_file, log = folder / "alertmanager.yml", folder / "alertmanager.log"
+    config = {"route": route | soon, "receivers": receivers}
     config_file.write_text(json.dumps(config), "utf-8")  # JSON is YAML
     address = f"127.0.0.1:{free_port()}"
-    command = [
-        "prometheus-alertmanager",
-        f"--config.file={config_file}",
-        f"--storage.path={folder / 'alertmanager'}",
-        f"--web.listen-address={address}",
-        "--cluster.listen-address=",
-    ]
+    command = ["prometheus-alertmanager", f"--config.file={config_file}"]
+    command += [f"--storage.path={folder / 'alertmanager'}", "--cluster.listen-address="]
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            [*command, f"--web.listen-address={address}"], stdout=output, stderr=output
+        )
 
     def is_ready() -> bool:
         assert process.poll() is None, log.read_text("utf-8")
@@ -244,10 +217,7 @@ def tell_alerts(alertmanager: str, starts_at: datetime, ends_at: datetime) -> No
     alerts = [
         {
             "labels": {"alertname": "Диск", "via": way},
-            "annotations": {
-                "summary": f"{SECRET_MARKER}: диск полон 🔥",
-                "description": "Осталось 3 %",
-            },
+            "annotations": {"summary": SUMMARY, "description": "Осталось 3 %"},
             "generatorURL": "http://prometheus/graph",
             "startsAt": starts_at.isoformat(),
             "endsAt": ends_at.isoformat(),
@@ -277,7 +247,7 @@ def has_incidents(server: Server, statuses: list[str], times: int) -> bool:
 def test_alertmanager_opens_an_incident_for_each_time_that_an_alert_fires(
     server: Server, tmp_path: Path
 ) -> None:
-    with run_alertmanager(tmp_path, alertmanager_config(server.url)) as alertmanager:
+    with run_alertmanager(tmp_path, server.url) as alertmanager:
         started_at = datetime.now(UTC)
         tell_alerts(alertmanager, started_at, started_at + timedelta(minutes=4))
         wait_until(lambda: has_incidents(server, ["open"], 3))
@@ -291,11 +261,11 @@ def test_alertmanager_opens_an_incident_for_each_time_that_an_alert_fires(
     assert (webhook["version"], event["version"]) == (1, 1)  # a repeat changes nothing
     timeline = read(server, f"/incidents/{webhook['id']}/timeline")
     assert [entry["actor"] for entry in timeline] == ["alertmanager"]
-    assert webhook["description"] == f"{SECRET_MARKER}: диск полон 🔥\nОсталось 3 %"
+    assert webhook["description"] == f"{SUMMARY}\nОсталось 3 %"
     assert webhook["labels"] == {
         "alertname": "Диск", "via": "webhook", "generatorURL": "http://prometheus/graph"
     }  # fmt: skip
-    assert event["description"] == f"{SECRET_MARKER}: диск полон 🔥"
+    assert event["description"] == SUMMARY
     assert event["labels"].pop("client_url").endswith("/#/alerts?receiver=pagerduty")
     assert event["labels"] == {
         "severity": "error", "source": "Alertmanager", "via": "pagerduty",
