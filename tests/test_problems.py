@@ -7,9 +7,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import httpx
 import pytest
 from helpers import BODIES, NEW_INCIDENT, Rows, assert_problem, route_label
+from httpx import AsyncClient
 
 import incidents
 
@@ -47,7 +47,7 @@ NO_TEXTS: list[tuple[bytes, int, list[str]]] = [
 
 
 async def test_a_body_that_is_no_json_object_or_has_no_text_that_can_be_stored_is_refused(
-    client: httpx.AsyncClient, stored_rows: Callable[[], list[Rows]]
+    client: AsyncClient, stored_rows: Callable[[], list[Rows]]
 ) -> None:
     before = stored_rows()
 
@@ -63,57 +63,54 @@ async def test_a_body_that_is_no_json_object_or_has_no_text_that_can_be_stored_i
 
 
 INVALID_FIELDS: list[tuple[str, Any]] = [
-    *(("description", value) for value in ("", "я" * 5001, "🔥" * 5001, None, 1, ["text"])),
-    *(("source", value) for value in ("", "customer", "MONITORING", "monitoring\n", None, False)),
-    *((name, "open") for name in ("statsu", "status", "Description", "created_at")),
+    *(("description", value) for value in ("", "🔥" * 5001, None, 1, ["text"])),
+    *(("source", value) for value in ("", "MONITORING", "monitoring\n", None, False)),
 ]
-INVALID_STATUSES: list[Any] = ["", "done", "CLOSED", "closed ", "closed\0", None, 1, ["closed"]]
+INVALID_STATUSES: list[Any] = ["", "CLOSED", "closed ", "closed\0", None, 1, ["closed"]]
 # A path, a body, and the fields of it that are wrong.
 INVALID_BODIES: list[tuple[str, dict[str, Any], list[str]]] = [
     *(("/incidents/", NEW_INCIDENT | {name: value}, [name]) for name, value in INVALID_FIELDS),
+    *(("/incidents/1", {name: value}, [name]) for name, value in INVALID_FIELDS),
+    *(("/incidents/", NEW_INCIDENT | {name: "open"}, [name]) for name in ("Source", "status")),
     ("/incidents/", {}, ["description", "source"]),
     ("/incidents/", {"description": "", "source": 1, "a": 2}, ["description", "source", "a"]),
+    ("/incidents/1", {"status": "CLOSED", "version": 2}, ["status", "version"]),
     *(("/incidents/1/status", {"status": value}, ["status"]) for value in INVALID_STATUSES),
     ("/incidents/1/status", {"statsu": "closed"}, ["status", "statsu"]),
     ("/incidents/1/status", {"status": "closed", "source": "partner"}, ["source"]),
+    *((f"/incidents/1{path}", {"status": "closed", "note": value}, ["note"])
+      for path in ("", "/status") for value in (None, " ", "я" * 5001)),
     *(("/incidents/1/notes", {"note": value}, ["note"]) for value in ("", "я" * 5001, None, 1)),
     ("/incidents/1/notes", {"note": "a", "status": "closed"}, ["status"]),
-]
+]  # fmt: skip
 
 
 async def test_a_problem_points_to_everything_that_is_wrong_with_a_body(
-    client: httpx.AsyncClient, stored_rows: Callable[[], list[Rows]]
+    client: AsyncClient, stored_rows: Callable[[], list[Rows]]
 ) -> None:
     before = stored_rows()
 
     for path, body, fields in INVALID_BODIES:
-        method = "PATCH" if path.endswith("/status") else "POST"
+        method = "PATCH" if path.endswith(("/1", "/status")) else "POST"
         response = await client.request(method, path, json=body)
         assert_problem(response, 422, *(f"#/{field}" for field in fields))
         assert f"#/{fields[0]}: " in response.json()["detail"]
     assert stored_rows() == before
 
 
-UNKNOWN_FIELDS = [
-    *(("a/b", "#/a~1b"), ("~1", "#/~01"), ("", "#/"), ("%20", "#/%2520"), ("#", "#/%23")),
-    *(("поле", "#/%D0%BF%D0%BE%D0%BB%D0%B5"), ("\0", "#/%00")),
-]
-
-
 async def test_the_pointer_to_an_unknown_field_is_escaped_as_rfc_6901_says(
-    client: httpx.AsyncClient,
+    client: AsyncClient,
 ) -> None:
-    for name, pointer in UNKNOWN_FIELDS:
+    pointers = {"a/b": "a~1b", "~1": "~01", "": "", "%20": "%2520", "#": "%23", "\0": "%00"}
+    for name, pointer in (pointers | {"поле": "%D0%BF%D0%BE%D0%BB%D0%B5"}).items():
         response = await client.post("/incidents/", json=NEW_INCIDENT | {name: 1})
 
-        assert_problem(response, 422, pointer)
+        assert_problem(response, 422, f"#/{pointer}")
         # The right names are listed.
         assert "description, source, labels" in response.json()["detail"]
 
 
-async def test_a_body_that_begins_with_a_byte_order_mark_is_accepted(
-    client: httpx.AsyncClient,
-) -> None:
+async def test_a_body_that_begins_with_a_byte_order_mark_is_accepted(client: AsyncClient) -> None:
     body = json.dumps(NEW_INCIDENT).encode("utf-8-sig")
 
     assert (await client.post("/incidents/", content=body, headers=JSON_HEADERS)).is_success
@@ -128,31 +125,25 @@ BLANKS = "\t\n\v\f\r\x85" + "".join(
 
 
 async def test_text_of_only_blanks_is_refused_everywhere(
-    client: httpx.AsyncClient, stored_rows: Callable[[], list[Rows]]
+    client: AsyncClient, stored_rows: Callable[[], list[Rows]]
 ) -> None:
     before = stored_rows()
-    texts = [*BLANKS, BLANKS, " " * 5000]
-
-    for text in texts:
-        new = NEW_INCIDENT | {"description": text}
-        created = await client.post("/incidents/", json=new)
+    for text in [*BLANKS, BLANKS, " " * 200]:
+        created = await client.post("/incidents/", json=NEW_INCIDENT | {"description": text})
         changed = await client.patch("/incidents/1", json={"description": text})
         noted = await client.post("/incidents/1/notes", json={"note": text})
+        found = await client.get("/incidents/", params={"q": text})
         assert_problem(created, 422, "#/description")
         assert_problem(changed, 422, "#/description")
         assert_problem(noted, 422, "#/note")
-    for text in [text for text in texts if len(text) <= 200]:
-        assert_problem(await client.get("/incidents/", params={"q": text}), 422, "#/q")
+        assert_problem(found, 422, "#/q")
     assert stored_rows() == before
 
 
-async def test_text_that_is_not_only_blanks_is_accepted(client: httpx.AsyncClient) -> None:
+async def test_text_that_is_not_only_blanks_is_accepted(client: AsyncClient) -> None:
     # What cannot be seen either, but is no white space.
     invisible = ["\x1b", "\xad", "\u200b", "\u202e", "\u2800", "\ufeff", "\U000e0001"]
-    for text in [
-        *invisible,
-        *(BLANKS + visible + BLANKS for visible in (".", "ж", "🔥", "\ue000")),
-    ]:
+    for text in [*invisible, *(BLANKS + visible + BLANKS for visible in ("ж", "🔥", "\ue000"))]:
         response = await client.post("/incidents/", json=NEW_INCIDENT | {"description": text})
 
         assert response.status_code == 201, ascii(text)
@@ -162,35 +153,28 @@ async def test_text_that_is_not_only_blanks_is_accepted(client: httpx.AsyncClien
 # ── Content-Type ──────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_every_content_type_of_json_is_accepted(client: httpx.AsyncClient) -> None:
-    for content_type in (
-        "application/json",
-        'Application/JSON ;charset="utf-8"',
-        "application/merge-patch+json; charset=utf-8",
-        "application/vnd.api+json",
-    ):
-        for method, path, body in WRITES:
-            headers = {"content-type": content_type}
-            response = await client.request(method, path, content=json.dumps(body), headers=headers)
-            assert response.is_success, response.text
+JSON_TYPES = ["application/json", 'Application/JSON ;charset="utf-8"', "application/vnd.api+json"]
+JSON_TYPES.append("application/merge-patch+json; charset=utf-8")
 
 
-async def test_another_content_type_is_refused_and_the_right_one_is_named(
-    client: httpx.AsyncClient, stored_rows: Callable[[], list[Rows]]
+async def test_a_body_is_taken_with_every_content_type_of_json_and_refused_with_another(
+    client: AsyncClient, stored_rows: Callable[[], list[Rows]]
 ) -> None:
-    before = stored_rows()
-
-    for content_type in (None, "", "text/plain", "text/json", "application/jsonx", "*/*"):
-        headers = {} if content_type is None else {"content-type": content_type}
+    for content_type in (*JSON_TYPES, "", "text/plain", "text/json", "application/jsonx", "*/*"):
+        headers = {"content-type": content_type} if content_type else {}
         for method, path, body in WRITES:
+            before = stored_rows()
             response = await client.request(method, path, content=json.dumps(body), headers=headers)
+            if content_type in JSON_TYPES:
+                assert response.is_success, content_type
+                continue
             assert_problem(response, 415)
             assert "Content-Type: application/json; charset=utf-8" in response.json()["detail"]
-    assert stored_rows() == before
+            assert stored_rows() == before
 
 
 async def test_a_body_with_many_unknown_fields_is_refused_with_the_names_that_there_are(
-    client: httpx.AsyncClient, stored_rows: Callable[[], list[Rows]]
+    client: AsyncClient, stored_rows: Callable[[], list[Rows]]
 ) -> None:
     before = stored_rows()
 
@@ -213,16 +197,16 @@ UNKNOWN_IDS = [
 
 
 async def test_an_id_that_no_incident_has_is_not_found(
-    client: httpx.AsyncClient, stored_rows: Callable[[], list[Rows]]
+    client: AsyncClient, stored_rows: Callable[[], list[Rows]]
 ) -> None:
     before = stored_rows()
 
     for incident_id in UNKNOWN_IDS:
         path = f"/incidents/{incident_id}"
-        for url, body in ((path, {"status": "closed"}), (f"{path}/status", {"status": "closed"})):
-            assert_problem(await client.patch(url, json=body), 404)
         for url in (path, f"{path}/timeline", f"{path}/alerts"):
             assert_problem(await client.get(url), 404)
+        for url in (path, f"{path}/status"):
+            assert_problem(await client.patch(url, json={"status": "closed"}), 404)
         assert_problem(await client.post(f"{path}/notes", json={"note": "text"}), 404)
     assert stored_rows() == before
 
@@ -230,22 +214,22 @@ async def test_an_id_that_no_incident_has_is_not_found(
 # ── The database is unavailable ───────────────────────────────────────────────────────────────────
 
 
-async def test_a_request_gets_503_while_the_database_is_unavailable_and_works_afterwards(
-    client: httpx.AsyncClient,
-    database_unavailable: Callable[[], AbstractContextManager[None]],
-) -> None:
-    requests: list[tuple[str, str, Any]] = [
-        ("POST", "/incidents/", NEW_INCIDENT),
-        ("GET", "/incidents/", None),
-        ("PATCH", "/incidents/1/status", {"status": "closed"}),
-        ("GET", "/health/ready", None),
-    ]
-    with database_unavailable():
-        refused = [await client.request(*request[:2], json=request[2]) for request in requests]
-        without_sql = [await client.get(path) for path in ("/health/live", "/", "/openapi.json")]
-    afterwards = [await client.request(*request[:2], json=request[2]) for request in requests]
+REQUESTS: list[tuple[str, str, Any]] = [
+    *(("POST", "/incidents/", NEW_INCIDENT), ("GET", "/incidents/", None)),
+    *(("PATCH", "/incidents/1/status", {"status": "closed"}), ("GET", "/health/ready", None)),
+]
 
-    for response in refused:
+
+async def test_a_request_gets_503_while_the_database_is_unavailable_and_works_afterwards(
+    client: AsyncClient, database_unavailable: Callable[[], AbstractContextManager[None]]
+) -> None:
+    with database_unavailable():
+        refused = [await client.request(*request, json=body) for *request, body in REQUESTS]
+        event = await client.post("/v2/enqueue", json=BODIES["POST /v2/enqueue"])
+        without_sql = [await client.get(path) for path in ("/health/live", "/", "/openapi.json")]
+    afterwards = [await client.request(*request, json=body) for *request, body in REQUESTS]
+
+    for response in [*refused, event]:
         assert_problem(response, 503)
         assert int(response.headers["retry-after"]) > 0
     assert [response.status_code for response in without_sql] == [200, 200, 200]
@@ -255,7 +239,7 @@ async def test_a_request_gets_503_while_the_database_is_unavailable_and_works_af
 
 
 async def test_the_service_is_not_ready_when_the_database_lacks_a_migration(
-    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+    client: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(incidents, "MIGRATIONS", (*incidents.MIGRATIONS, "9999.never-applied"))
     response = await client.get("/health/ready")
@@ -266,9 +250,7 @@ async def test_the_service_is_not_ready_when_the_database_lacks_a_migration(
 
 
 async def test_a_request_gets_503_when_no_connection_becomes_free_in_time(
-    client: httpx.AsyncClient,
-    stored_rows: Callable[[], list[Rows]],
-    monkeypatch: pytest.MonkeyPatch,
+    client: AsyncClient, stored_rows: Callable[[], list[Rows]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(incidents.SQL.incident_create, "seconds", 0.2)
     before = stored_rows()
