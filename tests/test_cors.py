@@ -5,9 +5,10 @@ from collections.abc import Callable
 
 import httpx
 import pytest
-from helpers import BODIES, READER, TOKENS, Rows, Serve, Sql, assert_problem, insert_incident
+from helpers import BODIES, READER, TOKENS, Rows, Serve, assert_problem
+from httpx import AsyncClient, Response
 
-pytestmark = [pytest.mark.anyio, pytest.mark.one_database]
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_incident"), pytest.mark.one_database]
 
 # The headers with which a browser asks whether a page may send a POST with a JSON body.
 PREFLIGHT = {
@@ -17,19 +18,13 @@ PREFLIGHT = {
 OUR_SITE, OTHER_SITE = {"Origin": "https://ops.example"}, {"Origin": "https://evil.example"}
 
 
-@pytest.fixture(autouse=True)
-def one_incident(sql: Sql) -> None:
-    """Insert incident 1, to which a page of another site could try to add a note."""
-    insert_incident(sql)
-
-
-def cors_headers(response: httpx.Response) -> dict[str, str]:
+def cors_headers(response: Response) -> dict[str, str]:
     """Give the headers that tell a browser what a page of another site may do."""
     return {k: v for k, v in response.headers.items() if k.startswith("access-control-")}
 
 
 async def test_a_form_on_another_site_cannot_write_anything(
-    client: httpx.AsyncClient, stored_rows: Callable[[], list[Rows]]
+    client: AsyncClient, stored_rows: Callable[[], list[Rows]]
 ) -> None:
     before = stored_rows()
 
@@ -45,7 +40,7 @@ async def test_a_form_on_another_site_cannot_write_anything(
 
 
 async def test_by_default_a_page_of_another_site_is_not_allowed_anything(
-    client: httpx.AsyncClient,
+    client: AsyncClient,
 ) -> None:
     preflight = await client.options("/incidents/", headers=OUR_SITE | PREFLIGHT)
     simple = await client.get("/incidents/", headers=OUR_SITE)
@@ -56,10 +51,8 @@ async def test_by_default_a_page_of_another_site_is_not_allowed_anything(
 
 def test_only_the_sites_in_cors_origins_are_allowed(serve: Serve, database_url: str) -> None:
     # Origins as somebody may write them: with a blank, a slash at the end, and capitals.
-    origins = "http://localhost:3000, https://Ops.example/"
-    server = serve(
-        DATABASE_URL=database_url, CORS_ORIGINS=origins, API_TOKENS=TOKENS, ACCESS_LOG="true"
-    )
+    origins = {"CORS_ORIGINS": "http://localhost:3000, https://Ops.example/"}
+    server = serve(DATABASE_URL=database_url, API_TOKENS=TOKENS, ACCESS_LOG="true", **origins)
     change = PREFLIGHT | {"Access-Control-Request-Method": "PATCH"}
     with httpx.Client(base_url=server.url) as client:
         allowed = [
