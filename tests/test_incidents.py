@@ -4,19 +4,16 @@ import json
 import re
 from datetime import datetime
 
-import httpx
 import pytest
 from helpers import INCIDENT_FIELDS, NEW_INCIDENT, TIMESTAMP, Sql
+from httpx import AsyncClient
 
 from incidents import SOURCES
 
 pytestmark = [pytest.mark.anyio, pytest.mark.one_database]
 
 
-# ── Report ────────────────────────────────────────────────────────────────────────────────────────
-
-
-async def test_the_example_request_creates_an_incident(client: httpx.AsyncClient, sql: Sql) -> None:
+async def test_the_example_request_creates_an_incident(client: AsyncClient, sql: Sql) -> None:
     body = '{\n    "description": "Проблема с сервером",\n    "source": "monitoring"\n  }'
     headers = {"Content-Type": "application/json"}
     [(before,)] = sql("SELECT now()")
@@ -39,7 +36,7 @@ async def test_the_example_request_creates_an_incident(client: httpx.AsyncClient
 
 
 async def test_each_incident_gets_the_next_id_its_source_and_its_own_location(
-    client: httpx.AsyncClient,
+    client: AsyncClient,
 ) -> None:
     responses = [
         await client.post(path, json=NEW_INCIDENT | {"source": source})
@@ -50,12 +47,10 @@ async def test_each_incident_gets_the_next_id_its_source_and_its_own_location(
     assert [response.json()["source"] for response in responses] == [*SOURCES]
     # Relative to the path of the request, so that a proxy may serve it under any path.
     assert [response.headers["location"] for response in responses] == ["1", "incidents/2", "3"]
-    for number, response in enumerate(responses, 1):
-        assert response.url.join(response.headers["location"]).path == f"/incidents/{number}"
 
 
 async def test_a_timestamp_has_as_many_digits_after_the_point_as_it_needs(
-    client: httpx.AsyncClient, sql: Sql
+    client: AsyncClient, sql: Sql
 ) -> None:
     await client.post("/incidents/", json=NEW_INCIDENT)
     for number, fraction in enumerate(["", ".000001", ".1", ".12", ".999999"], 2):
@@ -71,8 +66,6 @@ async def test_a_timestamp_has_as_many_digits_after_the_point_as_it_needs(
         assert f",{time},{time},1," in csv
         assert entry["created_at"] == time
 
-
-# ── Text ──────────────────────────────────────────────────────────────────────────────────────────
 
 TEXTS = [
     "Нет связи: щит №7, ёмкость",
@@ -95,7 +88,7 @@ TEXTS = [
 
 
 async def test_a_description_is_stored_and_returned_exactly_as_sent(
-    client: httpx.AsyncClient, sql: Sql
+    client: AsyncClient, sql: Sql
 ) -> None:
     for number, text in enumerate(TEXTS, 1):
         created = await client.post("/incidents/", json=NEW_INCIDENT | {"description": text})
@@ -110,7 +103,7 @@ async def test_a_description_is_stored_and_returned_exactly_as_sent(
         assert changed.json()["description"] == text
 
 
-async def test_a_body_may_hold_text_as_escapes_or_as_utf_8(client: httpx.AsyncClient) -> None:
+async def test_a_body_may_hold_text_as_escapes_or_as_utf_8(client: AsyncClient) -> None:
     for ensure_ascii in (True, False):
         body = json.dumps(NEW_INCIDENT, ensure_ascii=ensure_ascii).encode()
         headers = {"content-type": "application/json"}
