@@ -61,18 +61,17 @@ async def read_metrics(client: AsyncClient, headers: dict[str, str] | None = Non
 
 async def wait_for_value(client: AsyncClient, series: str, value: float) -> Samples:
     """Read the metrics until a series has a value, and give them; fail after some seconds."""
-    deadline = time.monotonic() + 10
-    while (samples := await read_metrics(client)).get(series) != value:
-        assert time.monotonic() < deadline, f"{series} is {samples.get(series)}, not {value}"
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(10):
+        while (samples := await read_metrics(client)).get(series) != value:
+            await asyncio.sleep(0.01)
     return samples
 
 
 def count_requests(before: Samples, after: Samples) -> Samples:
     """Give how many more requests each series counts, without those for the metrics."""
+    growth = {name: value - before.get(name, 0) for name, value in after.items()}
     names = [name for name in after if f"{REQUESTS}_count" in name and "/metrics" not in name]
-    growth = {name: after[name] - before.get(name, 0) for name in names}
-    return {name: count for name, count in growth.items() if count}
+    return {name: growth[name] for name in names if growth[name]}
 
 
 @contextlib.contextmanager
@@ -141,8 +140,11 @@ async def test_the_seconds_of_requests_add_up(client: AsyncClient) -> None:
 
 
 POST = b"POST /incidents/ HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+POST += b"Content-Length: %d\r\n\r\n"
+HALF_A_BODY = POST % 100 + b"{"
+BODY = b'{"description": "a", "source": "operator"}'
+WHOLE_BODY = POST % len(BODY) + BODY
 FOLLOW = b"GET /timeline HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n"
-WHOLE_BODY = b'{"description": "a", "source": "operator"}'
 
 
 def test_a_client_that_disconnects_in_the_middle_is_not_in_flight_any_more(
@@ -154,9 +156,7 @@ def test_a_client_that_disconnects_in_the_middle_is_not_in_flight_any_more(
     def read() -> Samples:
         return parse_samples(httpx.get(f"{server.url}/metrics", verify=False).text)
 
-    half_a_body = POST + b"Content-Length: 100\r\n\r\n" + b"{"
-    awaiting_an_answer = POST + b"Content-Length: %d\r\n\r\n%b" % (len(WHOLE_BODY), WHOLE_BODY)
-    for sent in (half_a_body, awaiting_an_answer, FOLLOW):
+    for sent in (HALF_A_BODY, WHOLE_BODY, FOLLOW):
         with writes_wait(database_url), socket.create_connection(address) as connection:
             connection.sendall(sent)
             wait_until(lambda: read()[IN_FLIGHT] == 2, 5)
@@ -173,9 +173,8 @@ def test_a_client_that_disconnects_in_the_middle_is_not_in_flight_any_more(
 
 
 async def test_a_batch_is_observed_with_the_number_of_its_calls(client: AsyncClient) -> None:
-    count, total = [
-        f'incidents_batch_calls_{part}{{statement="incident_create"}}' for part in ("count", "sum")
-    ]
+    series = 'incidents_batch_calls_{}{{statement="incident_create"}}'
+    count, total = series.format("count"), series.format("sum")
     before = await read_metrics(client)
     await client.post("/incidents/", json=NEW_INCIDENT)
     alone = await read_metrics(client)
@@ -227,15 +226,11 @@ async def test_requests_that_wait_for_entries_of_the_timeline_are_listeners(
     polls = [asyncio.create_task(client.get("/timeline?wait=30&after=latest")) for _ in range(3)]
     during = await wait_for_value(client, LISTENERS, 3)
     await client.post("/incidents/", json=NEW_INCIDENT)
-    async with asyncio.timeout(10):
-        responses = await asyncio.gather(*polls)
+    responses = await asyncio.gather(*polls)
 
     assert (await read_metrics(client))[LISTENERS] == 0
     assert during[IN_FLIGHT] == 4
     assert [len(response.json()) for response in responses] == [1, 1, 1]
-
-
-# ── Incidents ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def find_unresolved(samples: Samples) -> Samples:
