@@ -387,7 +387,7 @@ async def test_an_alert_without_a_fingerprint_is_known_by_its_labels(client: Asy
 
 # ── Description and labels ────────────────────────────────────────────────────────────────────────
 
-# What is sent, and the same as text.
+# Any value is taken as text: what is sent, and the text.
 TEXTS: list[tuple[Any, str]] = [
     ("\u202eДиск 🔥 שלום e\u0301", "\u202eДиск 🔥 שלום e\u0301"), ("  a\0b\0 ", "  ab "),
     ("=1+1'\"\\$.%", "=1+1'\"\\$.%"), (0, "0"), (False, "false"), (10**300, str(10**300)),
@@ -395,18 +395,6 @@ TEXTS: list[tuple[Any, str]] = [
     (json.loads("[" * 190 + "]" * 190), "[" * 190 + "]" * 190), ("я" * 1000, "я" * 1000),
     ("\udd25\ud83d\udd25", "\ufffd🔥"),
 ]  # fmt: skip
-
-
-async def test_any_value_is_taken_as_text(client: AsyncClient) -> None:
-    for key, (value, text) in enumerate(TEXTS):
-        payload = {"summary": value, "severity": value, "custom_details": {"detail": value}}
-        number = await send(client, event_of(payload, key, client=value, routing_key=value))
-        incident = await show(client, number)
-
-        assert incident["description"] == text
-        assert incident["labels"] == dict.fromkeys(("severity", "detail", "client"), text)
-
-
 GOOD_NAMES = ["a", "A", "я" * 100, "🔥", "a b", "a\nb", '"', "\\", "$", "labels.a"]
 BAD_NAMES = ["", " ", "\u2003", "\0", "a:b", "a" * 101]
 NAMES = dict.fromkeys([*BAD_NAMES, *GOOD_NAMES, "b\0"], "x")
@@ -460,6 +448,9 @@ SAID: list[tuple[dict[str, Any], str, dict[str, str]]] = [
     # Only a thousand values are read.
     (event_of({"severity": "x", **NULLS, "team": "db", "b": "c"}), "severity=x, team=db",
      {"severity": "x", "team": "db"}),
+    *((event_of({"summary": value, "source": value, "custom_details": {"detail": value}},
+                client=value, routing_key=value), text,
+       dict.fromkeys(("source", "detail", "client"), text)) for value, text in TEXTS),
 ]  # fmt: skip
 
 
