@@ -2451,20 +2451,12 @@ def open_listener(host: str, port: int) -> socket.socket:
 async def lifespan(_: Any) -> AsyncIterator[None]:
     """Start the embedded database if none is set, open the pool and migrate; close at the end."""
     sys.tracebacklimit = 0  # of a failed start, uvicorn prints only the line that says why
-    settings, is_started = get_settings(), False
-
-    def end() -> None:
-        if is_started:
-            feed.close()
-        elif settings.database_url:  # The embedded server must be shut down properly.
-            os._exit(0)
-
+    settings = get_settings()
     with contextlib.ExitStack() as stack:
         url = settings.database_url or stack.enter_context(embedded_postgres(settings.data_dir))
-        waiting_for_end = asyncio.create_task(call_at_end(end))
+        waiting_for_end = asyncio.create_task(end_when_told())
         await database.open(url)
         await ensure_migrated()
-        is_started = True
         del sys.tracebacklimit
         log_start(settings)
         # What exists now stays for good, so no garbage collection needs to look at it; and requests
@@ -2479,17 +2471,18 @@ async def lifespan(_: Any) -> AsyncIterator[None]:
                 await asyncio.wait_for(database.pool.close(), timeout=2)
 
 
-async def call_at_end(function: Callable[[], None]) -> None:
-    """Call a function when uvicorn is told to end.
+async def end_when_told() -> None:
+    """End streams, or the start, when uvicorn is told to end: it would wait for them.
 
-    uvicorn waits for a start and for all responses, but streams do not end by themselves, and a
-    start may wait minutes for the database. It has no hook, so look at the server, which handles
-    the signals.
+    It has no hook for that, so look at the server, which handles the signals.
     """
-    server = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+    server: Any = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
     while not getattr(server, "should_exit", False):
         await asyncio.sleep(0.1)
-    function()
+    feed.close()
+    # A start may wait minutes for its database. An embedded one must be shut down properly.
+    if not server.started and get_settings().database_url:
+        os._exit(0)
 
 
 def log_start(settings: Settings) -> None:
