@@ -1730,8 +1730,6 @@ class Batcher:
             except Exception as error:
                 if not batch:  # No connection could be had, for any call.
                     batch, self.waiting = list(self.waiting.values()), {}
-                elif isinstance(error, EXPIRING_ERRORS) and not self.statement.is_slow:
-                    await self.database.pool.expire_connections()
                 for call in batch:
                     give_outcome(call.futures, error)
         # There is no await between the check above and this line. Otherwise a call could join the
@@ -1764,6 +1762,8 @@ class Batcher:
             else:
                 rows = await connection.fetchmany(text, calls, timeout=seconds)
         except EXPIRING_ERRORS:
+            if not self.statement.is_slow:
+                await self.database.pool.expire_connections()
             raise
         except asyncpg.PostgresError as error:
             if len(batch) > 1:
