@@ -114,8 +114,8 @@ LABEL_NAME = r"^[^:\x00]*[^:\s\x00][^:\x00]*$"
 LabelName = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_NAME, pattern=LABEL_NAME)]
 LabelValue = Annotated[str, Field(max_length=MAX_LABEL_VALUE, pattern=NO_NUL)]
 
-# The default of an optional field. A field that the client leaves out is None, whatever its type
-# says, because defaults are not validated; a null that the client sends is validated, and refused.
+# The default of an optional field. A field that is left out is None, whatever its type says,
+# because defaults are not validated. A null that is sent is validated, and refused.
 # A default_factory keeps `"default": null` out of docs/openapi.json.
 OMITTED: Any = Field(default_factory=lambda: None)
 
@@ -146,7 +146,8 @@ async def create_incident(request: Request) -> Response:
     labels = json.dumps(new.labels, sort_keys=True) if new.labels else None
     values = {"description": new.description, "source": new.source, "labels": labels}
     row = await run_idempotent(request, SQL.incident_create, **values)
-    # Relative to the path of the request, so that it is right behind a proxy that adds a path.
+    # A relative reference, which is right behind a proxy that adds a path: 5 from /incidents/, and
+    # incidents/5 from /incidents.
     has_slash = request.scope["raw_path"].endswith(b"/")
     location = str(row["id"]) if has_slash else f"incidents/{row['id']}"
     if row["is_replay"]:
@@ -308,17 +309,12 @@ def split_values(values: list[str]) -> list[str]:
     return list(dict.fromkeys(",".join(values).split(",")))
 
 
-MAX_LABEL_VALUES = 50  # in the filters of one request
-
-
 def make_label_filter(filters: list[str]) -> str:
     """Make a jsonpath of label filters, a condition for PostgreSQL's operator @@ (manual, 9.16.2).
 
     `team:db,web` becomes `($."team" == "db" || $."team" == "web" || $."team" == "db,web")`, because
     a value may itself have commas. `json.dumps` quotes the texts, so they cannot end early.
     """
-    if sum(1 + label_filter.count(",") for label_filter in filters) > MAX_LABEL_VALUES:
-        raise ValueError(f"there are over {MAX_LABEL_VALUES} values between commas; send fewer")
     groups = []
     for label_filter in filters:
         name, colon, text = label_filter.partition(":")
@@ -395,8 +391,9 @@ async def fetch_page(query: ListQuery, list_format: ListFormat, after: Position 
         statuses, sources = tuple(query.status or STATUSES), tuple(query.source or SOURCES)
     # The page begins below the earlier of two positions: `after`, the last incident of the page
     # before, and `until`, where 0 is below every id.
-    until = Position(query.until, 0) if query.until else None
-    created_at, incident_id = min(filter(None, (until, after)), default=(None, None))
+    bounds = [after] if after else []
+    bounds += [Position(query.until, 0)] if query.until else []
+    created_at, incident_id = min(bounds, default=(None, None))
     values = {
         "statuses": statuses,
         "sources": sources,
@@ -421,7 +418,7 @@ async def fetch_page(query: ListQuery, list_format: ListFormat, after: Position 
 
 
 def like_pattern(text: str | None) -> tuple[str | None, bool]:
-    """Make a pattern for ILIKE of a text to search, and tell whether the text has accents."""
+    """Make a pattern for ILIKE of a text to search, and tell whether it has letters like é or й."""
     if text is None:
         return None, False
     pattern = "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
@@ -533,7 +530,7 @@ async def choose_start(request: Request, query: FeedQuery) -> int:
             raise Problem(503, detail, {"Retry-After": "1"})
         return feed.settled_id
     if feed.settled_id < 0:
-        # Nothing is known yet. On a standby this raises 503; later, a stream has sent its 200.
+        # Look now, because a standby is refused with 503 here; a stream has soon sent its 200.
         await feed.update_settled_id_soon()
     return after
 
@@ -586,9 +583,9 @@ async def stream_entries(query: FeedQuery, position: int) -> AsyncIterator[bytes
 # Events of tools that can page with PagerDuty, and webhooks of Alertmanager and Grafana. Each names
 # its problem by a key; sql/event_apply.sql says what an event does to the incident of that key.
 
-# Values with these names become the description, in this order; all others become labels.
+# Values with these names become the description, in this order.
 TEXT_NAMES = ("summary", "description", "message", "Error")
-# All else becomes labels. 32 are the most, so those that people filter by come first.
+# All other values become labels. 32 are the most, so those that people filter by come first.
 FIRST_LABELS = re.compile(
     "alertname|severity|priority|service|team|instance|host(name)?|job|namespace|cluster|component|"
     "env(ironment)?|region|zone|node|pod|container|app(lication)?|project|owner|source|group|class",
@@ -915,7 +912,8 @@ class ApiRoute(Route):
         access: Literal["token", "report", "routing_key", "public"] = "token",
     ) -> None:
         super().__init__(path, endpoint, methods=[method])
-        # Each path works with and without its last slash. `$` would also fit before a line break.
+        # Each path works with and without its last slash: ^/stats$ becomes ^/stats/?\Z, because $
+        # would also fit before a line break.
         self.path_regex = re.compile(self.path_regex.pattern.rstrip("/$") + r"/?\Z")
         self.method, self.body = method, body
         self.query = query or (NoQuery if access == "token" else AnyQuery)
@@ -925,7 +923,7 @@ class ApiRoute(Route):
         """Run the handler for a request that is allowed; else 401, 403, 405 or 422."""
         request = Request(scope, receive, send)
         if not self.is_public:
-            scope["actor"] = None  # not known yet; its presence makes the response `no-store`
+            scope["is_private"] = True
         if scope["method"] not in (self.methods or ()):
             routes = [route for route in scope["router"].routes if route.path == self.path]
             allowed = ", ".join(sorted({method for route in routes for method in route.methods}))
@@ -999,7 +997,8 @@ class RequestMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started_at = time.perf_counter()
-        scope["request_id"], scope["status"] = choose_request_id(scope), None
+        scope["request_id"] = choose_request_id(scope)
+        scope["status"] = None  # of the response, before it has begun
         scope["app"] = self  # With this, Starlette's router raises the 404 of an unknown path.
         if scope["path"].startswith("http://"):  # A client may send a whole URL (RFC 9112, 3.2.2).
             scope["path"] = "/" + scope["path"][7:].partition("/")[2]
@@ -1010,21 +1009,21 @@ class RequestMiddleware:
                 observe_request(scope, time.perf_counter() - started_at)
                 request_id = (b"x-request-id", scope["request_id"].encode())
                 message["headers"] += [request_id, *SECURITY_HEADERS]
-                if "actor" in scope:  # The route is private, so nobody may store the response.
+                if "is_private" in scope:
                     message["headers"].append((b"cache-control", b"no-store"))
             await send(message)
 
         IN_FLIGHT.inc()
         try:
-            await self.answer_with_cors(scope, receive, send_with_headers)
+            await self.answering_app(scope, receive, send_with_headers)
         finally:
             IN_FLIGHT.dec()
             if get_settings().access_log or get_settings().debug:
                 log_access(scope, time.perf_counter() - started_at)
 
     @functools.cached_property
-    def answer_with_cors(self) -> ASGIApp:
-        """Choose how to answer, at the first request: the settings are known only then."""
+    def answering_app(self) -> ASGIApp:
+        """Answer with CORS or without, as the settings say: they are known at the first request."""
         origins = get_settings().cors_origins
         cors = ExplainedCors(self.answer, origins, ["*"], ["*"], expose_headers=["*"])
         return cors if origins else self.answer
@@ -1710,6 +1709,7 @@ class Batcher:
         # Identical reads have one place in the queue; each write has its own.
         place = arguments if self.statement.is_read else future
         self.waiting.setdefault(place, PendingCall(arguments, [])).futures.append(future)
+        # A worker takes all that wait, so only the first needs one; but slow ones go one by one.
         is_worker_needed = len(self.waiting) == 1 or self.statement.is_slow
         if is_worker_needed and len(self.workers) < self.statement.workers:
             self.workers.add(asyncio.create_task(self.run_worker()))
@@ -1730,8 +1730,6 @@ class Batcher:
             except Exception as error:
                 if not batch:  # No connection could be had, for any call.
                     batch, self.waiting = list(self.waiting.values()), {}
-                elif isinstance(error, EXPIRING_ERRORS) and not self.statement.is_slow:
-                    await self.database.pool.expire_connections()
                 for call in batch:
                     give_outcome(call.futures, error)
         # There is no await between the check above and this line. Otherwise a call could join the
@@ -1748,7 +1746,7 @@ class Batcher:
         batch: dict[Any, PendingCall] = {}
         for place, call in list(itertools.islice(self.waiting.items(), size)):
             lock_key = call.arguments[0] if is_locking else None
-            key = place if lock_key is None else lock_key
+            key = place if lock_key is None else lock_key  # A call that locks nothing has its own.
             if key not in batch:
                 batch[key] = self.waiting.pop(place)
         wanted = [call for call in batch.values() if not all(f.done() for f in call.futures)]
@@ -1764,6 +1762,8 @@ class Batcher:
             else:
                 rows = await connection.fetchmany(text, calls, timeout=seconds)
         except EXPIRING_ERRORS:
+            if not self.statement.is_slow:
+                await self.database.pool.expire_connections()
             raise
         except asyncpg.PostgresError as error:
             if len(batch) > 1:
@@ -2249,8 +2249,9 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
     for name in [name for name in os.environ if name.startswith("PG")]:
         del os.environ[name]  # It is about another server, but the drivers would follow it.
     data_dir = data_dir.resolve()
-    if sys.platform != "win32" and (len(os.fsencode(data_dir)) > 80 or "," in str(data_dir)):
-        raise RuntimeError(f"DATA_DIR={data_dir} does not fit a socket: over 80 bytes, or a comma")
+    if sys.platform != "win32" and (len(os.fsencode(data_dir)) > 88 or "," in str(data_dir)):
+        # The path of a socket has 103 bytes, and drivers take a comma for the end of a host.
+        raise RuntimeError(f"DATA_DIR={data_dir} is over 88 bytes long or has a comma; set another")
     data_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         with lock_folder(data_dir) as starting:
@@ -2451,20 +2452,12 @@ def open_listener(host: str, port: int) -> socket.socket:
 async def lifespan(_: Any) -> AsyncIterator[None]:
     """Start the embedded database if none is set, open the pool and migrate; close at the end."""
     sys.tracebacklimit = 0  # of a failed start, uvicorn prints only the line that says why
-    settings, is_started = get_settings(), False
-
-    def end() -> None:
-        if is_started:
-            feed.close()
-        elif settings.database_url:  # The embedded server must be shut down properly.
-            os._exit(0)
-
+    settings = get_settings()
     with contextlib.ExitStack() as stack:
         url = settings.database_url or stack.enter_context(embedded_postgres(settings.data_dir))
-        waiting_for_end = asyncio.create_task(call_at_end(end))
+        waiting_for_end = asyncio.create_task(end_when_told())
         await database.open(url)
         await ensure_migrated()
-        is_started = True
         del sys.tracebacklimit
         log_start(settings)
         # What exists now stays for good, so no garbage collection needs to look at it; and requests
@@ -2479,17 +2472,18 @@ async def lifespan(_: Any) -> AsyncIterator[None]:
                 await asyncio.wait_for(database.pool.close(), timeout=2)
 
 
-async def call_at_end(function: Callable[[], None]) -> None:
-    """Call a function when uvicorn is told to end.
+async def end_when_told() -> None:
+    """End streams, or the start, when uvicorn is told to end: it would wait for them.
 
-    uvicorn waits for a start and for all responses, but streams do not end by themselves, and a
-    start may wait minutes for the database. It has no hook, so look at the server, which handles
-    the signals.
+    It has no hook for that, so look at the server, which handles the signals.
     """
-    server = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+    server: Any = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
     while not getattr(server, "should_exit", False):
         await asyncio.sleep(0.1)
-    function()
+    feed.close()
+    # A start may wait minutes for its database. An embedded one must be shut down properly.
+    if not server.started and get_settings().database_url:
+        os._exit(0)
 
 
 def log_start(settings: Settings) -> None:

@@ -47,6 +47,12 @@ SECRETS = re.compile(
 )
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run all tests in two processes; but a part, and slow tests, which measure, in this one."""
+    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return 2 if is_whole and "not slow" in config.option.markexpr else 0
+
+
 def pytest_sessionstart() -> None:
     """Say what a new route lacks at once, because without its body many tests would fail."""
     routes = [route_label(route) for route in incidents.ROUTES if route.body]
