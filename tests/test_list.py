@@ -405,7 +405,7 @@ async def test_a_search_finds_accents_that_were_written_in_another_way(
         for text in (unicodedata.normalize("NFC", word), unicodedata.normalize("NFD", word)):
             await client.post("/incidents/", json={"description": text, "source": "partner"})
     if is_rare:
-        insert_incidents(sql, 1000)
+        insert_incidents(sql, 2000)
 
     for word in (word.upper() for word in words):
         for q in (unicodedata.normalize("NFC", word), unicodedata.normalize("NFD", word)):
