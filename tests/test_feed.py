@@ -157,11 +157,9 @@ FILTERS: dict[str, Callable[[Entry], bool]] = {
     "": lambda entry: True,
     "incident=2": lambda entry: entry["incident_id"] == 2,
     "incident=99": lambda entry: False,
-    "kind=created": lambda entry: entry["kind"] == "created",
     "kind=status&kind=note&kind=note": lambda entry: entry["kind"] in ("note", "status"),
     "kind=created,edited": lambda entry: entry["kind"] in ("created", "edited"),
     "incident=1&kind=note": lambda entry: entry["incident_id"] == 1 and entry["kind"] == "note",
-    "incident=1&kind=status": lambda entry: False,
 }
 
 
@@ -213,22 +211,34 @@ async def test_head_has_the_headers_of_a_response_and_ends_at_once(
     assert stream.status_code == long_poll.status_code == 200
 
 
-# The parameter that a problem names is the first one, here with its place in a list.
-WRONG_QUERIES = [
-    "after=x", "after=-1", "after=", "after=1000000000000000000", "after=Latest", "after=1&after=2",
-    "limit=0", "limit=1001", "limit=1&limit=2", "wait=61", "wait=-1", "wait=0.5", "wait=1&wait=2",
-    "incident=x", "incident=1&incident=2", "kind/0=x", "kind/1=note,", "include=x",
-    "include=incident&include=incident", "format=json",
-]  # fmt: skip
+# Queries that are refused, by what the problem points to.
+WRONG_QUERIES = {
+    "#/after": [
+        "after=x",
+        "after=-1",
+        "after=",
+        f"after={10**18}",
+        "after=Latest",
+        "after=1&after=2",
+    ],
+    "#/limit": ["limit=0", "limit=1001", "limit=1&limit=2"],
+    "#/wait": ["wait=61", "wait=-1", "wait=0.5", "wait=1&wait=2"],
+    "#/incident": ["incident=x", "incident=1&incident=2"],
+    "#/kind/0": ["kind=x"],
+    "#/kind/1": ["kind=note,"],
+    "#/include": ["include=x", "include=incident&include=incident"],
+    "#/format": ["format=json"],
+}
 
 
 @pytest.mark.parametrize("headers", [{}, EVENT_STREAM], ids=["page", "stream"])
 async def test_a_wrong_query_is_refused_and_its_parameter_is_named(
     client: httpx.AsyncClient, headers: dict[str, str]
 ) -> None:
-    for query in WRONG_QUERIES:
-        response = await client.get(f"/timeline?{re.sub('/.', '', query)}", headers=headers)
-        assert_problem(response, 422, f"#/{query.partition('=')[0]}")
+    for pointer, queries in WRONG_QUERIES.items():
+        for query in queries:
+            response = await client.get(f"/timeline?{query}", headers=headers)
+            assert_problem(response, 422, pointer)
     for last_id in ("x", "-1", "1.0", "9" * 19):
         response = await client.get("/timeline", headers=headers | {"Last-Event-ID": last_id})
 
@@ -472,14 +482,12 @@ def service(
     service_database_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """Start a service for all tests of event streams that need no other."""
-    constants = {"STREAM_PAGE": 100, "KEEPALIVE_SECONDS": 0.3, "LOOK_SECONDS": 0.1}
     log = tmp_path_factory.mktemp("feed") / "server.log"
-    settings = {"DATABASE_URL": service_database_url}
-    server = Server(patched(**constants, MAX_UNREAD_SECONDS=1), free_port(), log, settings)
+    command = patched(STREAM_PAGE=10, KEEPALIVE_SECONDS=0.3, MAX_UNREAD_SECONDS=1)
+    server = Server(command, free_port(), log, {"DATABASE_URL": service_database_url})
     wait_until(server.is_live)
     yield server
-    code = server.stop()
-    assert code == 0
+    assert server.stop() == 0
     assert not re.findall("Traceback|ERROR", server.printed())
 
 
@@ -503,12 +511,13 @@ async def test_a_stream_gives_what_was_and_what_comes_as_events(
     url = f"/incidents/{history[0]['incident_id']}/notes"
     query = f"kind=note&incident={history[0]['incident_id']}&include=incident"
     async with (
-        open_stream(service, f"after={last_id}") as stream,
+        open_stream(service, "after=0", last_id) as stream,
         open_stream(service, "after=latest&limit=1&wait=1") as latest,
         open_stream(service, query) as filtered,
     ):
         retry = await stream.read_block()
-        events = await stream.read(len(history))
+        # They are on several pages, and there is no comment among them.
+        events = [await stream.read_any() for _ in history]
         for note in HARD_NOTES:
             entry = (await api.post(url, json={"note": note})).json()
             event = (entry["id"], "note", entry)
@@ -524,19 +533,6 @@ async def test_a_stream_gives_what_was_and_what_comes_as_events(
     assert stream.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert stream.headers["x-accel-buffering"] == "no"
     assert "content-length" not in stream.headers
-
-
-async def test_a_stream_of_several_pages_goes_on_after_the_last_event_id(
-    service: Server, service_database_url: str, last_id: int
-) -> None:
-    insert_notes(service_database_url, 350)
-    async with asyncio.timeout(10), open_stream(service, "after=0", last_id) as stream:
-        await stream.read_block()
-        events = [await stream.read_any() for _ in range(350)]
-
-    # There is no comment among them.
-    assert all(event.entry for event in events)
-    assert [event.id for event in events] == list(range(last_id + 1, last_id + 351))
 
 
 async def test_a_silent_stream_sends_comments_whose_id_is_the_position(
@@ -696,8 +692,7 @@ async def test_the_timeline_of_an_incident_can_be_read_in_pages(
     assert [page.json() for page in pages] == [whole[:2], whole[2:4], whole[4:]]
     assert pages[-1].headers["link"] == '<?limit=2>; rel="first"'
     assert (await client.get("/incidents/1/timeline?after=999")).json() == []
-    for query in ("", "?after=1", "?after=999&limit=1000"):
-        assert_problem(await client.get(f"/incidents/99/timeline{query}"), 404)
+    assert_problem(await client.get("/incidents/99/timeline?after=999&limit=1000"), 404)
     for query in ("after=x", "after=latest", "limit=0", "limit=1001"):
         pointer = f"#/{query.partition('=')[0]}"
         assert_problem(await client.get(f"/incidents/1/timeline?{query}"), 422, pointer)
@@ -735,20 +730,14 @@ class Scene:
         self.last_id = 10**18  # of the table, once nobody writes any more
 
     async def write(self) -> None:
-        """Report incidents, change one and add notes, over any of the services."""
+        """Report incidents and add notes, over any of the services."""
         async with httpx.AsyncClient(verify=False, timeout=10) as client:
             while self.is_writing:
-                url = f"{self.chance.choice(self.servers).url}/incidents/"
-                method, path, body = self.chance.choice(
-                    [
-                        ("POST", "", NEW_INCIDENT),
-                        ("POST", "1/notes", {"note": "a"}),
-                        ("PATCH", "1", {"status": self.chance.choice(incidents.STATUSES)}),
-                    ]
-                )
+                path, body = self.chance.choice([("", NEW_INCIDENT), ("1/notes", {"note": "a"})])
+                url = f"{self.chance.choice(self.servers).url}/incidents/{path}"
                 with contextlib.suppress(httpx.TransportError):
-                    response = await client.request(method, url + path, json=body)
-                    assert response.status_code in (200, 201, 503), response.text
+                    response = await client.post(url, json=body)
+                    assert response.status_code in (201, 503), response.text
                 await asyncio.sleep(self.chance.random() / 5)  # a writer's own pace
 
     async def write_slowly(self) -> None:
@@ -767,7 +756,7 @@ class Scene:
         async with httpx.AsyncClient(verify=False, timeout=10) as client:
             while after < self.last_id:
                 limit = self.chance.choice([7, 100, 1000])
-                path = f"/timeline?after={after}&limit={limit}{query}"
+                path = f"/timeline?after={after}&limit={limit}&{query}"
                 try:
                     response = await client.get(f"{self.chance.choice(self.servers).url}{path}")
                     response.raise_for_status()
@@ -802,14 +791,9 @@ async def test_no_reader_loses_an_entry_or_gets_it_twice_while_services_are_kill
     command = patched(KEEPALIVE_SECONDS=0.3)
     servers = [serve(command=command, DATABASE_URL=database_url) for _ in range(2)]
     scene = Scene(servers, database_url)
-    readers = [
-        (reader, query, list[int]())
-        for reader, query in [
-            *[(scene.read_pages, ""), (scene.read_pages, "&wait=2"), (scene.read_stream, "")] * 4,
-            (scene.read_pages, "&wait=2&kind=note"),
-            (scene.read_stream, "kind=note"),
-        ]
-    ]
+    wanted = [(scene.read_pages, ""), (scene.read_pages, "wait=2"), (scene.read_stream, "")] * 4
+    wanted += [(scene.read_pages, "wait=2&kind=note"), (scene.read_stream, "kind=note")]
+    readers = [(reader, query, list[int]()) for reader, query in wanted]
     async with asyncio.timeout(100), asyncio.TaskGroup() as group:
         writers = [group.create_task(scene.write()) for _ in range(64)]
         writers += [group.create_task(scene.write_slowly()) for _ in range(4)]

@@ -256,18 +256,15 @@ async def test_commas_mean_or_and_repeated_filters_mean_and(client: httpx.AsyncC
         {"severity": "error", "team": "db"},
         {"severity": "error", "team": "web"},
         {"severity": "critical,error", "team": "db"},
-        {"team": "db"},
         {"Team": "DB", "a": "b:c", "empty": ""},
     ]:
         await report(client, labels)
 
     assert await find_ids(client, "severity:error") == [3, 2]
-    assert await find_ids(client, "severity:critical,error") == [4, 3, 2, 1]
     assert await find_ids(client, "severity:critical,error", "team:db") == [4, 2, 1]
     assert await find_ids(client, "severity:error,critical", "team:db") == [2, 1]
     assert await find_ids(client, "severity:error", "severity:critical") == []
-    assert await find_ids(client, "team:db", "team:db") == [5, 4, 2, 1]
-    assert await find_ids(client, "empty:a,,b", "a:b:c", "Team:DB") == [6]
+    assert await find_ids(client, "empty:a,,b", "a:b:c", "Team:DB") == [5]
     # Only a whole name and a whole value, in their own case, are found.
     for label in ("team:DB", "Team:db", "Team:D", "Tea:DB", "Team:DB ", "Team:%", "a:b", "no:"):
         assert await find_ids(client, label) == [], label

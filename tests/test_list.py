@@ -27,7 +27,6 @@ from helpers import (
     insert_incidents,
     wait_until,
 )
-from psycopg.types.json import Jsonb
 
 import incidents
 from incidents import LIST_FORMATS, SOURCES
@@ -75,32 +74,21 @@ def make_rows() -> list[Row]:
     return rows
 
 
-# The model of the list: what it must have, in its order.
+MODEL = json.dumps(make_rows(), default=str)
+# What the list must have, in its order.
 ROWS = sorted(make_rows(), key=lambda row: (row["created_at"], row["id"]), reverse=True)
 IDS = [row["id"] for row in ROWS]
 
 
-@pytest.fixture(scope="module")
-def filled_database_url(module_database_url: str) -> str:
-    """Fill a table with the incidents of the model, from which each test gets a fresh copy."""
-    columns = ", ".join(INCIDENT_FIELDS)
-    values = ", ".join(f"%({name})s" for name in INCIDENT_FIELDS)
-    with psycopg.connect(module_database_url, autocommit=True) as session:
-        session.execute("CREATE TABLE model (LIKE incidents)")
-        insert = f"INSERT INTO model ({columns}) VALUES ({values})"
-        rows = [row | {"labels": Jsonb(row["labels"])} for row in make_rows()]
-        session.cursor().executemany(insert, rows)
-    return module_database_url
-
-
 @pytest.fixture
-def database_url(filled_database_url: str) -> str:
+def database_url(emptied_database_url: str) -> str:
     """Give a database that holds exactly the incidents of the model."""
-    with psycopg.connect(filled_database_url, autocommit=True) as session:
-        session.execute(TRUNCATE_ALL)
-        session.execute("INSERT INTO incidents SELECT * FROM model")
+    columns = ", ".join(INCIDENT_FIELDS)
+    model = f"SELECT {columns} FROM json_populate_recordset(NULL::incidents, %s)"
+    with psycopg.connect(emptied_database_url, autocommit=True) as session:
+        session.execute(f"INSERT INTO incidents ({columns}) {model}", (MODEL,))
         session.execute("SELECT setval('incidents_id_seq', 5000)")
-    return filled_database_url
+    return emptied_database_url
 
 
 def contains(row: Row, q: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import psycopg
 import pytest
-from helpers import NEW_INCIDENT, Sql, assert_problem, async_wait_until, find_inconsistencies
+from helpers import NEW_INCIDENT, Sql, assert_problem, async_wait_until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("incident")]
 
@@ -145,19 +145,3 @@ async def test_a_note_that_waited_for_a_change_is_not_earlier_than_the_change(
     assert sql("SELECT rfc3339(updated_at), rfc3339(noted_at) FROM incidents") == [
         (note["created_at"], note["created_at"])
     ]
-
-
-async def test_notes_and_changes_at_the_same_time_are_all_kept(
-    client: httpx.AsyncClient, sql: Sql
-) -> None:
-    await asyncio.gather(
-        *(client.post("/incidents/1/notes", json={"note": f"{n}"}) for n in range(40)),
-        *(client.patch("/incidents/1", json={"description": f"{n}"}) for n in range(40)),
-    )
-    entries = await get_timeline(client)
-    notes = [entry["note"] for entry in entries if entry["kind"] == "note"]
-    edits = [entry["to"] for entry in entries if entry["kind"] == "edited"]
-
-    assert sorted(notes, key=int) == [str(n) for n in range(40)]
-    assert sorted(edits, key=int) == [str(n) for n in range(40)]
-    assert find_inconsistencies(sql) == []
