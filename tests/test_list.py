@@ -204,32 +204,29 @@ async def test_an_empty_list_is_complete_in_every_format(
         assert link_of(response, "next") is None, query
 
 
-JSON, NDJSON, CSV = "application/json", "application/x-ndjson", "text/csv"
-ACCEPT_HEADERS = [
-    (None, JSON),
-    ("application/*", JSON),
-    ("TEXT/CSV; charset=utf-8", CSV),
-    ("text/csv, application/json", JSON),
-    ("text/csv;q=0.5,application/x-ndjson;q=0.6,*/*;q=0.1", NDJSON),
-    ("text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", JSON),
-    ("application/xml", JSON),
-    ("", JSON),
-    (";;;", JSON),
-    ('text/csv;q="', CSV),
-]
+# Accept headers, by the format that they choose.
+ACCEPT_HEADERS: dict[str, list[str | None]] = {
+    "application/json": [
+        *(None, "", "application/*", "application/xml", "text/csv, application/json", ";;;"),
+        "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8",
+    ],
+    "application/x-ndjson": ["text/csv;q=0.5,application/x-ndjson;q=0.6,*/*;q=0.1"],
+    "text/csv": ["TEXT/CSV; charset=utf-8", 'text/csv;q="'],
+}
 
 
 async def test_the_accept_header_chooses_the_format_unless_the_query_does(
     client: httpx.AsyncClient,
 ) -> None:
-    for accept, media_type in ACCEPT_HEADERS:
-        headers = {} if accept is None else {"Accept": accept}
-        response = await client.get("/incidents/?limit=1", headers=headers)
-        ndjson = await client.get("/incidents/?limit=1&format=ndjson", headers=headers)
+    for media_type, accepted in ACCEPT_HEADERS.items():
+        for accept in accepted:
+            headers = {} if accept is None else {"Accept": accept}
+            response = await client.get("/incidents/?limit=1", headers=headers)
+            ndjson = await client.get("/incidents/?limit=1&format=ndjson", headers=headers)
 
-        assert response.headers["content-type"].partition(";")[0] == media_type, accept
-        assert response.headers["vary"] == "Accept"
-        assert ndjson.headers["content-type"].partition(";")[0] == NDJSON, accept
+            assert response.headers["content-type"].partition(";")[0] == media_type, accept
+            assert response.headers["vary"] == "Accept"
+            assert ndjson.headers["content-type"].startswith("application/x-ndjson"), accept
 
 
 # ── Filters ───────────────────────────────────────────────────────────────────────────────────────
@@ -484,7 +481,7 @@ async def test_a_cursor_is_exact_for_every_time(client: httpx.AsyncClient, sql: 
 
 def make_invalid_cursors(cursor: str, other_cursor: str) -> list[str]:
     """Make texts that look more or less like a cursor, from two valid ones."""
-    # The long ones are out of range.
+    # The long ones are out of range, and Python takes the last one's characters for digits too.
     texts = [
         "",
         "x",
@@ -494,14 +491,12 @@ def make_invalid_cursors(cursor: str, other_cursor: str) -> list[str]:
         f"{'9' * 18}-1-00000000",
         f"-{'9' * 18}-1-00000000",
     ]
-    # Python takes these for digits too.
     texts += [cursor.translate(str.maketrans("0123456789", "٠١٢٣٤٥٦٧٨٩"))]
     # These are cut off, have something too much, or have another character.
-    texts += [cursor[:length] for length in range(len(cursor))]
-    texts += [cursor[length:] for length in range(1, len(cursor))]
+    for n in range(len(cursor)):
+        texts += [cursor[:n], cursor[n + 1 :], *(cursor[:n] + x + cursor[n + 1 :] for x in "05a-")]
     texts += [f"{cursor}{end}" for end in ("0", " ", "\x00", "\n", f",{cursor}", "-1")]
     texts += [f"{start}{cursor}" for start in "09 +-"]
-    texts += [cursor[:n] + digit + cursor[n + 1 :] for n in range(len(cursor)) for digit in "05a-"]
     # In these, a part comes from another cursor.
     for place, part in enumerate(other_cursor.split("-")):
         parts = cursor.split("-")
