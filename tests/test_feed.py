@@ -265,9 +265,10 @@ async def test_a_transaction_that_commits_late_delays_what_follows_it_but_no_wri
     insert_incident(sql)
     await client.get("/timeline")
     monkeypatch.setattr(incidents, "SETTLE_SECONDS", 0.2)
-    with psycopg.connect(database_url) as late:
-        assert insert_note(late) == 2
-        async with asyncio.timeout(10), long_poll(client, "after=1&wait=60") as task:
+    async with asyncio.timeout(10):
+        with psycopg.connect(database_url) as late:
+            assert insert_note(late) == 2
+            poll = await start_long_poll(client, "after=1&wait=60")
             for number in range(10):
                 response = await client.post("/incidents/1/notes", json={"note": f"{number}"})
                 assert response.status_code == 201
@@ -275,9 +276,8 @@ async def test_a_transaction_that_commits_late_delays_what_follows_it_but_no_wri
             meanwhile = await client.get("/timeline?limit=1")
             seconds = time.monotonic() - started_at
             filtered = await client.get("/timeline?after=1&kind=note")
-            assert not task.done()
-            late.commit()
-            response = await task
+            assert not poll.done()
+        response = await poll
     whole = await client.get("/timeline?after=1")
 
     assert (entry_ids(meanwhile), next_link(meanwhile), position(meanwhile)) == ([1], None, 1)
@@ -344,34 +344,28 @@ async def test_latest_does_not_begin_at_the_oldest_entry_while_a_transaction_is_
 # ── Long polls ────────────────────────────────────────────────────────────────────────────────────
 
 
-@contextlib.asynccontextmanager
-async def long_poll(
-    client: httpx.AsyncClient, query: str
-) -> AsyncIterator[asyncio.Task[httpx.Response]]:
+async def start_long_poll(client: httpx.AsyncClient, query: str) -> asyncio.Task[httpx.Response]:
     """Send a request that waits, and go on when the service waits with it."""
     others = incidents.feed.listeners
     task = asyncio.create_task(client.get(f"/timeline?{query}"))
     await async_wait_until(lambda: incidents.feed.listeners > others or task.done(), 5)
     assert not task.done(), task.result().text
-    yield task
-    await task
+    return task
 
 
 async def test_a_long_poll_waits_for_an_entry_that_it_wants_as_long_as_it_may(
     client: httpx.AsyncClient, history: list[Entry]
 ) -> None:
     last_id = history[-1]["id"]
+    query = f"after={last_id}&kind=status"
     started_at = time.monotonic()
-    async with (
-        asyncio.timeout(10),
-        long_poll(client, f"after={last_id}&wait=60&kind=status") as wanted,
-        long_poll(client, f"after={last_id}&wait=1&kind=status&incident=1") as unwanted,
-    ):
+    async with asyncio.timeout(10):
+        wanted = await start_long_poll(client, f"{query}&wait=60")
+        unwanted = await start_long_poll(client, f"{query}&wait=1&incident=1")
         there = await client.get("/timeline?wait=60&limit=3")
         await client.post("/incidents/1/notes", json={"note": "a"})
         await client.patch("/incidents/2/status", json={"status": "open"})
-        response = await wanted
-        nothing = await unwanted
+        response, nothing = await wanted, await unwanted
     seconds = time.monotonic() - started_at
     # Nobody waits any more, so nobody looks.
     await async_wait_until(lambda: incidents.feed.watcher and incidents.feed.watcher.done())
@@ -389,18 +383,17 @@ async def test_long_polls_are_answered_when_another_request_sees_an_entry_first(
     monkeypatch.setattr(incidents, "FEED_PAUSE", 60)
     insert_incident(sql)
     looks = incidents.BATCH_CALLS.labels("timeline_writers")._sum
-    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
-        before = looks.get()
-        async with long_poll(client, "after=1&wait=60") as task:
-            # The first look was the request's own. After the second, the watcher pauses.
-            await async_wait_until(lambda: looks.get() >= before + 2)
-            polls = [group.create_task(client.get("/timeline?after=1&wait=60")) for _ in range(50)]
-            await async_wait_until(lambda: incidents.feed.listeners == 51)
-            insert_notes(database_url, 1)
-            other = await client.get("/timeline?after=1")
+    before = looks.get()
+    async with asyncio.timeout(10):
+        polls = [await start_long_poll(client, "after=1&wait=60")]
+        # The first look was the request's own. After the second, the watcher pauses.
+        await async_wait_until(lambda: looks.get() >= before + 2)
+        polls += [await start_long_poll(client, "after=1&wait=60") for _ in range(50)]
+        insert_notes(database_url, 1)
+        other = await client.get("/timeline?after=1")
+        responses = await asyncio.gather(*polls)
 
-    assert [entry_ids(poll.result()) for poll in [task, *polls]] == [entry_ids(other)] * 51
-    assert entry_ids(other) == [2]
+    assert [entry_ids(response) for response in [other, *responses]] == [[2]] * 52
 
 
 # ── Event streams ─────────────────────────────────────────────────────────────────────────────────
@@ -533,11 +526,18 @@ async def test_a_stream_gives_what_was_and_what_comes_as_events(
     assert "content-length" not in stream.headers
 
 
-async def test_a_silent_stream_sends_comments_whose_id_is_the_position(
+async def wait_for_listeners(client: httpx.AsyncClient, count: int) -> None:
+    """Wait until the metrics of a service say that so many readers wait."""
+    async with asyncio.timeout(5):
+        while f"incidents_timeline_listeners {count}.0" not in (await client.get("/metrics")).text:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_silent_stream_sends_comments_with_its_position_until_its_reader_has_left(
     service: Server, api: httpx.AsyncClient, last_id: int
 ) -> None:
     query = f"incident={10**17}&after={last_id}"
-    async with asyncio.timeout(10), open_stream(service, query) as stream:
+    async with asyncio.timeout(10), open_stream(service, query) as stream, open_stream(service):
         await stream.read_block()
         assert await stream.read_block() == f": no news\nid: {last_id}"
         started_at = time.monotonic()
@@ -547,23 +547,10 @@ async def test_a_silent_stream_sends_comments_whose_id_is_the_position(
         await api.post("/incidents/", json=NEW_INCIDENT)
         while await stream.read_any() != (last_id + 1, "", {}):
             pass
-
-    assert 0.1 < seconds < 2
-
-
-async def wait_for_listeners(client: httpx.AsyncClient, count: int) -> None:
-    """Wait until the metrics of a service say that so many readers wait."""
-    async with asyncio.timeout(5):
-        while f"incidents_timeline_listeners {count}.0" not in (await client.get("/metrics")).text:
-            await asyncio.sleep(0.01)
-
-
-async def test_the_service_forgets_the_streams_of_readers_that_have_left(
-    service: Server, api: httpx.AsyncClient
-) -> None:
-    async with open_stream(service), open_stream(service):
         await wait_for_listeners(api, 2)
     await wait_for_listeners(api, 0)
+
+    assert 0.1 < seconds < 2
 
 
 async def test_a_stream_outlasts_a_database_that_is_away_and_loses_nothing(
