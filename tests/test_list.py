@@ -9,7 +9,6 @@ import json
 import random
 import re
 import unicodedata
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -29,7 +28,7 @@ from helpers import (
 )
 
 import incidents
-from incidents import LIST_FORMATS, SOURCES
+from incidents import LIST_FORMATS, SOURCES, STATUSES
 
 pytestmark = pytest.mark.anyio
 
@@ -233,51 +232,48 @@ async def test_the_accept_header_chooses_the_format_unless_the_query_does(
 
 SINCE, UNTIL = START + timedelta(hours=20), START + timedelta(hours=70)
 
-# For each query parameter: some of its values, and which rows each of them keeps.
-FILTERS: dict[str, list[tuple[Row, Callable[[Row], bool]]]] = {
-    "status": [
-        ({"status": ["open"] * 100}, lambda row: row["status"] == "open"),
-        ({"status": ["open", "resolved"]}, lambda row: row["status"] in {"open", "resolved"}),
-        ({"status": "closed,closed,open"}, lambda row: row["status"] in {"closed", "open"}),
+# For each query parameter, queries with some of its values.
+FILTERS: list[list[Row]] = [
+    [{"status": ["open"] * 100}, {"status": ["open", "resolved"]}, {"status": ["closed,open"]}],
+    [{"source": ["partner"]}, {"source": ["operator,partner", "monitoring"]}],
+    [{"since": SINCE.isoformat()}, {"since": "2031-01-01T00:00:00Z"}],
+    [{"until": UNTIL.isoformat()}],
+    [{"q": "серВЕР"}, {"q": "e"}],
+    [
+        {"label": ["team:db"]},
+        {"label": ["severity:critical,error"]},
+        {"label": ["team:сеть,db", "severity:critical"]},
     ],
-    "source": [
-        ({"source": "partner"}, lambda row: row["source"] == "partner"),
-        ({"source": ["operator,partner", "monitoring"]}, lambda row: True),
-    ],
-    "since": [
-        ({"since": SINCE.isoformat()}, lambda row: row["created_at"] >= SINCE),
-        ({"since": "2031-01-01"}, lambda row: False),
-    ],
-    "until": [({"until": UNTIL.isoformat()}, lambda row: row["created_at"] < UNTIL)],
-    "q": [
-        ({"q": "серВЕР"}, lambda row: "сервер" in row["description"].lower()),
-        ({"q": "e"}, lambda row: contains(row, "e")),
-    ],
-    "label": [
-        ({"label": "team:db"}, lambda row: row["labels"].get("team") == "db"),
-        ({"label": "severity:critical,error"}, lambda row: "severity" in row["labels"]),
-        ({"label": ["team:сеть,db", "severity:critical"]}, lambda row: len(row["labels"]) == 2),
-    ],
-}
+]
+
+
+def passes(row: Row, query: Row) -> bool:
+    """Tell whether an incident of the model passes the filters of a query."""
+    labels = [label.partition(":") for label in query.get("label", ())]
+    return (
+        row["status"] in ",".join(query.get("status", STATUSES)).split(",")
+        and row["source"] in ",".join(query.get("source", SOURCES)).split(",")
+        and ("since" not in query or row["created_at"] >= datetime.fromisoformat(query["since"]))
+        and ("until" not in query or row["created_at"] < datetime.fromisoformat(query["until"]))
+        and contains(row, query.get("q", ""))
+        and all(row["labels"].get(name) in (text, *text.split(",")) for name, _, text in labels)
+    )
 
 
 async def test_filters_give_what_the_model_gives(client: httpx.AsyncClient) -> None:
-    choices: list[Any] = [(), *((choice,) for choice in itertools.chain(*FILTERS.values()))]
-    for one, other in itertools.combinations(FILTERS.values(), 2):
+    # No filter, each filter, each pair of filters, and all of them.
+    choices: list[tuple[Row, ...]] = [(), *itertools.product(*FILTERS)]
+    choices += [(query,) for query in itertools.chain(*FILTERS)]
+    for one, other in itertools.combinations(FILTERS, 2):
         choices += itertools.product(one, other)
-    choices += itertools.product(*FILTERS.values())
-    sizes = set()
     for choice in choices:
-        query = {name: value for parameters, _ in choice for name, value in parameters.items()}
-        expected = [row["id"] for row in ROWS if all(keeps(row) for _, keeps in choice)]
-        await check_list(client, query, expected)
-        sizes.add(len(expected))
+        query = {name: value for part in choice for name, value in part.items()}
+        await check_list(client, query, [row["id"] for row in ROWS if passes(row, query)])
     # A cursor may be of a place that is newer than the end of the period.
     first = await client.get("/incidents/", params={"limit": 1})
     rest = await list_ids(client, {"after": cursor_of(first), "until": UNTIL.isoformat()})
 
     assert rest == [row["id"] for row in ROWS if row["created_at"] < UNTIL]
-    assert len(sizes) > 20
 
 
 # Queries that are refused, by what the problem points to.
