@@ -2,14 +2,14 @@
 
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
 import psycopg
 import pytest
-from helpers import ROOT, TRUNCATE_ALL, Rows, Sql
+from helpers import ROOT, TRUNCATE_ALL, Sql
 from psycopg.types.json import Jsonb
 
 import incidents
@@ -41,24 +41,15 @@ VALUES = {
 
 
 @pytest.fixture
-def sql(emptied_database_url: str) -> Iterator[Sql]:
-    """Run a statement in a transaction that is rolled back after the test, and give its rows."""
-    with psycopg.connect(emptied_database_url) as session:
-        session.execute("SELECT")  # begins the transaction
-
-        def run(statement: Any, *arguments: Any) -> Rows:
-            with session.transaction():  # a refused statement does not undo the others
-                cursor = session.execute(statement, arguments or None)
-                return cursor.fetchall() if cursor.description else []
-
-        yield run
-        session.rollback()
+def database_url(emptied_database_url: str) -> str:
+    """All tests of this file share one database."""
+    return emptied_database_url
 
 
 @pytest.fixture
-async def connection(emptied_database_url: str) -> AsyncIterator[Any]:
+async def connection(database_url: str) -> AsyncIterator[Any]:
     """Open a connection of the driver that the service uses, set up as the service does it."""
-    connection = await asyncpg.connect(emptied_database_url)
+    connection = await asyncpg.connect(database_url)
     await incidents.prepare_session(connection)
     yield connection
     await connection.close()
