@@ -8,10 +8,7 @@ import itertools
 import json
 import random
 import re
-import socket
 import unicodedata
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -29,10 +26,9 @@ from helpers import (
     insert_incidents,
     wait_until,
 )
-from psycopg.types.json import Jsonb
 
 import incidents
-from incidents import LIST_FORMATS, SOURCES
+from incidents import LIST_FORMATS, SOURCES, STATUSES
 
 pytestmark = pytest.mark.anyio
 
@@ -48,8 +44,7 @@ DESCRIPTIONS = [
 ]  # fmt: skip
 
 LABELS: list[dict[str, str]] = [
-    {}, {}, {"team": "db"}, {"team": "сеть", "severity": "critical"},
-    {"severity": "critical,error"},
+    {}, {"team": "db"}, {"team": "сеть", "severity": "critical"}, {"severity": "critical,error"},
 ]  # fmt: skip
 # A list in CSV has them in this order: labels came last, and other programs count columns.
 CSV_FIELDS = [*(name for name in INCIDENT_FIELDS if name != "labels"), "labels"]
@@ -60,13 +55,13 @@ def make_rows() -> list[Row]:
     chance = random.Random(3)
     rows = []
     for number in chance.sample(range(1, 1000), 303):
-        hours, microseconds = chance.randrange(100), chance.choice([0, 0, 0, 1, 500_000, 999_999])
+        hours, microseconds = chance.randrange(100), chance.choice([0, 0, 0, 1, 999_999])
         created_at = START + timedelta(hours=hours, microseconds=microseconds)
+        text = DESCRIPTIONS[number % len(DESCRIPTIONS)] + chance.choice(["", " again", " №7"])
         rows.append(
             {
                 "id": number,
-                "description": DESCRIPTIONS[number % len(DESCRIPTIONS)]
-                + chance.choice(["", " again", " №7"]),
+                "description": text,
                 "status": chance.choice(["open", "in_progress", "resolved", "closed", "closed"]),
                 "source": chance.choice(["operator", "monitoring", "monitoring", "partner"]),
                 "created_at": created_at,
@@ -78,32 +73,21 @@ def make_rows() -> list[Row]:
     return rows
 
 
-# The model of the list: what it must have, in its order.
+MODEL = json.dumps(make_rows(), default=str)
+# What the list must have, in its order.
 ROWS = sorted(make_rows(), key=lambda row: (row["created_at"], row["id"]), reverse=True)
 IDS = [row["id"] for row in ROWS]
 
 
-@pytest.fixture(scope="module")
-def filled_database_url(module_database_url: str) -> str:
-    """Fill a table with the incidents of the model, from which each test gets a fresh copy."""
-    columns = ", ".join(INCIDENT_FIELDS)
-    values = ", ".join(f"%({name})s" for name in INCIDENT_FIELDS)
-    with psycopg.connect(module_database_url, autocommit=True) as session:
-        session.execute("CREATE TABLE model (LIKE incidents)")
-        insert = f"INSERT INTO model ({columns}) VALUES ({values})"
-        rows = [row | {"labels": Jsonb(row["labels"])} for row in make_rows()]
-        session.cursor().executemany(insert, rows)
-    return module_database_url
-
-
 @pytest.fixture
-def database_url(filled_database_url: str) -> str:
+def database_url(emptied_database_url: str) -> str:
     """Give a database that holds exactly the incidents of the model."""
-    with psycopg.connect(filled_database_url, autocommit=True) as session:
-        session.execute(TRUNCATE_ALL)
-        session.execute("INSERT INTO incidents SELECT * FROM model")
+    columns = ", ".join(INCIDENT_FIELDS)
+    model = f"SELECT {columns} FROM json_populate_recordset(NULL::incidents, %s)"
+    with psycopg.connect(emptied_database_url, autocommit=True) as session:
+        session.execute(f"INSERT INTO incidents ({columns}) {model}", (MODEL,))
         session.execute("SELECT setval('incidents_id_seq', 5000)")
-    return filled_database_url
+    return emptied_database_url
 
 
 def contains(row: Row, q: str) -> bool:
@@ -112,16 +96,13 @@ def contains(row: Row, q: str) -> bool:
     return part.lower() in text.lower()
 
 
-async def list_ids(client: httpx.AsyncClient, query: Any = "") -> list[int]:
-    """Give the ids that the list has for a query."""
-    response = await client.get("/incidents/", params=query)
-    assert response.status_code == 200, response.text
-    return ids_of(response)
-
-
 def ids_of(response: httpx.Response) -> list[int]:
-    """Give the ids in a response."""
+    assert response.status_code == 200, response.text
     return [row["id"] for row in response.json()]
+
+
+async def list_ids(client: httpx.AsyncClient, query: Any = "") -> list[int]:
+    return ids_of(await client.get("/incidents/", params=query))
 
 
 def link_of(response: httpx.Response, relation: str) -> str | None:
@@ -131,7 +112,6 @@ def link_of(response: httpx.Response, relation: str) -> str | None:
 
 
 def cursor_of(response: httpx.Response) -> str:
-    """Give the cursor of the next page."""
     return dict(parse_qsl(urlsplit(link_of(response, "next") or "").query))["after"]
 
 
@@ -150,24 +130,17 @@ async def check_list(client: httpx.AsyncClient, query: Row, expected: list[int])
     for limit in (13, max(1, len(expected))):
         pages = [ids_of(page) for page in await fetch_all_pages(client, query | {"limit": limit})]
 
-        assert list(itertools.chain(*pages)) == expected, (query, limit)
-        assert len(pages) == max(1, -(-len(expected) // limit)), (query, limit)  # rounded up
-        assert all(len(page) == limit for page in pages[:-1]), (query, limit)
+        parts = [expected[n : n + limit] for n in range(0, len(expected) or 1, limit)]
+        assert pages == parts, (query, limit)
 
 
 # ── The whole list ────────────────────────────────────────────────────────────────────────────────
 
 
-def format_time(time: datetime) -> str:
-    """Write a time as the service does."""
-    text = time.astimezone(UTC).isoformat()[:19]
-    fraction = f".{time.microsecond:06}".rstrip("0").rstrip(".")
-    return f"{text}{fraction}Z"
-
-
 def json_row(row: Row) -> Row:
     """Give the JSON of an incident."""
-    return row | {name: format_time(row[name]) for name in ("created_at", "updated_at")}
+    time = row["created_at"].isoformat().replace("+00:00", "Z")
+    return row | {"created_at": time, "updated_at": time}
 
 
 def csv_row(row: Row) -> Row:
@@ -191,7 +164,7 @@ def read_rows(format_name: str, body: bytes) -> list[Row]:
     return [*csv.DictReader(io.StringIO(body.decode("utf-8-sig"), newline=""))]
 
 
-@pytest.mark.parametrize("page_size", [7, 101, 302, 303, 304])
+@pytest.mark.parametrize("page_size", [7, 302, 303])
 async def test_the_list_has_all_incidents_newest_first_in_every_format_however_it_is_streamed(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, page_size: int
 ) -> None:
@@ -200,7 +173,6 @@ async def test_the_list_has_all_incidents_newest_first_in_every_format_however_i
         response = await client.get("/incidents/", params={"format": name})
         rows = read_rows(name, response.content)
 
-        assert response.status_code == 200
         assert response.headers["content-type"] == LIST_FORMATS[name].media_type
         assert "link" not in response.headers
         assert rows == [(csv_row if name == "csv" else json_row)(row) for row in ROWS]
@@ -223,140 +195,112 @@ async def test_an_empty_list_is_complete_in_every_format(
     client: httpx.AsyncClient, sql: Sql
 ) -> None:
     sql(TRUNCATE_ALL)
-    filters: list[dict[str, str]] = [{}, {"status": "open"}, {"q": "ab"}, {"q": "сервер"}]
-    for name, query, limit in itertools.product(LIST_FORMATS, filters, [{}, {"limit": "5"}]):
-        response = await client.get("/incidents/", params=query | limit | {"format": name})
+    filters: list[dict[str, str]] = [{}, {"status": "open"}, {"q": "сервер", "limit": "5"}]
+    for name, query in itertools.product(LIST_FORMATS, filters):
+        response = await client.get("/incidents/", params=query | {"format": name})
 
-        assert response.status_code == 200, query
-        assert response.headers["content-type"] == LIST_FORMATS[name].media_type
-        assert response.text == EMPTY_BODIES[name], query
+        assert (response.status_code, response.text) == (200, EMPTY_BODIES[name]), query
         assert link_of(response, "next") is None, query
 
 
-JSON, NDJSON, CSV = "application/json", "application/x-ndjson", "text/csv"
-ACCEPT_HEADERS = [
-    (None, JSON),
-    ("*/*", JSON),
-    ("application/*", JSON),
-    ("application/x-ndjson", NDJSON),
-    ("TEXT/CSV; charset=utf-8", CSV),
-    ("text/*", CSV),
-    ("text/csv, application/json", JSON),
-    ("text/csv;q=0.8, application/json;q=0.9", JSON),
-    ("text/csv;q=0.5,application/x-ndjson;q=0.6,*/*;q=0.1", NDJSON),
-    ("application/json;q=0, application/x-ndjson;q=0, */*", CSV),
-    ("text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", JSON),
-    ("application/xml", JSON),
-    ("", JSON),
-    (";;;", JSON),
-    ("a/b/c", JSON),
-    ('text/csv;q="', CSV),
-]
+# Accept headers, by the format that they choose.
+ACCEPT_HEADERS: dict[str, list[str | None]] = {
+    "application/json": [
+        *(None, "", "application/*", "application/xml", "text/csv, application/json", ";;;"),
+        "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8",
+    ],
+    "application/x-ndjson": ["text/csv;q=0.5,application/x-ndjson;q=0.6,*/*;q=0.1"],
+    "text/csv": ["TEXT/CSV; charset=utf-8", 'text/csv;q="'],
+}
 
 
 async def test_the_accept_header_chooses_the_format_unless_the_query_does(
     client: httpx.AsyncClient,
 ) -> None:
-    for accept, media_type in ACCEPT_HEADERS:
-        headers = {} if accept is None else {"Accept": accept}
-        response = await client.get("/incidents/?limit=1", headers=headers)
+    for media_type, accepted in ACCEPT_HEADERS.items():
+        for accept in accepted:
+            headers = {} if accept is None else {"Accept": accept}
+            response = await client.get("/incidents/?limit=1", headers=headers)
+            ndjson = await client.get("/incidents/?limit=1&format=ndjson", headers=headers)
 
-        assert response.status_code == 200, accept
-        assert response.headers["content-type"].partition(";")[0] == media_type, accept
-        assert response.headers["vary"] == "Accept"
-        for name in LIST_FORMATS:
-            response = await client.get(f"/incidents/?limit=1&format={name}", headers=headers)
-            assert response.headers["content-type"] == LIST_FORMATS[name].media_type, accept
+            assert response.headers["content-type"].partition(";")[0] == media_type, accept
+            assert response.headers["vary"] == "Accept"
+            assert ndjson.headers["content-type"].startswith("application/x-ndjson"), accept
 
 
 # ── Filters ───────────────────────────────────────────────────────────────────────────────────────
 
 SINCE, UNTIL = START + timedelta(hours=20), START + timedelta(hours=70)
 
-# For each query parameter: some of its values, and which rows each of them keeps.
-FILTERS: dict[str, list[tuple[Row, Callable[[Row], bool]]]] = {
-    "status": [
-        ({"status": ["open"] * 100}, lambda row: row["status"] == "open"),
-        ({"status": ["open", "resolved"]}, lambda row: row["status"] in {"open", "resolved"}),
-        ({"status": "closed,closed,open"}, lambda row: row["status"] in {"closed", "open"}),
+# For each query parameter, queries with some of its values.
+FILTERS: list[list[Row]] = [
+    [{"status": ["open"] * 100}, {"status": ["open", "resolved"]}, {"status": ["closed,open"]}],
+    [{"source": ["partner"]}, {"source": ["operator,partner", "monitoring"]}],
+    [{"since": SINCE.isoformat()}, {"since": "2031-01-01T00:00:00Z"}],
+    [{"until": UNTIL.isoformat()}],
+    [{"q": "серВЕР"}, {"q": "e"}],
+    [
+        {"label": ["team:db"]},
+        {"label": ["severity:critical,error"]},
+        {"label": ["team:сеть,db", "severity:critical"]},
     ],
-    "source": [
-        ({"source": "partner"}, lambda row: row["source"] == "partner"),
-        ({"source": ["operator,partner", "monitoring"]}, lambda row: True),
-    ],
-    "since": [
-        ({"since": SINCE.isoformat()}, lambda row: row["created_at"] >= SINCE),
-        ({"since": "2031-01-01"}, lambda row: False),
-    ],
-    "until": [({"until": UNTIL.isoformat()}, lambda row: row["created_at"] < UNTIL)],
-    "q": [
-        ({"q": "серВЕР"}, lambda row: "сервер" in row["description"].lower()),
-        ({"q": "e"}, lambda row: contains(row, "e")),
-    ],
-    "label": [
-        ({"label": "team:db"}, lambda row: row["labels"].get("team") == "db"),
-        ({"label": "severity:critical,error"}, lambda row: "severity" in row["labels"]),
-        ({"label": ["team:сеть,db", "severity:critical"]}, lambda row: len(row["labels"]) == 2),
-    ],
-}
+]
+
+
+def passes(row: Row, query: Row) -> bool:
+    """Tell whether an incident of the model passes the filters of a query."""
+    labels = [label.partition(":") for label in query.get("label", ())]
+    return (
+        row["status"] in ",".join(query.get("status", STATUSES)).split(",")
+        and row["source"] in ",".join(query.get("source", SOURCES)).split(",")
+        and ("since" not in query or row["created_at"] >= datetime.fromisoformat(query["since"]))
+        and ("until" not in query or row["created_at"] < datetime.fromisoformat(query["until"]))
+        and contains(row, query.get("q", ""))
+        and all(row["labels"].get(name) in (text, *text.split(",")) for name, _, text in labels)
+    )
 
 
 async def test_filters_give_what_the_model_gives(client: httpx.AsyncClient) -> None:
-    choices: list[Any] = [(), *((choice,) for choice in itertools.chain(*FILTERS.values()))]
-    for one, other in itertools.combinations(FILTERS.values(), 2):
+    # No filter, each filter, each pair of filters, and all of them.
+    choices: list[tuple[Row, ...]] = [(), *itertools.product(*FILTERS)]
+    choices += [(query,) for query in itertools.chain(*FILTERS)]
+    for one, other in itertools.combinations(FILTERS, 2):
         choices += itertools.product(one, other)
-    choices += itertools.product(*FILTERS.values())
-    sizes = set()
     for choice in choices:
-        query = {name: value for parameters, _ in choice for name, value in parameters.items()}
-        expected = [row["id"] for row in ROWS if all(keeps(row) for _, keeps in choice)]
-        await check_list(client, query, expected)
-        sizes.add(len(expected))
+        query = {name: value for part in choice for name, value in part.items()}
+        await check_list(client, query, [row["id"] for row in ROWS if passes(row, query)])
     # A cursor may be of a place that is newer than the end of the period.
     first = await client.get("/incidents/", params={"limit": 1})
     rest = await list_ids(client, {"after": cursor_of(first), "until": UNTIL.isoformat()})
 
     assert rest == [row["id"] for row in ROWS if row["created_at"] < UNTIL]
-    assert len(sizes) > 20
 
 
-INVALID_QUERIES = [
-    ("status=new", "#/status/0"),
-    ("status=open,", "#/status/1"),
-    ("status=OPEN", "#/status/0"),
-    ("source=operator&source=me", "#/source/1"),
-    ("q=", "#/q"),
-    ("q=%C2%A0%0A", "#/q"),
-    ("q=a%00b", "#/q"),
-    ("q=" + "%F0%9F%94%A5" * 201, "#/q"),
-    ("q=a&q=b", "#/q"),
-    ("since=2024-01-15&since=2024-01-16", "#/since"),
-    ("until=2024-01-15&until=2024-01-15", "#/until"),
-    ("limit=5&limit=6", "#/limit"),
-    ("limit=0", "#/limit"),
-    ("limit=1001", "#/limit"),
-    ("limit=1.5", "#/limit"),
-    ("limit", "#/limit"),
-    ("limit=" + "9" * 40, "#/limit"),
-    ("format=xml", "#/format"),
-    ("format=csv&format=json", "#/format"),
-    ("after=a&after=b", "#/after"),
-    ("label=team", "#/label"),
-    ("label=:db", "#/label"),
-    ("label=team:a%00b", "#/label"),
-    ("label=te%00am:db", "#/label"),
-    ("label=team:db&label=severity", "#/label"),
-    ("label=team:" + ",".join(map(str, range(51))), "#/label"),
-    ("&".join(["label=team:a,b,c"] * 17), "#/label"),
-    ("page=2", "#/page"),
-]
+# Queries that are refused, by what the problem points to.
+INVALID_QUERIES = {
+    "#/status/0": ["status=new", "status=OPEN"],
+    "#/status/1": ["status=open,"],
+    "#/source/1": ["source=operator&source=me"],
+    "#/q": ["q=", "q=%C2%A0%0A", "q=a%00b", "q=" + "%F0%9F%94%A5" * 201, "q=a&q=b"],
+    "#/since": ["since=2024-01-15&since=2024-01-16"],
+    "#/until": ["until=2024-01-15&until=2024-01-15"],
+    "#/limit": ["limit=5&limit=6", "limit=0", "limit=1001", "limit", "limit=" + "9" * 40],
+    "#/format": ["format=xml", "format=csv&format=json"],
+    "#/after": ["after=a&after=b"],
+    "#/page": ["page=2"],
+    "#/label": [
+        *("label=team", "label=:db", "label=team:a%00b", "label=te%00am:db"),
+        "label=team:db&label=severity",
+    ],
+}
 
 
 async def test_an_invalid_query_is_refused_with_a_pointer_to_its_parameter(
     client: httpx.AsyncClient,
 ) -> None:
-    for query, pointer in INVALID_QUERIES:
-        assert_problem(await client.get(f"/incidents/?{query}"), 422, pointer)
+    for pointer, queries in INVALID_QUERIES.items():
+        for query in queries:
+            assert_problem(await client.get(f"/incidents/?{query}"), 422, pointer)
     fifty = {"label": [f"team:{','.join(map(str, range(48)))}", "team:a,b"]}
     assert await list_ids(client, fifty) == []
 
@@ -366,11 +310,9 @@ async def test_an_invalid_query_is_refused_with_a_pointer_to_its_parameter(
 TEN_OCLOCK = START + timedelta(hours=34)  # on 16 January
 TIMES = [
     ("2024-01-16", START + timedelta(days=1)),
-    ("2024-01-16T10:00:00Z", TEN_OCLOCK),
     ("2024-01-16t10:00:00z", TEN_OCLOCK),
     ("2024-01-16T13:00:00+03:00", TEN_OCLOCK),
     ("2024-01-16T04:30:00-05:30", TEN_OCLOCK),
-    ("2024-01-16T09:59:59.9Z", TEN_OCLOCK - timedelta(milliseconds=100)),
     ("2024-01-16T09:59:59.999999999Z", TEN_OCLOCK - timedelta(microseconds=1)),
     ("2024-01-16T10:00:00.000001Z", TEN_OCLOCK + timedelta(microseconds=1)),
     ("0001-01-01", START - timedelta(days=9999)),
@@ -382,8 +324,8 @@ async def test_a_time_may_be_written_in_every_form_of_rfc_3339(
     client: httpx.AsyncClient, sql: Sql
 ) -> None:
     # Some incidents are created exactly then.
-    exact = [TEN_OCLOCK + timedelta(microseconds=number) for number in (-100_000, -1, 0, 1)]
-    for number, time in zip(IDS, exact, strict=False):
+    for number, microseconds in zip(IDS, (-1, 0, 1), strict=False):
+        time = TEN_OCLOCK + timedelta(microseconds=microseconds)
         sql("UPDATE incidents SET created_at = %s WHERE id = %s", time, number)
     times: dict[int, datetime] = dict(sql("SELECT id, created_at FROM incidents"))
     for text, time in TIMES:
@@ -394,36 +336,24 @@ async def test_a_time_may_be_written_in_every_form_of_rfc_3339(
         assert set(until) == {number for number, at in times.items() if at < time}, text
 
 
-INVALID_TIMES = [
-    ("2024-01-16T10:00:00", "with its offset"),
-    ("2024-01-16 10:00:00Z", "with its offset"),
-    ("2024-01-16T13:00:00 03:00", "%2B"),
-    ("2024-01-16T10:00Z", "with its offset"),
-    ("2024-01-16T10:00:00,5Z", "with its offset"),
-    ("", "write a date"),
-    ("now", "write a date"),
-    ("٢٠٢٤-٠١-١٦", "write a date"),
-    ("2024-01-16\n", "write a date"),
-    ("2024-01-16T10:00:00Z\x00", "write a date"),
-    ("2023-02-29", "day"),
-    ("0000-01-01", "year"),
-    ("2024-01-16T24:00:01Z", "hour"),
-    ("2024-01-16T10:00:00+99:99", ""),
-    ("2024-01-16T::::::::Z", ""),
-    ("0001-01-01T00:00:00+14:00", "outside the years"),
-    ("9999-12-31T23:59:59-14:00", "outside the years"),
-]
+# Times that are refused, by what the problem says of them.
+INVALID_TIMES = {
+    "the + of an offset is %2B": [
+        *("2024-01-16T10:00:00", "2024-01-16 10:00:00Z", "2024-01-16T13:00:00 03:00"),
+        *("2024-01-16T10:00Z", "2024-01-16T10:00:00,5Z", "", "now", "٢٠٢٤-٠١-١٦", "2024-01-16\n"),
+    ],
+    "outside the years": ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"],
+    "": ["2023-02-29", "0000-01-01", "2024-01-16T10:00:00+99:99", "2024-01-16T::::::::Z"],
+}
 
 
-@pytest.mark.parametrize("name", ["since", "until"])
-async def test_an_invalid_time_is_refused_with_the_reason(
-    client: httpx.AsyncClient, name: str
-) -> None:
-    for text, reason in INVALID_TIMES:
-        response = await client.get("/incidents/", params={name: text})
+async def test_an_invalid_time_is_refused_with_the_reason(client: httpx.AsyncClient) -> None:
+    for reason, texts in INVALID_TIMES.items():
+        for name, text in itertools.product(("since", "until"), texts):
+            response = await client.get("/incidents/", params={name: text})
 
-        assert_problem(response, 422, f"#/{name}")
-        assert reason in response.json()["errors"][0]["detail"], text
+            assert_problem(response, 422, f"#/{name}")
+            assert reason in response.json()["errors"][0]["detail"], text
 
 
 # ── Search ────────────────────────────────────────────────────────────────────────────────────────
@@ -454,7 +384,7 @@ async def test_a_search_finds_accents_that_were_written_in_another_way(
         for text in (unicodedata.normalize("NFC", word), unicodedata.normalize("NFD", word)):
             await client.post("/incidents/", json={"description": text, "source": "partner"})
     if is_rare:
-        insert_incidents(sql, 1000)
+        insert_incidents(sql, 2000)
 
     for word in (word.upper() for word in words):
         for q in (unicodedata.normalize("NFC", word), unicodedata.normalize("NFD", word)):
@@ -470,26 +400,19 @@ async def test_the_links_of_a_page_keep_every_filter(client: httpx.AsyncClient) 
     new = {"description": text, "source": "operator", "labels": {'кома"нда &=': text, "a": "b"}}
     created = [(await client.post("/incidents/", json=new)).json() for _ in range(3)]
     query: list[tuple[str, Any]] = [
-        ("status", "open,closed"),
-        ("status", "resolved"),
-        ("source", "operator,monitoring"),
-        ("since", "2024-01-15T03:00:00+03:00"),
-        ("until", "2999-01-19"),
-        ("q", text),
-        ("label", f'кома"нда &=:{text}'),
-        ("label", "a:b,c"),
-        ("limit", "1"),
+        *[("status", "open,closed"), ("status", "resolved"), ("source", "operator,monitoring")],
+        *[("since", "2024-01-15T03:00:00+03:00"), ("until", "2999-01-19"), ("q", text)],
+        *[("label", f'кома"нда &=:{text}'), ("label", "a:b,c"), ("limit", "1")],
         ("format", "ndjson"),
     ]
     pages = await fetch_all_pages(client, query)
     links = [link_of(page, "first") or "" for page in pages]
+    next_link = urlsplit(link_of(pages[0], "next") or "")
 
     assert [page.json() for page in pages] == created[::-1]
     assert {urlsplit(link).path for link in links} == {"/incidents/"}
     assert [parse_qsl(urlsplit(link).query) for link in links] == [query] * 3
-    next_link = urlsplit(link_of(pages[0], "next") or "")
     assert parse_qsl(next_link.query) == [*query, ("after", cursor_of(pages[0]))]
-    assert pages[1].headers["content-type"].startswith("application/x-ndjson")
 
 
 @pytest.mark.parametrize("query", [{}, {"source": ",".join(SOURCES)}, {"q": "e"}], ids=str)
@@ -501,18 +424,15 @@ async def test_reading_pages_while_others_write_gives_each_old_incident_once(
 
     async def write_without_end() -> None:
         for number in itertools.count():
-            new = {"description": f"new one {number}", "source": "operator"}
-            await client.post("/incidents/", json=new)
+            await client.post("/incidents/", json=NEW_INCIDENT)
             change = {"status": ["open", "closed"][number % 2]}
             await client.patch(f"/incidents/{IDS[number % len(IDS)]}/status", json=change)
 
     writer = asyncio.create_task(write_without_end())
-    try:
-        pages = await fetch_all_pages(client, query | {"limit": 3})
-    finally:
-        writer.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await writer
+    pages = await fetch_all_pages(client, query | {"limit": 3})
+    writer.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await writer
     found = [number for page in pages for number in ids_of(page)]
 
     assert len(found) == len(set(found))
@@ -523,32 +443,11 @@ async def test_reading_pages_while_others_write_gives_each_old_incident_once(
 # ── Cursors ───────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("query", [{}, {"status": "open"}, {"q": "e"}, {"q": "сервер"}], ids=str)
-async def test_a_cursor_goes_on_after_its_incident_was_deleted_by_hand(
-    client: httpx.AsyncClient, sql: Sql, query: dict[str, str]
-) -> None:
-    expected = await list_ids(client, query)
-    first = await client.get("/incidents/", params=query | {"limit": 5})
-    sql("DELETE FROM incidents WHERE id = ANY (%s)", expected[3:6])
-    rest = await list_ids(client, query | {"after": cursor_of(first)})
-    page = await client.get(link_of(first, "next") or "")
-    sql(TRUNCATE_ALL)
-    last = await client.get(link_of(first, "next") or "")
-
-    assert ids_of(first) == expected[:5]
-    assert rest == expected[6:]
-    assert ids_of(page) == expected[6:11]
-    assert (last.json(), link_of(last, "next")) == ([], None)
-
-
 async def test_a_cursor_is_exact_for_every_time(client: httpx.AsyncClient, sql: Sql) -> None:
     # asyncpg takes the last microsecond of the year 9999 for an infinite time.
     times = [
-        "0001-01-02T00:00:00Z",
-        "1969-12-31T23:59:59.999999Z",
-        "1970-01-01T00:00:00Z",
-        "1970-01-01T00:00:00.000001Z",
-        "2024-01-15T10:30:00.999999Z",
+        *("0001-01-02T00:00:00Z", "1969-12-31T23:59:59.999999Z", "1970-01-01T00:00:00Z"),
+        *("1970-01-01T00:00:00.000001Z", "2024-01-15T10:30:00.999999Z"),
         "9999-12-31T23:59:59.999998Z",
     ]
     sql(TRUNCATE_ALL)
@@ -564,34 +463,41 @@ async def test_a_cursor_is_exact_for_every_time(client: httpx.AsyncClient, sql: 
 
 def make_invalid_cursors(cursor: str, other_cursor: str) -> list[str]:
     """Make texts that look more or less like a cursor, from two valid ones."""
-    parts, other_parts = cursor.split("-"), other_cursor.split("-")
-    texts = ["", " ", "x", "1", "--", "1-1-", "\x00", "null", "1" * 400, "WyIyMDI0LTAxLTE1Il0.c2ln"]
-    # These are out of range, or have digits that Python takes for digits too.
-    texts += [f"{'9' * 18}-1-00000000", f"-{'9' * 18}-1-00000000", f"{'9' * 99}-1-00000000"]
+    # The long ones are out of range, and Python takes the last one's characters for digits too.
+    texts = [
+        "",
+        "x",
+        "1-1-",
+        "\x00",
+        "1" * 400,
+        f"{'9' * 18}-1-00000000",
+        f"-{'9' * 18}-1-00000000",
+    ]
     texts += [cursor.translate(str.maketrans("0123456789", "٠١٢٣٤٥٦٧٨٩"))]
-    # These are cut off, or have something too much.
-    texts += [cursor[:length] for length in range(len(cursor))]
-    texts += [cursor[length:] for length in range(1, len(cursor))]
-    texts += [f"{cursor}{end}" for end in ("0", " ", "\x00", "\n", "X", f",{cursor}", "-1")]
+    # These are cut off, have something too much, or have another character.
+    for n in range(len(cursor)):
+        texts += [cursor[:n], cursor[n + 1 :], *(cursor[:n] + x + cursor[n + 1 :] for x in "05a-")]
+    texts += [f"{cursor}{end}" for end in ("0", " ", "\x00", "\n", f",{cursor}", "-1")]
     texts += [f"{start}{cursor}" for start in "09 +-"]
-    # In these, one character is another one.
-    for place, character in itertools.product(range(len(cursor)), "05af-"):
-        texts.append(cursor[:place] + character + cursor[place + 1 :])
     # In these, a part comes from another cursor.
-    for place in range(len(parts)):
-        texts.append("-".join([*parts[:place], other_parts[place], *parts[place + 1 :]]))
+    for place, part in enumerate(other_cursor.split("-")):
+        parts = cursor.split("-")
+        parts[place] = part
+        texts.append("-".join(parts))
     return [text for text in texts if text not in (cursor, other_cursor)]
 
 
-async def test_an_invalid_cursor_is_refused(client: httpx.AsyncClient) -> None:
+async def test_an_invalid_cursor_is_refused_but_not_that_of_a_deleted_incident(
+    client: httpx.AsyncClient, sql: Sql
+) -> None:
     first = await client.get("/incidents/", params={"limit": 2})
+    sql("DELETE FROM incidents WHERE id = %s", IDS[1])
     second = await client.get(link_of(first, "next") or "")
 
+    assert ids_of(second) == IDS[2:4]
     for cursor in make_invalid_cursors(cursor_of(first), cursor_of(second)):
         response = await client.get("/incidents/", params={"after": cursor})
         assert_problem(response, 422, "#/after")
-        assert "take it as it is from the Link header" in response.json()["detail"]
-    assert ids_of(second) == IDS[2:4]
 
 
 # ── The streamed list ─────────────────────────────────────────────────────────────────────────────
@@ -620,41 +526,16 @@ async def test_a_list_that_is_being_read_holds_no_connection_and_gets_no_newer_i
     assert sql("SELECT count(*) FROM incidents") == [(303 + len(parts),)]
 
 
-def fill_with_long_incidents(sql: Sql) -> None:
-    """Insert 1,500 incidents. A page has 5 MB, which is more than a connection's buffers hold."""
+def test_a_streamed_list_ends_when_its_client_or_the_database_goes_away(
+    serve: Serve, sql: Sql, database_url: str, database_unavailable: Any
+) -> None:
+    # A page of such incidents has 5 MB, which is more than a connection's buffers hold.
     sql(TRUNCATE_ALL)
     sql(
         "INSERT INTO incidents (description, source)"
         " SELECT repeat('🔥', 5000), 'operator' FROM generate_series(1, 1500)"
     )
-
-
-def test_a_list_is_cut_off_when_the_database_goes_away_in_the_middle(
-    serve: Serve,
-    sql: Sql,
-    database_url: str,
-    database_unavailable: Callable[[], AbstractContextManager[None]],
-) -> None:
-    fill_with_long_incidents(sql)
     server = serve(DATABASE_URL=database_url)
-    with httpx.stream("GET", f"{server.url}/incidents/", timeout=20) as response:
-        chunks = response.iter_raw()
-        beginning = next(chunks) + next(chunks)
-        with database_unavailable(), pytest.raises(httpx.RemoteProtocolError):
-            for _ in chunks:
-                pass
-
-    assert response.status_code == 200
-    assert beginning.startswith(b'[{"id":1500,')
-    assert server.process.poll() is None
-
-
-def test_when_the_client_of_a_list_has_left_no_further_page_is_read(
-    serve: Serve, sql: Sql, database_url: str
-) -> None:
-    fill_with_long_incidents(sql)
-    server = serve(DATABASE_URL=database_url)
-    address = ("127.0.0.1", urlsplit(server.url).port or 0)
 
     def read_metric(name: str) -> int:
         text = httpx.get(f"{server.url}/metrics", verify=False).text
@@ -662,11 +543,20 @@ def test_when_the_client_of_a_list_has_left_no_further_page_is_read(
         return int(found[1]) if found else 0
 
     pages_read = 'incidents_batch_calls_sum{statement="incident_page"}'
-    with socket.create_connection(address, timeout=10) as reader:
-        reader.sendall(b"GET /incidents/ HTTP/1.1\r\nHost: x\r\n\r\n")
-        reader.recv(1000)
+    with httpx.stream("GET", f"{server.url}/incidents/", verify=False) as response:
+        next(response.iter_raw())
         # The first is being sent, and the second waits for its turn.
         wait_until(lambda: read_metric(pages_read) == 2)
     wait_until(lambda: read_metric("incidents_http_requests_in_flight") == 1)
+    assert read_metric(pages_read) == 2  # no further page was read
 
-    assert read_metric(pages_read) == 2
+    with httpx.stream("GET", f"{server.url}/incidents/", timeout=20, verify=False) as response:
+        chunks = response.iter_raw()
+        beginning = next(chunks) + next(chunks)
+        # It is cut off, so that nobody takes a part of the list for the whole.
+        with database_unavailable(), pytest.raises(httpx.RemoteProtocolError):
+            for _ in chunks:
+                pass
+    assert response.status_code == 200
+    assert beginning.startswith(b'[{"id":1500,')
+    assert server.process.poll() is None

@@ -2,14 +2,14 @@
 
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
 import psycopg
 import pytest
-from helpers import ROOT, TRUNCATE_ALL, Rows, Sql
+from helpers import ROOT, TRUNCATE_ALL, Sql
 from psycopg.types.json import Jsonb
 
 import incidents
@@ -22,63 +22,34 @@ PARAMETER = re.compile(r"^--   \$(\d+) +\w+ +(\S+)", re.MULTILINE)
 
 # A value for every parameter name. No incident and no entry has these ids.
 VALUES = {
-    "incident_id": 4_000_000_000,
-    "entry_id": 4_000_000_000,
-    "description": "Проблема с сервером",
-    "source": "monitoring",
-    "status": "closed",
-    "note": "Перезапустили 🔥",
-    "actor": "anonymous",
-    "key": "a key",
-    "idempotency_key": "a key",
-    "digest": b"digest",
-    "if_match": '"1", "2"',
-    "if_none_match": 'W/"1"',
-    "statuses": ["open", "closed"],
-    "sources": ["monitoring"],
-    "since": datetime(1, 1, 2, tzinfo=UTC),
-    "until": datetime(1, 1, 4, tzinfo=UTC),
-    "by_day": True,
+    "incident_id": 4_000_000_000, "entry_id": 4_000_000_000, "before_id": 4_000_000_000,
+    "after": 0, "up_to": 4_000_000_000, "size": 50,
+    "description": "Проблема с сервером", "source": "monitoring", "status": "closed",
+    "note": "Перезапустили 🔥", "actor": "anonymous", "action": "trigger",
+    "key": "a key", "idempotency_key": "a key", "digest": b"digest", "dedup_key": "disk-db1",
+    "if_match": '"1", "2"', "if_none_match": 'W/"1"',
+    "statuses": ["open", "closed"], "sources": ["monitoring"], "kinds": ["created", "note"],
+    "since": datetime(1, 1, 2, tzinfo=UTC), "until": datetime(1, 1, 4, tzinfo=UTC), "by_day": True,
     "before_created_at": datetime(9999, 12, 31, tzinfo=UTC),
-    "before_id": 4_000_000_000,
-    "size": 50,
-    "format": "json",
-    "separator": ",\n",
-    "pattern": r"%100\%%",
-    "has_accents": False,
-    "migrations": ["0001.schema"],
-    "kinds": ["created", "note"],
-    "after": 0,
-    "up_to": 4_000_000_000,
-    "with_incident": True,
-    "labels": '{"severity": "critical"}',
-    "label_patch": '{"severity": "error", "team": null}',
-    "label_filter": '$."severity" == "critical"',
-    "dedup_key": "disk-db1",
-    "action": "trigger",
     "happened_at": datetime(2026, 1, 15, tzinfo=UTC),
-}
+    "format": "json", "separator": ",\n", "with_incident": True,
+    "pattern": r"%100\%%", "has_accents": False,
+    "labels": '{"severity": "critical"}', "label_filter": '$."severity" == "critical"',
+    "label_patch": '{"severity": "error", "team": null}',
+    "migrations": ["0001.schema"],
+}  # fmt: skip
 
 
 @pytest.fixture
-def sql(emptied_database_url: str) -> Iterator[Sql]:
-    """Run a statement in a transaction that is rolled back after the test, and give its rows."""
-    with psycopg.connect(emptied_database_url) as session:
-        session.execute("SELECT")  # begins the transaction
-
-        def run(statement: Any, *arguments: Any) -> Rows:
-            with session.transaction():  # a refused statement does not undo the others
-                cursor = session.execute(statement, arguments or None)
-                return cursor.fetchall() if cursor.description else []
-
-        yield run
-        session.rollback()
+def database_url(emptied_database_url: str) -> str:
+    """All tests of this file share one database."""
+    return emptied_database_url
 
 
 @pytest.fixture
-async def connection(emptied_database_url: str) -> AsyncIterator[Any]:
+async def connection(database_url: str) -> AsyncIterator[Any]:
     """Open a connection of the driver that the service uses, set up as the service does it."""
-    connection = await asyncpg.connect(emptied_database_url)
+    connection = await asyncpg.connect(database_url)
     await incidents.prepare_session(connection)
     yield connection
     await connection.close()
@@ -126,6 +97,9 @@ def test_every_file_is_used_and_every_statement_that_is_used_has_a_file() -> Non
 async def call_three_times(connection: Any, name: str, **values: Any) -> Any:
     """Give the rows of three identical calls. Two with the same key may not share a batch."""
     statement = getattr(incidents.SQL, name)
+    if missing := [each for each in statement.parameters if each not in VALUES]:
+        advice = f"add a value for {', '.join(missing)} to VALUES in tests/test_sql.py"
+        pytest.fail(f"{advice}, because sql/{name}.sql takes it", pytrace=False)
     values = {parameter: (VALUES | values)[parameter] for parameter in statement.parameters}
     arguments = statement.order_values(values)
     if not statement.is_batch:
@@ -142,15 +116,9 @@ async def run_batch(connection: Any, statement: Any, **columns: list[Any]) -> An
 
 
 OPTIONAL = [
-    "idempotency_key",
-    "digest",
-    "if_match",
-    "if_none_match",
-    "statuses",
-    "sources",
-    "since",
+    *("idempotency_key", "digest", "if_match", "if_none_match", "statuses", "sources", "since"),
+    *("until", "before_created_at", "before_id", "label_patch", "label_filter", "pattern"),
 ]
-OPTIONAL += ["until", "before_created_at", "before_id", "label_patch", "label_filter", "pattern"]
 NOTHING = dict.fromkeys(OPTIONAL) | {"incident_id": 1, "entry_id": 1}
 FOUND = {"incident_id": 1, "entry_id": 1, "pattern": "%сервер%", "dedup_key": None}
 
@@ -170,46 +138,36 @@ async def test_each_statement_gives_one_row_per_call_whatever_it_finds(connectio
         assert b"\xd0" in found[name][0]["body"], name  # a Cyrillic letter of the description
 
 
-async def test_a_batch_of_reads_gives_its_rows_in_the_order_of_the_calls(connection: Any) -> None:
-    await call_three_times(connection, "incident_create", idempotency_key=None, digest=None)
-    ids = [3, 99, 1, 2, 1]
-    etags = ['"1"', *[None] * 4]
-    get = incidents.SQL.incident_get
-    rows = await run_batch(connection, get, incident_id=ids, if_none_match=etags)
-
-    found = [row["body"] and json.loads(row["body"])["id"] for row in rows]
-    assert found == [3, None, 1, 2, 1]
-    assert [bool(row["is_unchanged"]) for row in rows] == [True, False, False, False, False]
-
-
-async def test_a_batch_of_writes_gives_its_rows_in_the_order_of_the_calls(connection: Any) -> None:
-    keys, digests = ["c", None, "a", "b"], [b"c", None, b"a", b"b"]
-    sent: dict[str, list[Any]] = {
-        "idempotency_key": keys,
-        "digest": digests,
-        "actor": ["anonymous"] * 4,
-    }
-    texts, sources = ["third", "none", "first", "second"], ["partner"] * 4
+async def test_a_batch_gives_its_rows_in_the_order_of_the_calls(connection: Any) -> None:
+    actors = ["anonymous"] * 4
+    digests = [b"c", None, b"a", b"b"]
+    texts = ["third", "none", "first", "second"]
     create, note = incidents.SQL.incident_create, incidents.SQL.note_create
-    change = incidents.SQL.incident_change
+    change, get = incidents.SQL.incident_change, incidents.SQL.incident_get
 
-    created = await run_batch(connection, create, **sent, description=texts, source=sources)
+    keys, sources = ["c", None, "a", "b"], ["partner"] * 4
+    sent: dict[str, list[Any]] = {"actor": actors, "digest": digests, "description": texts}
+    created = await run_batch(connection, create, **sent, idempotency_key=keys, source=sources)
     ids = [row["id"] for row in created]
     targets = [ids[2], 99, ids[0], ids[1]]
-    sent["idempotency_key"] = ["x", "y", None, "z"]
-    noted = await run_batch(connection, note, **sent, incident_id=targets, note=texts)
-    changed = await run_batch(
-        connection, change, incident_id=targets, description=texts, actor=sent["actor"]
+    sent = {"actor": actors, "digest": digests, "incident_id": targets}
+    noted = await run_batch(
+        connection, note, **sent, idempotency_key=["x", "y", None, "z"], note=texts
     )
+    del sent["digest"]
+    changed = await run_batch(connection, change, **sent, description=texts)
+    etags = [None, None, '"2"', None]
+    read = await run_batch(connection, get, incident_id=targets, if_none_match=etags)
 
-    texts_in = {
-        "created": [json.loads(row["body"])["description"] for row in created],
-        "noted": [row["body"] and json.loads(row["body"])["note"] for row in noted],
-        "changed": [row["body"] and json.loads(row["body"])["description"] for row in changed],
-    }
-    expected = [texts[0], None, *texts[2:]]
-    assert texts_in == {"created": texts, "noted": expected, "changed": expected}
+    def read_field(rows: Any, name: str) -> list[Any]:
+        return [row["body"] and json.loads(row["body"])[name] for row in rows]
+
+    assert read_field(created, "description") == texts
+    assert read_field(noted, "note") == ["third", None, "first", "second"]
     assert [row["id"] is None for row in noted] == [False, True, False, False]
+    assert read_field(changed, "id") == read_field(read, "id") == [ids[2], None, ids[0], ids[1]]
+    assert read_field(changed, "description") == ["third", None, "first", "second"]
+    assert [bool(row["is_unchanged"]) for row in read] == [False, False, True, False]
 
 
 # ── The schema's own rules ────────────────────────────────────────────────────────────────────────
@@ -227,8 +185,8 @@ def insert(sql: Sql, table: str, row: dict[str, Any]) -> None:
     sql(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({values})", *row.values())
 
 
-# What a column may not hold. The constraint of a domain has the name of the domain.
-WRONG_VALUES: list[tuple[str, dict[str, Any], dict[str, str], str]] = [
+# What a column may not hold, and what refuses it: a constraint, a domain, or the column itself.
+WRONG_VALUES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("incidents", INCIDENT, {"description": ""}, "incidents_description_check"),
     ("incidents", INCIDENT, {"description": "я" * 5001}, "incidents_description_check"),
     ("incidents", INCIDENT, {"status": "OPEN"}, "incident_status_check"),
@@ -242,37 +200,30 @@ WRONG_VALUES: list[tuple[str, dict[str, Any], dict[str, str], str]] = [
     ("dedup_keys", DEDUP_KEY, {"key": "k" * 256}, "dedup_keys_key_check"),
     ("idempotency_keys", KEY, {"key": ""}, "idempotency_keys_key_check"),
     ("idempotency_keys", KEY, {"key": "k" * 256}, "idempotency_keys_key_check"),
+    *(
+        ("incidents", INCIDENT, {name: None}, name)
+        for name in ("description", "source", "status", "labels", "version", "created_at")
+    ),
+    *(
+        ("timeline", CREATED, {name: None}, name)
+        for name in ("incident_id", "kind", "actor", "created_at")
+    ),
 ]
 
 
 def test_the_database_refuses_a_row_that_breaks_a_rule(sql: Sql) -> None:
     for table, row, wrong, rule in WRONG_VALUES:
-        with pytest.raises(psycopg.errors.CheckViolation) as error:
+        with pytest.raises(psycopg.IntegrityError) as error:
             insert(sql, table, row | wrong)
 
-        assert error.value.diag.constraint_name == rule
+        assert rule in (error.value.diag.constraint_name, error.value.diag.column_name)
 
 
-def test_the_database_refuses_a_row_without_one_of_its_columns(sql: Sql) -> None:
-    columns = [("incidents", name) for name in (*INCIDENT, "labels", "version", "created_at")]
-    columns += [("timeline", name) for name in ("incident_id", "kind", "actor", "created_at")]
-    for table, column in columns:
-        row = INCIDENT if table == "incidents" else CREATED
-        with pytest.raises(psycopg.errors.NotNullViolation) as error:
-            insert(sql, table, row | {column: None})
-
-        assert error.value.diag.column_name == column
-
-
-def test_the_texts_to_search_follow_the_incidents_also_after_changes_by_hand(
-    sql: Sql,
-) -> None:
+def test_the_texts_to_search_follow_the_incidents_also_after_changes_by_hand(sql: Sql) -> None:
     texts = "SELECT description, labels FROM incident_texts ORDER BY id"
     insert(sql, "incidents", INCIDENT | {"id": 1, "labels": Jsonb({"a": "1"})})
-    sql(
-        "INSERT INTO incidents (id, description, source) "
-        "VALUES (2, 'y', 'partner'), (3, 'z', 'partner')"
-    )
+    columns = "id, description, source"
+    sql(f"INSERT INTO incidents ({columns}) VALUES (2, 'y', 'partner'), (3, 'z', 'partner')")
     sql("UPDATE incidents SET status = 'closed', description = description || '!' WHERE id > 1")
     sql('UPDATE incidents SET labels = \'{"a": "2"}\' WHERE id < 3')
     edited = sql(texts)
@@ -302,7 +253,6 @@ def test_an_actor_has_each_key_once_and_another_actor_can_have_it_too(sql: Sql) 
         "UPDATE timeline SET actor = 'nobody' WHERE false",
         "DELETE FROM timeline",
         "TRUNCATE incidents, timeline RESTART IDENTITY CASCADE",
-        "MERGE INTO timeline USING (SELECT) AS once ON true WHEN MATCHED THEN DELETE",
     ],
 )
 def test_not_even_its_owner_can_change_the_timeline(sql: Sql, statement: str) -> None:

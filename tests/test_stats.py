@@ -11,9 +11,6 @@ pytestmark = [pytest.mark.anyio, pytest.mark.one_database]
 
 START = datetime(2024, 1, 15, 12, tzinfo=UTC)
 
-# The figures when no incident got to a status.
-NO_FIGURES = {"count": 0, "mean": None, "p50": None, "p95": None}
-
 
 # Six incidents, one for each day from 15 January on: the source, and how many seconds after its
 # creation each got which status. Only the first time in progress and the first time resolved count.
@@ -35,19 +32,12 @@ SIX_INCIDENTS: list[tuple[str, list[tuple[int, str]]]] = [
 def six_incidents(sql: Sql) -> None:
     """Insert the six incidents. The trigger that sets the first times sees each change."""
     for day, (source, changes) in enumerate(SIX_INCIDENTS):
-        created_at = START + timedelta(days=day)
-        sql(
-            "INSERT INTO incidents (description, source, created_at) VALUES ('a', %s, %s)",
-            source,
-            created_at,
-        )
+        at = START + timedelta(days=day)
+        columns = "description, source, created_at"
+        sql(f"INSERT INTO incidents ({columns}) VALUES ('a', %s, %s)", source, at)
         for seconds, status in changes:
-            sql(
-                "UPDATE incidents SET status = %s, updated_at = %s WHERE id = %s",
-                status,
-                created_at + timedelta(seconds=seconds),
-                day + 1,
-            )
+            change = "UPDATE incidents SET status = %s, updated_at = %s WHERE id = %s"
+            sql(change, status, at + timedelta(seconds=seconds), day + 1)
 
 
 async def get_stats(client: httpx.AsyncClient, **query: str) -> Any:
@@ -62,9 +52,7 @@ async def test_the_figures_are_those_calculated_by_hand(client: httpx.AsyncClien
     # In progress after 10, 20, 40 and 80 s: the median is halfway between 20 and 40. The 95th
     # percentile is at position 0.95 · 3 = 2.85, which is 0.85 of the way from 40 to 80.
     # Resolved after 100, 200 and 600 s: position 0.95 · 2 = 1.9 is 0.9 of the way from 200 to 600.
-    stats = await get_stats(client)
-
-    assert stats == {
+    assert await get_stats(client) == {
         "incidents": 6,
         "by_status": {"open": 2, "in_progress": 1, "resolved": 1, "closed": 2},
         "by_source": {"operator": 1, "monitoring": 3, "partner": 2},
@@ -79,9 +67,8 @@ async def test_the_figures_are_those_calculated_by_hand(client: httpx.AsyncClien
 async def test_a_period_has_the_incidents_created_in_it(client: httpx.AsyncClient) -> None:
     # The incident of 16 January, 12:00 UTC is in the period; that of 18 January, 12:00 UTC is not.
     period = {"since": "2024-01-16T12:00:00Z", "until": "2024-01-18T15:00:00+03:00"}
-    stats = await get_stats(client, **period)
 
-    assert stats == {
+    assert await get_stats(client, **period) == {
         "incidents": 2,
         "by_status": {"open": 0, "in_progress": 1, "resolved": 0, "closed": 1},
         "by_source": {"operator": 0, "monitoring": 2, "partner": 0},
@@ -94,34 +81,24 @@ async def test_a_period_has_the_incidents_created_in_it(client: httpx.AsyncClien
     assert (await get_stats(client, until="2024-01-17"))["incidents"] == 2
 
 
-async def test_without_incidents_counts_are_zero_and_times_are_null(
+async def test_without_incidents_counts_are_zero_times_are_null_and_there_are_no_days(
     client: httpx.AsyncClient,
 ) -> None:
-    stats = await get_stats(client)
-
-    assert stats == {
+    nothing = {"count": 0, "mean": None, "p50": None, "p95": None}
+    expected = {
         "incidents": 0,
         "by_status": {"open": 0, "in_progress": 0, "resolved": 0, "closed": 0},
         "by_source": {"operator": 0, "monitoring": 0, "partner": 0},
-        "seconds_to": {"in_progress": NO_FIGURES, "resolved": NO_FIGURES},
+        "seconds_to": {"in_progress": nothing, "resolved": nothing},
     }
 
-
-async def test_an_incident_that_was_changed_by_a_request_is_in_the_statistics(
-    client: httpx.AsyncClient,
-) -> None:
-    await client.post("/incidents/", json={"description": "a", "source": "partner"})
-    changed = await client.patch("/incidents/1/status", json={"status": "in_progress"})
-    await client.post("/incidents/1/notes", json={"note": "resolved"})
-    times = [datetime.fromisoformat(changed.json()[name]) for name in ("created_at", "updated_at")]
-    stats = await get_stats(client)
-
-    assert stats["by_status"]["in_progress"] == stats["by_source"]["partner"] == 1
-    assert stats["seconds_to"]["in_progress"]["count"] == 1
-    assert stats["seconds_to"]["in_progress"]["mean"] == pytest.approx(
-        (times[1] - times[0]).total_seconds()
-    )
-    assert stats["seconds_to"]["resolved"] == NO_FIGURES
+    assert await get_stats(client) == expected
+    for period in (
+        {"since": "2999-01-01"},
+        {"since": "2024-01-15", "until": "2024-01-15"},
+        {"since": "2024-01-16", "until": "2024-01-15"},
+    ):
+        assert await get_stats(client, by="day", **period) == {**expected, "days": []}
 
 
 @pytest.mark.usefixtures("six_incidents")
@@ -154,21 +131,11 @@ async def test_by_day_ends_with_today_and_goes_back_366_days_at_most(
     assert days[-1]["day"] in (today.date().isoformat(), datetime.now(UTC).date().isoformat())
 
 
-async def test_by_day_an_empty_period_has_no_days(client: httpx.AsyncClient) -> None:
-    for period in (
-        {"since": "2999-01-01"},
-        {"since": "2024-01-15", "until": "2024-01-15"},
-        {"since": "2024-01-16", "until": "2024-01-15"},
-    ):
-        stats = await get_stats(client, by="day", **period)
-
-        assert (stats["incidents"], stats["days"]) == (0, [])
-
-
+# Queries that are refused, by what the problem points to, and then by a word of its text.
 WRONG_QUERIES = [
     ("since=yesterday", "#/since"),
-    ("until=2024-01-15T10:00:00", "#/until"),
     ("since=2024-01-15&since=2024-01-16", "#/since"),
+    ("until=2024-01-15T10:00:00", "#/until"),
     ("status=open", "#/status"),
     ("by=week&since=2024-01-15", "#/by"),
 ]

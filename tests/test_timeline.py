@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import psycopg
 import pytest
-from helpers import NEW_INCIDENT, Sql, assert_problem, async_wait_until, find_inconsistencies
+from helpers import NEW_INCIDENT, Sql, assert_problem, async_wait_until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("incident"), pytest.mark.one_database]
 
@@ -52,7 +52,7 @@ async def test_the_timeline_has_every_change_of_its_own_incident_oldest_first(
 ) -> None:
     await client.post("/incidents/", json=NEW_INCIDENT)
     await client.post("/incidents/2/notes", json={"note": "о втором"})
-    statuses = ["in_progress", "resolved", "open", "closed", "open", "resolved", "closed"]
+    statuses = ["in_progress", "resolved", "open", "closed", "open"]
     for status in statuses:
         await client.patch("/incidents/1/status", json={"status": status})
     entries = await get_timeline(client)
@@ -81,41 +81,28 @@ async def test_a_note_is_stored_as_sent_and_returned_as_the_timeline_shows_it(
     assert (await client.get("/incidents/1")).json() == incident
 
 
-INVALID_NOTES: list[tuple[Any, str]] = [
-    ({"note": ""}, "#/note"),
-    ({"note": "🔥" * 5001}, "#/note"),
-    ({"note": " \n"}, "#/note"),
-    ({"note": "a\x00"}, "#/note"),
-    ({"note": 5}, "#/note"),
-    ({}, "#/note"),
-    ({"note": "a", "actor": "somebody else"}, "#/actor"),
-]
-
-
 async def test_an_invalid_note_is_refused_and_not_stored(client: httpx.AsyncClient) -> None:
-    for body, pointer in INVALID_NOTES:
-        response = await client.post("/incidents/1/notes", json=body)
+    for note in ("", "🔥" * 5001, " \n", "a\x00", 5):
+        assert_problem(await client.post("/incidents/1/notes", json={"note": note}), 422, "#/note")
+    empty = await client.post("/incidents/1/notes", json={})
+    extra = await client.post("/incidents/1/notes", json={"note": "a", "actor": "somebody else"})
 
-        assert_problem(response, 422, pointer)
+    assert_problem(empty, 422, "#/note")
+    assert_problem(extra, 422, "#/actor")
     assert [entry["kind"] for entry in await get_timeline(client)] == ["created"]
 
 
 async def test_an_unknown_incident_has_no_timeline_and_takes_no_note(
     client: httpx.AsyncClient, sql: Sql
 ) -> None:
-    note, key = {"note": "a"}, {"Idempotency-Key": "key"}
-
-    for incident_id in ["2", "0", "-1", "x", "9" * 18, "9" * 30, "1.0", "%D9%A1"]:
-        path = f"/incidents/{incident_id}"
-        responses = [
-            await client.get(f"{path}/timeline"),
-            await client.post(f"{path}/notes", json=note),
-            await client.post(f"{path}/notes", json=note, headers=key),
-        ]
-        for response in responses:
+    for incident_id in ["2", "0", "-1", "x", "9" * 18, "9" * 30, "%D9%A1"]:
+        url = f"/incidents/{incident_id}"
+        assert_problem(await client.get(f"{url}/timeline"), 404)
+        for headers in ({}, {"Idempotency-Key": "key"}):
+            response = await client.post(f"{url}/notes", json={"note": "a"}, headers=headers)
             assert_problem(response, 404)
     assert sql("SELECT incident_id, kind FROM timeline") == [(1, "created")]
-    assert sql("SELECT count(*) FROM idempotency_keys") == [(0,)]
+    assert sql("SELECT key FROM idempotency_keys") == []
 
 
 async def test_no_entry_is_earlier_than_the_one_before_it_when_the_clock_is_set_back(
@@ -152,19 +139,3 @@ async def test_a_note_that_waited_for_a_change_is_not_earlier_than_the_change(
     assert sql("SELECT rfc3339(updated_at), rfc3339(noted_at) FROM incidents") == [
         (note["created_at"], note["created_at"])
     ]
-
-
-async def test_notes_and_changes_at_the_same_time_are_all_kept(
-    client: httpx.AsyncClient, sql: Sql
-) -> None:
-    await asyncio.gather(
-        *(client.post("/incidents/1/notes", json={"note": f"{n}"}) for n in range(40)),
-        *(client.patch("/incidents/1", json={"description": f"{n}"}) for n in range(40)),
-    )
-    entries = await get_timeline(client)
-    notes = [entry["note"] for entry in entries if entry["kind"] == "note"]
-    edits = [entry["to"] for entry in entries if entry["kind"] == "edited"]
-
-    assert sorted(notes, key=int) == [str(n) for n in range(40)]
-    assert sorted(edits, key=int) == [str(n) for n in range(40)]
-    assert find_inconsistencies(sql) == []
