@@ -4,11 +4,9 @@ The service may respond to them or close the connection, but no response may be 
 may be logged, and none may take much of its memory or its time.
 """
 
-import asyncio
 import contextlib
 import itertools
 import json
-import random
 import re
 import socket
 import string
@@ -498,56 +496,3 @@ def test_different_long_headers_and_queries_do_not_fill_the_memory() -> None:
 
     assert incidents.match_accept.cache_info().currsize <= 100
     assert incidents.validate_query.cache_info().currsize <= 200
-
-
-# ── Requests made by chance ───────────────────────────────────────────────────────────────────────
-
-REQUESTS = [
-    LIVE,
-    b"GET http://x/incidents/?limit=2&q=a%20b HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
-    CREATE,
-    POST + CHUNKED + b"Trailer: X\r\n\r\n%x;a=b\r\n%b\r\n0\r\nX: 1\r\n\r\n" % (len(BODY), BODY),
-    POST + b"Expect: 100-continue\r\n" + H2C + LENGTH + b"\r\n" + BODY,
-]
-PIECES = [
-    *(b"", b"\r\n", b"\n", b"\r", b"\0", b"\xff", b" ", b":", b"%", b"//", b"*", "ж".encode()),
-    *(b"\r\n\r\n", b"Content-Length: 5\r\n", CHUNKED, b"\r\n A: b", b"0\r\n\r\n", b"7fffffff\r\n"),
-    *(b"99999999999999999999", b"-1", b"a" * 17_000, b"A: b\r\n" * 120, b"HTTP/1.0", b"get "),
-    *(b"\x16\x03\x01", b"PRI * HTTP/2.0\r\n\r\n", b"Expect: 100-continue\r\n", H2C, CLOSE),
-]
-
-
-async def exchange_by_chance(port: int, seed: int, at_once: asyncio.Semaphore) -> bytes:
-    """Join some requests, spoil them, send them in two parts, and give what comes back soon."""
-    chance, received = random.Random(seed), b""
-    data = b"".join(chance.choices(REQUESTS, k=chance.choice([1, 1, 2, 3])))
-    for _ in range(chance.choice([0, 1, 1, 1, 2, 3, 5])):
-        start = chance.randrange(len(data) + 1)
-        end = start + chance.choice([0, 0, 1, 1, 2, 5, 30])
-        data = data[:start] + chance.choice([*PIECES, chance.randbytes(1)]) + data[end:]
-    middle = chance.randrange(len(data) + 1)
-    async with at_once:
-        with contextlib.suppress(ConnectionError, TimeoutError):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            for part in (data[:middle], data[middle:]):
-                writer.write(part)
-                await writer.drain()
-            while part := await asyncio.wait_for(reader.read(65536), timeout=0.25):
-                received += part
-        writer.close()
-    return received
-
-
-@pytest.mark.slow
-@pytest.mark.anyio
-async def test_requests_made_by_chance_get_an_answer_or_a_closed_connection(
-    server: Server,
-) -> None:
-    at_once, port = asyncio.Semaphore(100), urlsplit(server.url).port or 0
-    exchanges = (exchange_by_chance(port, seed, at_once) for seed in range(4_000))
-    answers = await asyncio.gather(*exchanges)
-
-    assert [answer for answer in answers if answer and not answer.startswith(b"HTTP/1.1 ")] == []
-    statuses = {status for answer in answers for status in parse_statuses(answer)}
-    assert {200, 201, 400, 404, 422, 431} <= statuses
-    assert max(statuses) < 500
