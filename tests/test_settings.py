@@ -94,7 +94,7 @@ def test_a_setting_is_read_from_the_environment_as_people_and_tools_write_it(
             {},
             9001,
         ),
-        ("\ufeffAPI_HOST=::1\r\nAPI_PORT=9001\r\n\r\n# the end\r\n", {}, 9001),
+        ("\ufeffAPI_PORT=9001\r\nAPI_HOST=::1\r\n\r\n# the end\r\n", {}, 9001),
         ('GREETING="two\nlines"\nAPI_PORT="9001"', {}, 9001),
         # Kubernetes sets this beside a Service that is named `api`.
         ("API_PORT=9001", {"API_PORT": "tcp://10.96.0.12:8000"}, 9001),
