@@ -89,11 +89,7 @@ def test_a_setting_is_read_from_the_environment_as_people_and_tools_write_it(
     [
         ("API_PORT=9001", {"API_PORT": "9002"}, 9002),
         ("API_PORT=9001", {"API_PORT": ""}, 9001),
-        (
-            "\n   # the port\nexport API_PORT = '9001' # is this\nPOSTGRES_DB=i\n\n",
-            {},
-            9001,
-        ),
+        ("\n  # a port\nexport API_PORT = '9001' # is this\nPOSTGRES_DB=i\n\n", {}, 9001),
         ("\ufeffAPI_PORT=9001\r\nAPI_HOST=::1\r\n\r\n# the end\r\n", {}, 9001),
         ('GREETING="two\nlines"\nAPI_PORT="9001"', {}, 9001),
         # Kubernetes sets this beside a Service that is named `api`.
