@@ -1,5 +1,6 @@
 """The migrations: applied, rolled back, run twice or at once, and on a replaced system's data."""
 
+import itertools
 import os
 import re
 import shutil
@@ -40,24 +41,17 @@ WAITING = (
 # ── The files ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_numbers_are_unbroken_and_each_migration_has_its_rollback_in_ascii() -> None:
-    files = list((ROOT / "migrations").iterdir())
+def test_the_files_are_numbered_paired_ascii_and_limit_their_waits() -> None:
+    texts = {file.name: file.read_bytes() for file in (ROOT / "migrations").iterdir()}
 
     assert [name.split(".")[0] for name in NAMES] == [f"{n:04}" for n in range(len(NAMES))]
-    assert {file.name for file in files} == {
-        f"{name}{end}" for name in NAMES for end in (".sql", ".rollback.sql")
-    }
+    assert texts.keys() == {f"{name}{end}" for name in NAMES for end in (".sql", ".rollback.sql")}
     # yoyo reads them in the encoding of the locale, which may be GBK or a code page of Windows.
-    assert [file.name for file in files if not file.read_bytes().isascii()] == []
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_migration_names_the_one_before_and_limits_its_waits(name: str) -> None:
-    text = (ROOT / f"migrations/{name}.sql").read_text("utf-8")
-    before = NAMES[NAMES.index(name) - 1] if name != NAMES[0] else ""
-
-    assert text.startswith(f"-- depends: {before}\n" if before else "-- ")
-    assert re.match(r"(-- .*\n)+SET lock_timeout = '3s';", text)
+    assert [name for name, text in texts.items() if not text.isascii()] == []
+    for before, name in itertools.pairwise(["", *NAMES]):
+        begin = f"-- depends: {before}\\n" if before else ""
+        start = rf"{begin}(-- .*\n)+SET lock_timeout = '3s';"
+        assert re.match(start, texts[f"{name}.sql"].decode()), name
 
 
 def test_no_function_keeps_a_column_from_being_added(
@@ -78,43 +72,28 @@ def test_no_function_keeps_a_column_from_being_added(
 
 
 @pytest.mark.parametrize("is_replaced", [False, True], ids=["empty", "replaced"])
-def test_each_rollback_restores_the_schema_that_was_there_before(
+def test_each_migration_can_be_rolled_back_and_run_twice(
     new_database: NewDatabase, request: pytest.FixtureRequest, is_replaced: bool
 ) -> None:
     url = request.getfixturevalue("replaced") if is_replaced else new_database()
     # A rollback leaves the extension: it may be somebody else's.
     fetch(url, "CREATE EXTENSION pg_trgm")
-    schemas = [describe_schema(url)]
-
+    first = before = describe_schema(url)
     for name in NAMES:
         apply(url, name)
-        schemas.append(describe_schema(url))
+        after = describe_schema(url)
         roll_back(url, name)
 
-        assert describe_schema(url) == schemas[-2], name
+        assert describe_schema(url) == before, name
         apply(url, name)
-        assert describe_schema(url) == schemas[-1], name
-    roll_back(url, *NAMES)
-    assert describe_schema(url) == schemas[0]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_migration_may_be_run_twice(
-    new_database: NewDatabase, database_url: str, name: str
-) -> None:
-    url = new_database()
-    apply(url, *NAMES[: NAMES.index(name) + 1])
-    before = describe_schema(url)
-    # As after a crash before the note of it was committed.
-    fetch(url, "DELETE FROM _yoyo_migration WHERE migration_id = %s", name)
-
-    apply(url, name)
-    after = describe_schema(url)
-    incidents.migrate(url)
-
-    assert after == before
-    assert describe_schema(url) == describe_schema(database_url)
+        # As after a crash before the note of it was committed.
+        fetch(url, "DELETE FROM _yoyo_migration WHERE migration_id = %s", name)
+        apply(url, name)
+        assert describe_schema(url) == after, name
+        before = after
     assert find_applied(url) == list(NAMES)
+    roll_back(url, *NAMES)
+    assert describe_schema(url) == first
 
 
 @pytest.mark.parametrize(
@@ -181,15 +160,11 @@ def test_a_start_after_one_that_was_killed_in_a_migration_finishes_the_migration
     assert fetch(url, "SELECT pid FROM yoyo_lock") == []
 
 
-# ── The service and its migrations ────────────────────────────────────────────────────────────────
-
-
 def test_the_service_does_not_start_on_a_read_only_database(
     new_database: NewDatabase, serve: Serve
 ) -> None:
     url = new_database()
     fetch(url, f"ALTER DATABASE {name_of(url)} SET default_transaction_read_only = on")
-
     server = serve(wait=False, DATABASE_URL=url)
 
     assert server.process.wait(30) == 1
@@ -232,9 +207,9 @@ def in_utc(moment: datetime) -> datetime:
     return moment.astimezone(UTC).replace(tzinfo=None)
 
 
-@pytest.mark.parametrize("setting", ["TimeZone = 'America/Los_Angeles'", "DateStyle = 'German'"])
-async def test_old_incidents_are_taken_over_unchanged(replaced: str, setting: str) -> None:
-    fetch(replaced, f"ALTER DATABASE {name_of(replaced)} SET {setting}")
+async def test_old_incidents_are_taken_over_unchanged(replaced: str) -> None:
+    for setting in ("TimeZone = 'America/Los_Angeles'", "DateStyle = 'German'"):
+        fetch(replaced, f"ALTER DATABASE {name_of(replaced)} SET {setting}")
 
     async with open_client(replaced) as client:
         listed = (await client.get("/incidents/")).json()
@@ -330,6 +305,7 @@ FOREIGN = (
 )
 ALTER_REPLACED = f"{REPLACED_SCHEMA}; ALTER TABLE incidents"
 # The tables of a database, and the sentence with which it is refused.
+UNKNOWN = "incident 1 has an unknown status ({}) or source ({}), so nothing was changed: "
 REFUSED = [
     ("CREATE TABLE incidents (title text)", FOREIGN.format("incidents")),
     ("CREATE VIEW incidents AS SELECT 1 AS id", FOREIGN.format("incidents")),
@@ -344,13 +320,12 @@ REFUSED = [
         REPLACED_SCHEMA.replace("'CLOSED')", "'CLOSED', 'REOPENED')")
         + "; INSERT INTO incidents (description, status, source)"
         " VALUES ('x', 'REOPENED', 'PARTNER')",
-        "incident 1 has an unknown status (REOPENED) or source (PARTNER), so nothing was changed: "
-        "correct it, then start again",
+        UNKNOWN.format("REOPENED", "PARTNER"),
     ),
     (
         f"{ALTER_REPLACED} ALTER source DROP NOT NULL;"
         " INSERT INTO incidents (description, status) VALUES ('x', 'OPEN')",
-        "incident 1 has an unknown status (OPEN) or source (<NULL>), so nothing was changed: ",
+        UNKNOWN.format("OPEN", "<NULL>"),
     ),
 ]
 
@@ -373,47 +348,38 @@ def test_a_database_that_is_not_ours_is_refused_with_a_sentence_and_left_as_it_i
 # ── The command line of yoyo ──────────────────────────────────────────────────────────────────────
 
 
-def run_yoyo(url: str, *arguments: str, folder: Path = ROOT) -> str:
-    """Run yoyo on a database, in a folder that has a yoyo.ini, and give what it prints."""
-    parts = urlsplit(url)
-    address = parts._replace(scheme="postgresql+psycopg").geturl()
-    if "host=" in parts.query:  # as the README writes the URL of a socket
-        address = f"postgresql+psycopg://{parts.path}?{parts.query}&user={parts.username}"
-    done = subprocess.run(
-        [sys.executable, "-m", "yoyo", *arguments],
-        cwd=folder,
-        env=os.environ | {"DATABASE_URL": address},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_yoyo_lists_applies_and_rolls_back_from_the_checkout(new_database: NewDatabase) -> None:
-    url = new_database()
-
-    run_yoyo(url, "apply")
-    applied = find_applied(url)
-    listed = run_yoyo(url, "list")
-    run_yoyo(url, "rollback", "--revision", NAMES[-1])
-    one_back = find_applied(url)
-    run_yoyo(url, "rollback", "--all")
-
-    assert applied == list(NAMES)
-    assert re.findall(r"^A +(\S+) ", listed, re.MULTILINE) == list(NAMES)
-    assert one_back == list(NAMES[:-1])
-    assert find_applied(url) == []
-
-
-def test_yoyo_new_makes_an_sql_file_that_depends_on_the_last_migration(
+def test_yoyo_applies_lists_rolls_back_and_makes_migrations(
     new_database: NewDatabase, tmp_path: Path
 ) -> None:
     shutil.copy(ROOT / "yoyo.ini", tmp_path)
     shutil.copytree(ROOT / "migrations", tmp_path / "migrations")
+    url = new_database()
+    parts = urlsplit(url)
+    address = parts._replace(scheme="postgresql+psycopg").geturl()
+    if "host=" in parts.query:  # as the manual writes the URL of a socket
+        address = f"postgresql+psycopg://{parts.path}?{parts.query}&user={parts.username}"
 
-    run_yoyo(new_database(), "new", "--sql", "-m", "what it does", "--batch", folder=tmp_path)
+    def run_yoyo(arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "yoyo", *arguments.split()],
+            cwd=tmp_path,
+            env=os.environ | {"DATABASE_URL": address},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
+    run_yoyo("apply")
+    applied = find_applied(url)
+    listed = run_yoyo("list")
+    run_yoyo(f"rollback --revision {NAMES[-1]}")
+    one_back = find_applied(url)
+    run_yoyo("new --sql -m what-it-does --batch")
     [made] = (tmp_path / "migrations").glob("*what-it-does.sql")
+
+    assert applied == list(NAMES)
+    assert re.findall(r"^A +(\S+) ", listed, re.MULTILINE) == list(NAMES)
+    assert one_back == list(NAMES[:-1])
     assert f"-- depends: {NAMES[-1]}" in made.read_text("utf-8")

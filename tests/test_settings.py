@@ -58,20 +58,21 @@ def test_without_settings_the_service_is_local_and_has_a_database_of_its_own() -
 @pytest.mark.parametrize(
     ("name", "given", "read"),
     [
-        ("DATABASE_URL", "postgresql://db/incidents", "postgresql://db/incidents"),
         ("DATABASE_URL", "\t postgresql://db/incidents \r\n", "postgresql://db/incidents"),
         ("DATABASE_URL", '"postgresql://db/incidents"', "postgresql://db/incidents"),
-        ("DATA_DIR", "/var/lib/incidents", Path("/var/lib/incidents")),
         ("DATA_DIR", "~/incidents data", Path("/home/alice/incidents data")),
-        ("API_HOST", "::1", "::1"),
         ("API_HOST", "[::1]", "::1"),
         ("API_HOST", "0.0.0.0\n", "0.0.0.0"),
         ("API_PORT", "65535\n", 65535),
         ("DEBUG", "true", True),
         ("ACCESS_LOG", "1", True),
         ("API_TOKENS", "ci:fedcba9876543210:read\n", [("ci", b"fedcba9876543210", "read")]),
-        ("CORS_ORIGINS", "http://localhost:3000", ["http://localhost:3000"]),
         ("DB_POOL_SIZE", "1", 1),
+        # Origins are as a browser sends them.
+        ("CORS_ORIGINS", " HTTPS://A.Org/ ,https://b.org", ["https://a.org", "https://b.org"]),
+        ("CORS_ORIGINS", "https://ops.example.com:80", ["https://ops.example.com:80"]),
+        ("CORS_ORIGINS", "http://127.0.0.1:443", ["http://127.0.0.1:443"]),
+        ("CORS_ORIGINS", "http://[::1]:3000", ["http://[::1]:3000"]),
     ],
 )
 def test_a_setting_is_read_from_the_environment_as_people_and_tools_write_it(
@@ -88,12 +89,10 @@ def test_a_setting_is_read_from_the_environment_as_people_and_tools_write_it(
     [
         ("API_PORT=9001", {"API_PORT": "9002"}, 9002),
         ("API_PORT=9001", {"API_PORT": ""}, 9001),
-        ("# For us and for Docker Compose\nPOSTGRES_DB=incidents\nAPI_PORT=9001\n", {}, 9001),
-        ("\n   # the port\nexport API_PORT = '9001' # is this\n\n", {}, 9001),
-        ("\ufeffAPI_HOST=::1\r\nAPI_PORT=9001\r\n\r\n# the end\r\n", {}, 9001),
+        ("\n  # a port\nexport API_PORT = '9001' # is this\nPOSTGRES_DB=i\n\n", {}, 9001),
+        ("\ufeffAPI_PORT=9001\r\nAPI_HOST=::1\r\n\r\n# the end\r\n", {}, 9001),
         ('GREETING="two\nlines"\nAPI_PORT="9001"', {}, 9001),
         # Kubernetes sets this beside a Service that is named `api`.
-        ("", {"API_PORT": "tcp://10.96.0.12:8000"}, 8000),
         ("API_PORT=9001", {"API_PORT": "tcp://10.96.0.12:8000"}, 9001),
     ],
 )
@@ -130,11 +129,9 @@ def test_the_env_file_is_the_one_beside_the_module_and_not_one_of_the_current_fo
     ("text", "number"),
     [
         ("API_PORT=9001\r\nAPI_TOKENS alice:0123456789abcdef\r\nDEBUG=1\r\n", 2),
-        ("# ours\n\n\nAPI_TOKENS: alice:0123456789abcdef\n", 4),
-        ('GREETING="two\nlines"\nAPI_TOKENS: alice:0123456789abcdef\n', 3),
+        ('# ours\nGREETING="two\nlines"\n\nAPI_TOKENS: alice:0123456789abcdef\n', 5),
         ("API_PORT=9001\nAPI_TOKENS\n", 2),
         ('API_PORT=9001\nAPI_TOKENS="alice:0123456789abcdef\nDEBUG=1\n', 2),
-        ("alice:0123456789abcdef\n", 1),
     ],
 )
 def test_a_line_of_the_env_file_that_means_nothing_is_refused_by_its_number_only(
@@ -154,23 +151,20 @@ def test_an_env_file_that_is_not_utf_8_text_is_refused(folder: Path) -> None:
     assert re.fullmatch(r"\.env is refused: it cannot be read .*director.*", read_error())
 
 
+WRONG_ORIGINS = [
+    *("*", "https://*.example.com", ",", "https://", "localhost:3000", "https://a.org:443"),
+    *("http://a.org:80", "https://a.org/app", "https://alice@a.org", "https://a.org http://b.org"),
+]
+
+
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
         ("API_PORT", "0", "greater than or equal to 1"),
         ("API_PORT", "65536", "less than or equal to 65535"),
-        ("API_PORT", "eighty", "valid integer"),
         ("DB_POOL_SIZE", "101", "less than or equal to 100"),
         ("DEBUG", "maybe", "valid boolean"),
-        *(
-            ("CORS_ORIGINS", origins, "like https://ops.example.com or http://localhost:3000")
-            for origins in (
-                *("*", "https://*.example.com", "null", ",", "https://", "localhost:3000"),
-                *("https://ops.example.com:443", "http://ops.example.com:80"),
-                *("https://ops.example.com/app", "https://alice@ops.example.com"),
-                *("https://ops.example.com http://localhost:3000", "https://ops.example.com,*"),
-            )
-        ),
+        *(("CORS_ORIGINS", text, "like https://ops.example.com or") for text in WRONG_ORIGINS),
     ],
 )
 def test_a_wrong_setting_is_refused_with_its_name_its_value_and_what_is_allowed(
@@ -182,23 +176,6 @@ def test_a_wrong_setting_is_refused_with_its_name_its_value_and_what_is_allowed(
     assert message.startswith(f"{name}='{value}' is refused: ")
     assert allowed in message
     assert "\n" not in message
-
-
-@pytest.mark.parametrize(
-    ("given", "origins"),
-    [
-        (" HTTPS://Ops.Example.COM/ ,https://b.org", ["https://ops.example.com", "https://b.org"]),
-        ("https://ops.example.com:80", ["https://ops.example.com:80"]),
-        ("http://127.0.0.1:443,http://[::1]:3000", ["http://127.0.0.1:443", "http://[::1]:3000"]),
-        ("https://xn--80aswg.xn--p1ai", ["https://xn--80aswg.xn--p1ai"]),
-    ],
-)
-def test_cors_origins_are_taken_as_a_browser_sends_them(
-    given: str, origins: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CORS_ORIGINS", given)
-
-    assert get_settings().cors_origins == origins
 
 
 # ── Database URLs ─────────────────────────────────────────────────────────────────────────────────
@@ -226,25 +203,20 @@ def test_a_database_url_is_accepted_in_all_common_forms(given: str, normalized: 
 
 
 FORM = "a URL like postgresql://user:password@host:5432/database is needed; "
+NO_URLS = [
+    *("mysql://i:Secret123@db/i", "i:Secret123@db", "postgresql://i:Secret123"),
+    *("postgresql://i:Secret123%@db/i", "postgresql://i:Begin@Secret123@db/i"),
+    *("postgresql://i:Secret123/end@db/i", "postgresql://i:Secret123?end=1@db/i"),
+    *("postgresql://i:Secret123@db:0/i", "postgresql://i:Secret123@one:5432,two:99999/i"),
+    *("postgresql://db/i?password=Begin&Secret123=end", "postgresql://i:Secret123@db?options=a=b"),
+]
 
 
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
-        ("mysql://incidents:Secret123@db/incidents", FORM),
-        ("incidents:Secret123@db", FORM),
-        ("postgresql://incidents:Secret123%@db/incidents", FORM),
-        ("postgresql://incidents:Secret123@db:port/incidents", FORM),
-        ("postgresql://incidents:Begin@Secret123@db/incidents", FORM),
-        ("postgresql://incidents:Secret123/end@db/incidents", FORM),
-        ("postgresql://incidents:Secret123?end=1@db/incidents", FORM),
-        ("postgresql://incidents:Secret123", FORM),
-        ("postgresql://db/incidents?password=Begin&Secret123=end", FORM),
-        ("postgresql://incidents:Secret123@db/i?options=-c search_path=x", FORM),
-        ("postgresql://incidents:Secret123@db:0/incidents", FORM),
-        ("postgresql://incidents:Secret123@one:5432,two:99999/incidents", FORM),
+        *((url, FORM) for url in NO_URLS),
         ("postgresql://u:Secret123@db/i?pgbouncer=true", 'PostgreSQL has no option "pgbouncer"'),
-        ("postgresql://u:Secret123@db/i?schema=public&a=b", 'PostgreSQL has no option "schema"'),
         ("postgresql://u:Secret123@db/i?sslrootcert=/none.pem", "sslrootcert names a file that "),
     ],
 )
@@ -280,17 +252,16 @@ async def test_options_that_asyncpg_does_not_know_are_only_for_psycopg(database_
 
 
 @pytest.mark.parametrize(
-    ("url", "name"),
+    ("url", "names"),
     [
-        ("postgresql://incidents:Secret123@db:5433/incidents", "db:5433"),
-        ("postgresql://incidents:Secret123@one:5432,two/i", "one:5432, two:5432"),
-        ("postgresql:///i?host=/run/x&user=u&password=Secret123", "/run/x:5432"),
-        ("postgresql:///i?password=Secret123", "localhost:5432"),
-        ("postgresql://u:Secret123%40%2F@[::1]:5433/i", "::1:5433"),
+        ("postgresql://incidents:Secret123@one:5433,two/i", ["one:5433", "two:5432"]),
+        ("postgresql:///i?host=/run/x&user=u&password=Secret123", ["/run/x:5432"]),
+        ("postgresql:///i?password=Secret123", ["localhost:5432"]),
+        ("postgresql://u:Secret123%40%2F@[::1]:5433/i", ["::1:5433"]),
     ],
 )
-def test_logs_name_a_database_by_host_and_port_without_its_password(url: str, name: str) -> None:
-    assert ", ".join(incidents.list_servers(normalize_database_url(url))) == name
+def test_logs_name_a_database_by_host_and_port(url: str, names: list[str]) -> None:
+    assert list(incidents.list_servers(normalize_database_url(url))) == names
 
 
 # ── When the service starts ───────────────────────────────────────────────────────────────────────

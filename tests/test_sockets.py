@@ -4,24 +4,19 @@ The service may respond to them or close the connection, but no response may be 
 may be logged, and none may take much of its memory or its time.
 """
 
-import asyncio
 import contextlib
 import itertools
 import json
-import random
 import re
-import select
 import socket
 import string
 import struct
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
-import h11
 import httpx
 import psutil
 import pytest
@@ -39,11 +34,8 @@ POST = b"POST /incidents/ HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\
 GET = b"GET /health/live HTTP/1.1\r\nHost: x\r\n"
 LIST = b"GET /incidents/?limit=1 HTTP/1.1\r\n"
 LIVE, CREATE = GET + b"\r\n", POST + LENGTH + b"\r\n" + BODY
-# Every HttpClient of Java sends the first of these by default, and `curl --http2` too.
-UPGRADES = [
-    b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAA\r\n",
-    b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n",
-]
+# Every HttpClient of Java sends this by default, and `curl --http2` too.
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAA\r\n"
 
 MIB = 1024 * 1024
 MAX_HEAD = 16 * 1024  # bytes that the URL or one header may have
@@ -76,19 +68,24 @@ def server(service: Server) -> Iterator[Server]:
 
 
 @pytest.fixture
+def creates_nothing(server: Server) -> Iterator[None]:
+    """Check after the test that there are as many incidents as before."""
+    before = count_incidents(server)
+    yield
+    assert count_incidents(server) == before
+
+
+@pytest.fixture
 def exchange(server: Server) -> Exchange:
-    """Send bytes, and give all that comes back until the service closes the connection.
+    """Send bytes, and give all that comes back until the service closes the connection."""
 
-    With `hang_up=True` the connection is closed at once, without reading anything.
-    """
-
-    def send_and_receive(*parts: bytes, hang_up: bool = False) -> bytes:
+    def send_and_receive(*parts: bytes) -> bytes:
         with connect(server) as connection:
             # The service may close before it has read everything. What it sent before can be read.
             with contextlib.suppress(ConnectionError):
                 for part in parts:
                     connection.sendall(part)
-            return b"" if hang_up else receive(connection)
+            return receive(connection)
 
     return send_and_receive
 
@@ -123,17 +120,14 @@ def parse_statuses(received: bytes | bytearray) -> list[int]:
 
 def parse_responses(received: bytes) -> list[httpx.Response]:
     """Parse all responses in the bytes that came back. Each must have a Content-Length."""
-    responses = []
+    request, responses = httpx.Request("GET", "http://service"), []
     while received:
         head, _, rest = received.partition(b"\r\n\r\n")
         status_line, *lines = head.decode("latin-1").split("\r\n")
         headers = dict(line.split(": ", 1) for line in lines)
-        length = int(headers["content-length"])
-        request = httpx.Request("GET", "http://service")
-        status = int(status_line.split()[1])
-        responses.append(
-            httpx.Response(status, headers=headers, content=rest[:length], request=request)
-        )
+        length, status = int(headers["content-length"]), int(status_line.split()[1])
+        responses.append(httpx.Response(status, headers=headers, content=rest[:length]))
+        responses[-1].request = request
         received = rest[length:]
     return responses
 
@@ -157,9 +151,10 @@ def count_incidents(server: Server) -> int:
         (b"GET http://elsewhere/health/live HTTP/1.1\r\nHost: x\r\n", 200),
         (b"GET /health/live HTTP/1.0\r\n", 200),
         ("GET /incidents/?limit=1&q=сервер HTTP/1.1\r\nHost: x\r\n".encode(), 200),
+        # The filters are in the header Link, into which they could write another link.
+        (b"GET /incidents/?limit=1&q=a>;rel=next,<//elsewhere> HTTP/1.1\r\nHost: x\r\n", 200),
         (b"GET /incidents/?limit=1&q=caf\xe9 HTTP/1.1\r\nHost: x\r\n", 422),
         (b"OPTIONS * HTTP/1.1\r\nHost: x\r\n", 404),
-        (b"CONNECT elsewhere:443 HTTP/1.1\r\nHost: x\r\n", 404),
         (b"GET /docs/../../incidents.py HTTP/1.1\r\nHost: x\r\n", 404),
         (b"GET /docs/%2e%2e/%2e%2e/incidents.py HTTP/1.1\r\nHost: x\r\n", 404),
         (b"GET /incidents/%ff%fe%zz HTTP/1.1\r\nHost: x\r\n", 404),
@@ -170,33 +165,48 @@ def count_incidents(server: Server) -> int:
 def test_unusual_requests_get_their_answer(
     exchange: Exchange, request_: bytes, status: int
 ) -> None:
-    assert parse_statuses(exchange(request_ + CLOSE + b"\r\n")) == [status]
+    received = exchange(request_ + CLOSE + b"\r\n")
+
+    assert parse_statuses(received) == [status]
+    assert b"<//elsewhere>" not in received
 
 
+LONG_HEADER = b"X-Long: " + MAX_HEAD * b"a"
+NO_HTTP = [
+    b"\x00\x01\x02",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # https://
+    b"get /health/live HTTP/1.1\r\nHost: x",
+    b"GET /a b HTTP/1.1\r\nHost: x",
+    "GET /журнал HTTP/1.1\r\nHost: x".encode(),
+    b"GET /health/live HTTP/1.1",
+    POST + CHUNKED + b"\r\nzz",
+    POST + CHUNKED + b"Expect: 100-continue\r\n\r\nzz",
+    # It is not clear how long the body is.
+    POST + b"Content-Length: 5\r\nContent-Length: 50",
+    POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked",
+    POST + b"Transfer-Encoding: chunked, identity",
+    POST + b"Content-Length : 5",
+]
+TOO_LONG = [
+    GET + LONG_HEADER,
+    GET + b"\r\n".join([b"X: a"] * 100),
+    GET.replace(b"live", b"live?q=" + MAX_HEAD * b"a") + CLOSE.strip(),
+]
+
+
+@pytest.mark.usefixtures("creates_nothing")
 @pytest.mark.parametrize(
-    "head",
-    [
-        b"\x00\x01\x02",
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-        b"PRI * HTTP/2.0",
-        b"get /health/live HTTP/1.1\r\nHost: x",
-        b"GET /a b HTTP/1.1\r\nHost: x",
-        "GET /журнал HTTP/1.1\r\nHost: x".encode(),
-        b"GET /health/live HTTP/1.1",
-        GET + b"Bad Header: 1",
-        POST + CHUNKED + b"\r\nzz",
-        POST + CHUNKED + b"Expect: 100-continue\r\n\r\nzz",
-    ],
+    ("head", "status"), [*((head, 400) for head in NO_HTTP), *((head, 431) for head in TOO_LONG)]
 )
-def test_what_is_not_http_gets_a_problem_with_a_hint_and_the_connection_is_closed(
-    exchange: Exchange, head: bytes
+def test_what_is_not_http_or_too_long_gets_a_problem_and_nothing_after_it_is_read(
+    exchange: Exchange, head: bytes, status: int
 ) -> None:
     # A client that means https:// waits for an answer to its first bytes.
-    end = b"" if head.startswith(b"\x16") else b"\r\n\r\n"
-    [response] = parse_responses(exchange(head + end))
+    rest = b"" if head.startswith(b"\x16") else b"\r\n\r\n0\r\n\r\n" + CREATE
+    [response] = parse_responses(exchange(head + rest))
 
-    assert_problem(response, 400)
-    assert "percent-encode" in response.json()["detail"]
+    assert_problem(response, status)
+    assert ("percent-encode" in response.json()["detail"]) == (status == 400)
     assert response.headers["connection"] == "close"
     assert response.headers["x-content-type-options"] == "nosniff"
 
@@ -205,32 +215,12 @@ def test_a_refusal_to_head_has_no_body(exchange: Exchange) -> None:
     assert b"{" not in exchange("HEAD /журнал HTTP/1.1\r\nHost: x\r\n\r\n".encode())
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        b"Content-Length: 5\r\nContent-Length: 50\r\n",
-        b"Content-Length: 5\r\n" + CHUNKED,
-        CHUNKED + b"Content-Length: 5\r\n",
-        b"Transfer-Encoding: chunked, identity\r\n",
-        b"Content-Length: -5\r\n",
-        b"Content-Length : 5\r\n",
-    ],
-)
-def test_a_body_of_unclear_length_is_refused_and_nothing_after_it_is_read_as_a_request(
-    server: Server, exchange: Exchange, headers: bytes
-) -> None:
-    before = count_incidents(server)
-    received = exchange(POST + headers + CLOSE + b"\r\n" + b"0\r\n\r\n" + CREATE)
-
-    assert parse_statuses(received) == [400]
-    assert count_incidents(server) == before
-
-
+@pytest.mark.usefixtures("creates_nothing")
 @pytest.mark.parametrize(
     ("head", "status"),
     [
-        (POST + UPGRADES[0], 400),
-        (POST + UPGRADES[1], 400),
+        (POST + H2C, 400),
+        (POST + b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: dGhl\r\n", 400),
         (POST + b"Expect: 100-continue\r\n", 400),
         (GET, 200),
     ],
@@ -239,7 +229,6 @@ def test_a_body_of_unclear_length_is_refused_and_nothing_after_it_is_read_as_a_r
 def test_a_body_that_looks_like_a_request_is_a_body_whatever_the_head_asks_for(
     server: Server, head: bytes, status: int
 ) -> None:
-    before = count_incidents(server)
     with connect(server) as connection:
         connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(CREATE))
         assert get(server, "/health/live").is_success  # so the service has read the head
@@ -247,16 +236,14 @@ def test_a_body_that_looks_like_a_request_is_a_body_whatever_the_head_asks_for(
         received = receive(connection)
 
     assert [each for each in parse_statuses(received) if each != 100] == [status, 200]
-    assert count_incidents(server) == before
 
 
-def test_a_body_that_is_cut_short_creates_no_incident(server: Server, exchange: Exchange) -> None:
-    before = count_incidents(server)
-    exchange(POST + LENGTH + b"\r\n", BODY[:-1], hang_up=True)
-    exchange(POST + CHUNKED + b"\r\n%x\r\n" % len(BODY) + BODY, hang_up=True)
-    exchange(POST[:-20], hang_up=True)
-
-    assert count_incidents(server) == before
+@pytest.mark.usefixtures("creates_nothing")
+def test_a_body_that_is_cut_short_creates_no_incident(server: Server) -> None:
+    chunk = b"\r\n%x\r\n" % len(BODY) + BODY
+    for part in (POST + LENGTH + b"\r\n" + BODY[:-1], POST + CHUNKED + chunk, POST[:-20]):
+        with connect(server) as connection:
+            connection.sendall(part)
 
 
 def test_a_client_that_is_still_sending_can_read_why_it_was_refused(server: Server) -> None:
@@ -270,35 +257,18 @@ def test_a_client_that_is_still_sending_can_read_why_it_was_refused(server: Serv
         assert b"400 Bad Request" in receive(connection)
 
 
-def test_a_query_cannot_inject_a_link(exchange: Exchange) -> None:
-    query = b"GET /incidents/?limit=1&q=a>;rel=next,<//elsewhere> HTTP/1.1\r\nHost: x\r\n"
-    received = exchange(query + CLOSE + b"\r\n")
-
-    assert parse_statuses(received) == [200]
-    assert b"<//elsewhere>" not in received
-
-
-# ── Heads and bodies that are too large or never end ──────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(
-    "head",
-    [
-        GET + b"X-Long: " + MAX_HEAD * b"a" + b"\r\n",
-        GET + b"X: a\r\n" * 100,
-        GET.replace(b"live", b"live?q=" + MAX_HEAD * b"a"),
-        LIVE + GET + b"X-Long: " + MAX_HEAD * b"a" + b"\r\n",
-    ],
-)
-def test_a_url_or_headers_that_are_too_long_get_431_and_nothing_after_them_is_read(
-    server: Server, exchange: Exchange, head: bytes
+def test_a_service_on_all_addresses_of_ipv6_is_reached_over_ipv4_too(
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    before = count_incidents(server)
-    *_, response = parse_responses(exchange(head + b"\r\n" + CREATE))
+    port = free_port()
+    with incidents.open_listener("::", port):
+        for host in ("127.0.0.1", "::1"):
+            socket.create_connection((host, port), timeout=5).close()
 
-    assert_problem(response, 431)
-    assert response.headers["connection"] == "close"
-    assert count_incidents(server) == before
+    assert capsys.readouterr().out.startswith(f"The API is at http://[::]:{port}, ")
+
+
+# ── What never ends ───────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -317,40 +287,31 @@ def test_what_never_ends_takes_no_memory(
     exchange(GET + CLOSE + b"\r\n")  # the first requests of a service make it grow a little
     memory_before = most_memory = measure_memory(server)
     piece = endless * (64 * 1024 // len(endless))
-    sent, sent_before_the_answer = 0, 0
     with connect(server) as connection:
         connection.sendall(begin)
         # The service may close the connection, or not read any more.
-        with contextlib.suppress(ConnectionError, TimeoutError):
-            while sent < 32 * MIB:
-                sent += connection.send(piece)
-                most_memory = max(most_memory, measure_memory(server))
-                if not sent_before_the_answer and select.select([connection], [], [], 0)[0]:
-                    sent_before_the_answer = sent
         with contextlib.suppress(OSError):
+            for _ in range(32 * MIB // len(piece)):
+                connection.sendall(piece)
+                most_memory = max(most_memory, measure_memory(server))
             connection.shutdown(socket.SHUT_WR)
         received = receive(connection)
 
-    print(f"{sent_before_the_answer / MIB} MiB; + {(most_memory - memory_before) / MIB} MiB")
     assert parse_statuses(received)[-1:] in ([400], [413], [431], [])
-    assert sent_before_the_answer < 16 * MIB  # the kernel's buffers hold some of it
     assert most_memory - memory_before < 8 * MIB
 
 
-def exchange_slowly(
-    server: Server, first: bytes, begin: bytes, *pieces: bytes
-) -> tuple[list[int], float]:
+def exchange_slowly(server: Server, first: bytes, pieces: list[bytes]) -> tuple[list[int], float]:
     """Send a request, if there is a first one, and then a piece every quarter of a second.
 
     Give the statuses that came back, and after how many seconds the connection was closed.
     """
+    started_at = time.monotonic()
     with connect(server) as connection, contextlib.suppress(ConnectionError):
-        received, started_at = b"", time.monotonic()
-        if first:
-            connection.sendall(first)
-            received = connection.recv(65536)
+        connection.sendall(first)
+        received = connection.recv(65536) if first else b""
         connection.settimeout(0.25)
-        for piece in (begin, *pieces):
+        for piece in pieces:
             connection.sendall(piece)
             with contextlib.suppress(TimeoutError):
                 while data := connection.recv(65536):
@@ -368,34 +329,25 @@ def test_a_connection_is_closed_when_a_head_takes_too_long_but_not_when_it_is_id
     command = [sys.executable, "-c", f"import incidents; {limits}; incidents.main()"]
     server = serve(command=command, DATABASE_URL=module_database_url)
     head, middle = POST + LENGTH + CLOSE + b"\r\n", len(BODY) // 2
-    # The request that comes before, and the pieces of the next one.
-    endless_heads: list[list[bytes]] = [
-        [b"", *[b""] * 20],
-        [b"", b"GET /health", *[b""] * 20],
-        [b"", GET + b"X-Long: ", *[b"a"] * 20],
-        [b"", LIVE[:-1], *[b""] * 20],
-        [LIVE, GET + b"X-Long: ", *[b"a"] * 20],
-        [LIVE + b"GET /hea", *[b"a"] * 20],
+    slow_body = [head[:9], *[b""] * 3, head[9:], *[b""] * 3, BODY[:middle], BODY[middle:]]
+    # The request that comes before, the pieces of the next one, and the statuses that come back.
+    cases: list[tuple[bytes, list[bytes], list[int]]] = [
+        # The first four never end, and their connections are closed.
+        (b"", [b""] * 20, []),
+        (b"", [LIVE[:-1], *[b""] * 20], []),
+        (LIVE, [GET + b"X-Long: ", *[b"a"] * 20], [200]),
+        (LIVE + b"GET /hea", [b"a"] * 20, [200]),
+        (b"", slow_body, [201]),  # Together, a head and a body may take longer.
+        (b"", [head, *[b" "] * 20], [408]),
+        (b"", [LIVE] * 10, [200] * 10),
+        (LIVE, [*[b""] * 10, GET + CLOSE + b"\r\n"], [200, 200]),
     ]
-    others: dict[str, tuple[list[bytes], list[int]]] = {
-        # Together, a head and a body may take longer.
-        "a slow head and a slow body": (
-            [b"", head[:9], *[b""] * 3, head[9:], *[b""] * 3, BODY[:middle], BODY[middle:]],
-            [201],
-        ),
-        "a body that takes too long": ([b"", head, *[b" "] * 20], [408]),
-        "a request every quarter": ([b"", *[LIVE] * 10], [200] * 10),
-        "idleness": ([LIVE, *[b""] * 10, GET + CLOSE + b"\r\n"], [200, 200]),
-    }
-    with ThreadPoolExecutor(20) as threads:
-        cut_off = [threads.submit(exchange_slowly, server, *parts) for parts in endless_heads]
-        served = [threads.submit(exchange_slowly, server, *parts) for parts, _ in others.values()]
-        seconds = [future.result()[1] for future in cut_off]
+    with ThreadPoolExecutor(len(cases)) as threads:
+        futures = [threads.submit(exchange_slowly, server, *case[:2]) for case in cases]
+        results = [future.result() for future in futures]
 
-    assert all(1.3 < value < 3.5 for value in seconds), seconds
-    assert [future.result()[0] for future in served] == [
-        statuses for _, statuses in others.values()
-    ]
+    assert [statuses for statuses, _ in results] == [statuses for _, _, statuses in cases]
+    assert all(1.3 < seconds < 3.5 for _, seconds in results[:4]), results
     assert "Traceback" not in server.printed()
 
 
@@ -407,7 +359,7 @@ def test_a_connection_is_closed_when_a_head_takes_too_long_but_not_when_it_is_id
     [
         (b"\x00\x01\x02\r\n\r\n", 400),
         (POST.replace(b"incidents", b"\xff") + LENGTH + b"\r\n" + BODY, 400),
-        (GET + b"X-Long: " + MAX_HEAD * b"a" + b"\r\n\r\n", 431),
+        (GET + LONG_HEADER + b"\r\n\r\n", 431),
     ],
     ids=["garbage", "POST to a bad path", "too large"],
 )
@@ -415,9 +367,8 @@ def test_requests_before_a_bad_one_are_answered_first(
     server: Server, exchange: Exchange, bad: bytes, status: int
 ) -> None:
     before = count_incidents(server)
-    received = exchange(LIVE + CREATE + bad + CREATE)
+    live, created, refused = parse_responses(exchange(LIVE + CREATE + bad + CREATE))
 
-    live, created, refused = parse_responses(received)
     assert [live.status_code, created.status_code] == [200, 201]
     assert_problem(refused, status)
     assert count_incidents(server) == before + 1
@@ -440,9 +391,7 @@ def test_a_client_that_begins_to_read_late_gets_every_answer_in_order(server: Se
         # The service goes on until no more answers fit into the kernel.
         wait_until(lambda: has_paused(server))
         while b"x-request-id: %d\r" % (count - 1) not in received[-1000:]:
-            data = connection.recv(65536)
-            assert data, f"closed after {Counter(parse_statuses(received))}"
-            received += data
+            received += connection.recv(65536)
         sending.result()
 
     echoed = re.findall(rb"x-request-id: (\d+)\r", received)
@@ -481,7 +430,6 @@ def test_400_000_requests_of_a_client_that_does_not_read_are_not_read_either(
 
 # 3,700 different names, `aaa,aab,aac`, are as long as a URL or a header may be.
 NAMES = ["".join(letters) for letters in itertools.product(string.ascii_letters, repeat=3)][:3700]
-SINCE = b"limit=1&since=2024-01-15T10:30:00." + b"1" * 15_000 + b"Z"
 
 
 def post(body: bytes, *, is_chunked: bool = False) -> bytes:
@@ -498,10 +446,9 @@ EXPENSIVE = {
     for name, head in {
         "names": b"GET /incidents/?%b HTTP/1.1\r\n" % "&".join(NAMES).encode(),
         "statuses": b"GET /incidents/?status=%b HTTP/1.1\r\n" % ",".join(NAMES).encode(),
-        "since": b"GET /incidents/?%b HTTP/1.1\r\n" % SINCE,
+        "since": b"GET /incidents/?since=2024-01-15T10:30:00.%bZ HTTP/1.1\r\n" % (b"1" * 15_000),
         "Accept": LIST + b"Accept: " + b",".join([b"text/csv;q=0.1"] * 1000) + b"\r\n",
         "blanks": LIST + b"Accept: " + b" " * 15_000 + b"text/csv\r\n",
-        "parameters": LIST + b"Accept: text/csv" + b";a=b" * 3700 + b"\r\n",
         "tags": b"GET /incidents/1 HTTP/1.1\r\nIf-None-Match: " + b'"a",' * 3700 + b"\r\n",
         "Content-Type": POST.replace(b"json", b"json" + b";a=b" * 3700),
     }.items()
@@ -510,7 +457,6 @@ EXPENSIVE = {
 EXPENSIVE |= {
     "fields": post(b"{" + b",".join(b'"%d":0' % n for n in range(14_200)) + b"}"),
     "open arrays": post(b"[" * 131_000),
-    "numbers": post(b'{"source":[' + b"1," * 65_000 + b"1]}"),
     "a huge number": post(b'{"source":' + b"9" * 131_000 + b"}"),
     "a blank text": post(b'{"source":"operator","description":"' + b" " * 131_000 + b'"}'),
     "a huge name": post(b'{"' + b"~/" * 65_000 + b'":1}'),
@@ -550,107 +496,3 @@ def test_different_long_headers_and_queries_do_not_fill_the_memory() -> None:
 
     assert incidents.match_accept.cache_info().currsize <= 100
     assert incidents.validate_query.cache_info().currsize <= 200
-
-
-# ── Requests made by chance ───────────────────────────────────────────────────────────────────────
-
-SEEDS = [
-    LIVE,
-    b"GET /incidents/?limit=2&q=a%20b HTTP/1.1\r\nHost: x\r\nX-Request-ID: a\r\n\r\n",
-    b"GET http://x/docs HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
-    CREATE,
-    POST + CHUNKED + b"Trailer: X\r\n\r\n%x;a=b\r\n%b\r\n0\r\nX: 1\r\n\r\n" % (len(BODY), BODY),
-    POST + b"Expect: 100-continue\r\n" + LENGTH + b"\r\n" + BODY,
-    POST + UPGRADES[0] + LENGTH + b"\r\n" + BODY,
-]
-PIECES = [
-    *(b"\r\n", b"\n", b"\r", b"\0", b"\xff", b" ", b":", b"%", b"//", b"*", "ж".encode(), CLOSE),
-    *(b"\r\n\r\n", b"Content-Length: 5\r\n", CHUNKED, b"\r\n A: b", b"0\r\n\r\n", b"7fffffff\r\n"),
-    *(b"99999999999999999999", b"-1", b"a" * 17_000, b"A: b\r\n" * 120, b"HTTP/1.0", b"get "),
-    *(b"Expect: 100-continue\r\n", b"\x16\x03\x01", b"PRI * HTTP/2.0\r\n\r\n", *UPGRADES),
-]
-
-
-def make_requests(chance: random.Random) -> bytes:
-    """Join some requests, and spoil them at some places."""
-    data = b"".join(chance.choices(SEEDS, k=chance.choice([1, 1, 2, 3])))
-    for _ in range(chance.choice([0, 1, 1, 1, 2, 3, 5])):
-        start = chance.randrange(len(data) + 1)
-        end = start + chance.choice([0, 0, 1, 1, 2, 5, 30])
-        copied = chance.randrange(len(data) + 1)
-        replacements = [
-            *(chance.choice(PIECES), chance.choice(PIECES), b"", chance.randbytes(1)),
-            data[copied : copied + chance.randrange(80)],
-        ]
-        data = data[:start] + chance.choice(replacements) + data[end:]
-    return data
-
-
-async def exchange_in_parts(port: int, chance: random.Random) -> bytes:
-    """Send requests made by chance, in one or more parts; give what comes back in a moment."""
-    data, received = make_requests(chance), b""
-    with contextlib.suppress(ConnectionError):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        cuts = sorted(chance.randrange(len(data) + 1) for _ in range(chance.choice([0, 0, 1, 2])))
-        for start, end in itertools.pairwise([0, *cuts, len(data)]):
-            writer.write(data[start:end])
-            await writer.drain()
-            await asyncio.sleep(0)
-        with contextlib.suppress(TimeoutError):
-            while part := await asyncio.wait_for(reader.read(65536), timeout=0.25):
-                received += part
-        writer.close()
-    return received
-
-
-def assert_are_responses(received: bytes) -> None:
-    """Check with another library that these are HTTP responses, and that none is a 5xx.
-
-    The last one may be incomplete.
-    """
-    client = h11.Connection(h11.CLIENT)
-    client.receive_data(received)
-    while client.trailing_data[0]:
-        client.send(h11.Request(method="GET", target="/", headers=[("Host", "x")]))
-        client.send(h11.EndOfMessage())
-        while not isinstance(event := client.next_event(), h11.EndOfMessage):
-            if event is h11.NEED_DATA:
-                return
-            assert not isinstance(event, h11.Response) or event.status_code < 500
-        if client.their_state is not h11.DONE:
-            assert client.trailing_data == (b"", False)
-            return
-        client.start_next_cycle()
-
-
-@pytest.mark.slow
-@pytest.mark.anyio
-async def test_requests_made_by_chance_get_an_answer_or_a_closed_connection(
-    server: Server,
-) -> None:
-    at_once, port = asyncio.Semaphore(100), urlsplit(server.url).port or 0
-
-    async def try_one(number: int) -> bytes:
-        async with at_once:
-            return await exchange_in_parts(port, random.Random(number))
-
-    answers = await asyncio.gather(*(try_one(number) for number in range(4_000)))
-
-    for answer in answers:
-        assert_are_responses(answer)
-    statuses = Counter(itertools.chain.from_iterable(map(parse_statuses, answers)))
-    print(statuses)
-    assert {200, 201, 400, 404, 422, 431} <= statuses.keys()
-
-
-# ── On all addresses ──────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_service_on_all_addresses_of_ipv6_is_reached_over_ipv4_too(
-    serve: Serve, module_database_url: str
-) -> None:
-    server = serve(DATABASE_URL=module_database_url, API_HOST="[::]")  # reached at 127.0.0.1
-    port = urlsplit(server.url).port
-
-    assert httpx.get(f"http://[::1]:{port}/health/live").is_success
-    assert server.printed().startswith(f"The API is at http://[::]:{port}, ")

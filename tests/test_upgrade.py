@@ -21,7 +21,6 @@ from helpers import (
     NewDatabase,
     Serve,
     Server,
-    Sql,
     async_wait_until,
     find_inconsistencies,
     in_database,
@@ -85,15 +84,13 @@ async def use_api(client: httpx.AsyncClient, key: str) -> list[str]:
         await client.patch("/incidents/1/status", json={"status": "resolved"}),
         await client.post(f"{path}/notes", json={"note": "a"}),
         await client.post("/v2/enqueue", json=BODIES["POST /v2/enqueue"]),
-        await client.get("/incidents/?limit=5&format=csv"),
-        await client.get("/incidents/?limit=5&status=resolved"),
         await client.get(f"/incidents/?limit=5&label=team:web&q=сеть {key}"),
         await client.get("/timeline?limit=5&include=incident"),
         await client.get(f"{path}/timeline"),
         await client.get("/stats"),
     ]
     assert answers[1].headers["location"] == made.headers["location"]
-    assert f"сеть {key}" in answers[8].text
+    assert f"сеть {key}" in answers[6].text
     return [each.text for each in answers if not each.is_success]
 
 
@@ -174,10 +171,7 @@ def test_a_database_between_two_versions_is_refused_with_a_sentence_and_left_as_
     fetch(url, "DROP TABLE dedup_keys")
     fetch(url, "DELETE FROM _yoyo_migration WHERE migration_id = '0007.add-dedup-keys'")
     before = describe_schema(url), find_applied(url)
-    refusal = (
-        "this database stands between two versions; it was left as it is: "
-        f"start the service of commit {VERSION_BEFORE} on it once, then this one"
-    )
+    refusal = f"stands between two versions; .*start the service of commit {VERSION_BEFORE} on it"
 
     with pytest.raises(psycopg.errors.RaiseException, match=refusal):
         incidents.migrate(url)
@@ -220,8 +214,6 @@ async def test_each_table_can_get_a_column_with_a_default_and_lose_it_again(
 
 # ── Waiting for a lock ────────────────────────────────────────────────────────────────────────────
 
-COLUMN = "SELECT count(*) FROM pg_attribute WHERE attname = 'extra'"
-
 
 @contextlib.contextmanager
 def long_reader(url: str) -> Iterator[psycopg.Connection[Any]]:
@@ -249,30 +241,27 @@ async def test_readers_wait_three_seconds_at_most_for_a_migration_that_waits(
     assert 2 < max(seconds) < 4
 
 
-@pytest.fixture
-def one_more_migration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Add a migration that waits for the table of incidents for 0.2 seconds only."""
-    add_migration(
-        tmp_path, "SET lock_timeout = '200ms'; ALTER TABLE incidents ADD COLUMN extra integer;"
-    )
-    monkeypatch.setattr(incidents, "HERE", tmp_path)
-
-
-@pytest.mark.usefixtures("one_more_migration")
 async def test_a_migration_gives_up_after_its_last_try_or_goes_on_when_the_reader_has_ended(
-    database_url: str, sql: Sql, caplog: pytest.LogCaptureFixture
+    database_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    statement = "SET lock_timeout = '200ms'; ALTER TABLE incidents ADD COLUMN extra integer;"
+    name = add_migration(tmp_path, statement)
+    monkeypatch.setattr(incidents, "HERE", tmp_path)
     with long_reader(database_url) as reader:
         with pytest.raises(psycopg.errors.LockNotAvailable):
             incidents.migrate(database_url, tries=2, pause=0.01)
-        given_up, columns = len(caplog.messages), sql(COLUMN)
+        given_up = len(caplog.messages), find_applied(database_url)[-1]
         again = asyncio.to_thread(incidents.migrate, database_url, tries=100, pause=0.05)
         task = asyncio.create_task(again)
         await async_wait_until(lambda: len(caplog.messages) == 3)
         reader.rollback()
         await task
 
-    assert (given_up, columns, sql(COLUMN)) == (1, [(0,)], [(1,)])
+    assert given_up == (1, NAMES[-1])
+    assert find_applied(database_url)[-1] == name
     assert caplog.messages[2] == "Try 2 of 100: a migration waits for a table in use"
 
 
