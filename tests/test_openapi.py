@@ -275,10 +275,9 @@ async def test_a_route_refuses_as_described_and_only_so(
         is_described = str(status) in OPERATIONS[route.name]["responses"]
         assert answer.status_code == status if is_described else answer.is_success, status
         assert_described(route, answer)
-    statuses = {int(status) for status in OPERATIONS[route.name]["responses"]}
+    statuses = set(map(int, OPERATIONS[route.name]["responses"]))
     assert {status for status in statuses if status >= 300} <= REFUSED.keys()
-    needs_token = {"token": []} in OPERATIONS[route.name]["security"]
-    assert needs_token == (401 in statuses)
+    assert (401 in statuses) == ({"token": []} in OPERATIONS[route.name]["security"])
 
 
 async def test_answers_that_show_everything_have_the_fields_and_headers_described(
@@ -297,10 +296,10 @@ async def test_answers_that_show_everything_have_the_fields_and_headers_describe
         "get_stats": "/stats?by=day&since=2999-01-01&until=2999-01-02",
     }
     answers = {name: await client.get(query) for name, query in queries.items()}
-    answers["create_incident"] = [
-        await send_example(client, ROUTES["create_incident"], headers={"Idempotency-Key": "5f1e"})
-        for _ in range(2)
-    ][1]
+    for _ in range(2):
+        answers["create_incident"] = await send_example(
+            client, ROUTES["create_incident"], headers={"Idempotency-Key": "5f1e"}
+        )
     csv = await send_example(client, ROUTES["list_incidents"], headers={"Accept": "text/csv"})
 
     for name, answer in answers.items():
