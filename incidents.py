@@ -1977,7 +1977,8 @@ class Feed:
             await asyncio.sleep(0.02)
             row = await fetch_from_primary(SQL.timeline_writers)
             writers.intersection_update(row["writers"] or ())
-        if newest_id > self.settled_id:  # Another look may have begun later and ended earlier.
+        # After a restore, or a look that began later, it is lower; the next look mends that.
+        if newest_id != self.settled_id:
             self.settled_id = newest_id
             self.news.set()  # wakes all who wait now
             self.news.clear()

@@ -71,8 +71,8 @@ def download_postgres(folder: Path) -> Path:
 
     The lists of packages are downloaded into the folder too, so that nothing of the system changes.
     """
-    (folder / "lists/partial").mkdir(parents=True)
-    (folder / "cache/archives/partial").mkdir(parents=True)
+    for name in ("lists/partial", "cache/archives/partial"):
+        (folder / name).mkdir(parents=True)
     options = ["-o", f"Dir::State::Lists={folder}/lists", "-o", f"Dir::Cache={folder}/cache"]
 
     def run(*command: str) -> str:
@@ -97,18 +97,16 @@ def run_debian_postgres() -> Iterator[str]:
         files = download_postgres(folder)
         [programs] = files.glob("usr/lib/postgresql/*/bin")
         [library] = files.glob("usr/lib/*/libpq.so.5")
+        environment = os.environ | {"LD_LIBRARY_PATH": str(library.parent)}
+        options: dict[str, Any] = {"cwd": data, "env": environment, "stdout": subprocess.DEVNULL}
         data.mkdir()
-        as_user: dict[str, Any] = {}
         if os.geteuid() == 0:  # PostgreSQL refuses to be run by root
-            as_user = {"user": "nobody", "extra_groups": []}
+            options |= {"user": "nobody", "extra_groups": []}
             folder.chmod(0o755)
             shutil.chown(data, "nobody")
 
         def run(program: str, *arguments: str) -> None:
-            environment = os.environ | {"LD_LIBRARY_PATH": str(library.parent)}
-            command = [str(programs / program), "-D", str(data), *arguments]
-            log = subprocess.DEVNULL
-            subprocess.run(command, env=environment, check=True, cwd=data, stdout=log, **as_user)
+            subprocess.run([str(programs / program), "-D", ".", *arguments], check=True, **options)
 
         run("initdb", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "-N")
         run("pg_ctl", "-w", "-l", "log", "-o", "-h '' -k . -c fsync=off", "start")

@@ -25,21 +25,11 @@ from helpers import (
     Serve,
     Server,
     Sql,
-    find_inconsistencies,
     free_port,
     wait_until,
 )
 from httpx import Client
-from playwright.sync_api import (
-    Browser,
-    ConsoleMessage,
-    Error,
-    Locator,
-    Page,
-    Route,
-    expect,
-    sync_playwright,
-)
+from playwright.sync_api import Browser, Error, Locator, Page, Route, expect, sync_playwright
 
 pytestmark = [pytest.mark.browser, pytest.mark.one_database]
 
@@ -55,20 +45,19 @@ READER_TOKEN = READER["Authorization"].removeprefix("Bearer ")
 REPORTER_TOKEN = "s3cr3t-of-grafana"
 
 # The board's pauses of two seconds take a tenth of that in the tests, and `pauses` counts them. It
-# takes the board five seconds to find out that a proxy keeps streams back; here half a second.
-SHORT_PAUSES = """
-  const startTimer = window.setTimeout;
-  window.pauses = 0;
+# takes the board five seconds to find out that a proxy keeps streams back, or `trial`. `drawings`
+# has the time of each drawing of the cards: those of one frame have the same time.
+WATCHED = """
+  const { setTimeout: startTimer, requestAnimationFrame: requestFrame } = window;
+  Object.assign(window, { pauses: 0, trial: 5000, drawings: [] });
   window.setTimeout = (act, time) => time === 2000
     ? startTimer(() => { window.pauses += 1; act(); }, 200)
-    : startTimer(act, time);
+    : startTimer(act, time === 5000 ? window.trial : time);
+  window.requestAnimationFrame = (draw) => requestFrame((time) => {
+    window.drawings.push(time);
+    draw(time);
+  });
 """
-SHORT_TRIAL = """{
-  const { setTimeout } = window;
-  window.setTimeout = (act, time) => setTimeout(act, time === 5000 ? 500 : time);
-}"""
-# A tab that is opened in the background.
-HIDDEN = 'Object.defineProperty(document, "hidden", { configurable: true, value: true });'
 
 
 @pytest.fixture(scope="module")
@@ -100,60 +89,37 @@ def running_server(
 
 
 @pytest.fixture
-def server(running_server: Server, database_url: str) -> Server:
-    """Give the service that all tests share, on an empty database."""
-    return running_server
-
-
-@pytest.fixture
-def colleague(server: Server) -> Iterator[Client]:
-    """Give a second client of the service, whose token has the name `second`."""
-    with Client(base_url=server.url, headers=SECOND_WRITER) as client:
+def colleague(running_server: Server, database_url: str) -> Iterator[Client]:
+    """Give a second client of the empty service, whose token has the name `second`."""
+    with Client(base_url=running_server.url, headers=SECOND_WRITER) as client:
         yield client
 
 
 @pytest.fixture
-def open_board(browser: Browser, server: Server) -> Iterator[OpenBoard]:
-    """Open the board with a token or without, in a context of its own or in a tab beside `beside`.
+def open_board(browser: Browser, colleague: Client) -> Iterator[OpenBoard]:
+    """Open the board with a token or without, in a context of its own.
 
     The test fails if the script of a page fails, or if a page breaks its Content-Security-Policy.
     An error of the class `Error` may be: the page throws it on purpose, and shows what it says.
     """
-    faults: list[str] = []
-    contexts = []
-
-    def note_error(error: Error) -> None:
-        if error.name != "Error":
-            faults.append(f"{error.name}: {error.message}\n{error.stack}")
-
-    def note_console(message: ConsoleMessage) -> None:
-        if re.search("Content.Security.Policy|Trusted", message.text):
-            faults.append(message.text)
+    contexts, errors, printed = [], list[Error](), list[str]()
 
     def open_board(
         fragment: str = "",
         *,
-        url: str = server.url,
+        url: str = str(colleague.base_url),
         token: str | None = WRITER_TOKEN,
-        beside: Page | None = None,
         script: str = "",
-        prepare: Callable[[Page], object] = lambda page: None,
         **options: Any,
     ) -> Page:
-        if beside:
-            context = beside.context
-        else:
-            context = browser.new_context(**{"locale": "en-GB"} | options)
-            context.set_default_timeout(20_000)
-            contexts.append(context)
-            script = SHORT_PAUSES + script
-            if token:
-                script += f"if (location.protocol === 'http:') sessionStorage.token ??= '{token}'"
-            context.add_init_script(script)
-        page = context.new_page()
-        page.on("pageerror", note_error)
-        page.on("console", note_console)
-        prepare(page)
+        contexts.append(browser.new_context(**{"locale": "en-GB"} | options))
+        contexts[-1].set_default_timeout(20_000)
+        if token:
+            script += f"if (location.protocol === 'http:') sessionStorage.token ??= '{token}'"
+        contexts[-1].add_init_script(WATCHED + script)
+        page = contexts[-1].new_page()
+        page.on("pageerror", lambda error: errors.append(error))
+        page.on("console", lambda message: printed.append(message.text))
         page.goto(f"{url}/board{fragment}")
         return page
 
@@ -161,7 +127,8 @@ def open_board(browser: Browser, server: Server) -> Iterator[OpenBoard]:
     for context in contexts:
         context.close()
 
-    assert not faults, "\n".join(faults)
+    assert [error.stack for error in errors if error.name != "Error"] == []
+    assert [text for text in printed if re.search("Content.Security.Policy|Trusted", text)] == []
 
 
 @pytest.fixture
@@ -183,42 +150,45 @@ def button(page: Page, name: str) -> Locator:
     return page.get_by_role("button", name=name, exact=True)
 
 
+def expect_open(page: Page, title: str) -> None:
+    """Wait until an incident is open in the dialog, with its number and status as the title."""
+    expect(page.locator("#incident-title")).to_have_text(title)
+
+
 def report(client: Client, description: str = TEXT, **fields: Any) -> int:
     """Report an incident as another client, and give its id."""
     body = {"description": description, "source": "monitoring"} | fields
-    incident_id: int = client.post("/incidents/", json=body).raise_for_status().json()["id"]
-    return incident_id
+    return int(client.post("/incidents/", json=body).raise_for_status().json()["id"])
 
 
-def move(client: Client, incident_id: int, status: str, **fields: str) -> None:
-    """Give an incident another status as another client."""
-    path = f"/incidents/{incident_id}/status"
-    client.patch(path, json={"status": status} | fields).raise_for_status()
-
-
-def add_note(client: Client, incident_id: int, note: str) -> None:
-    """Add a note as another client."""
-    client.post(f"/incidents/{incident_id}/notes", json={"note": note}).raise_for_status()
+def change(client: Client, incident_id: int, **fields: Any) -> None:
+    """Change an incident, or add a note, as another client."""
+    client.patch(f"/incidents/{incident_id}", json=fields).raise_for_status()
 
 
 def shown_ids(page: Page, column: str = "open") -> list[int]:
     """Give the ids of the cards in a column, from top to bottom."""
     script = "cards => cards.map((card) => Number(card.getAttribute('href').slice(1)))"
-    ids: list[int] = page.locator(f"#{column} a").evaluate_all(script)
-    return ids
+    return list(page.locator(f"#{column} a").evaluate_all(script))
 
 
 def read_entries(sql: Sql) -> Rows:
-    """Read the timeline: kind, from, to, note and actor of each entry, without the reports."""
-    columns = "kind, from_value, to_value, note, actor"
-    return sql(f"SELECT {columns} FROM timeline WHERE kind <> 'created' ORDER BY id")
+    """Read the kind and the actor of each entry of the timeline, without the reports."""
+    return sql("SELECT kind, actor FROM timeline WHERE kind <> 'created' ORDER BY id")
+
+
+def count_listeners(client: Client) -> int:
+    """Count the requests that wait for entries of the timeline."""
+    line = re.search(r"^incidents_timeline_listeners (\d+)", client.get("/metrics").text, re.M)
+    assert line
+    return int(line[1])
 
 
 def assert_shown_in_a_second(*changes: tuple[Callable[[], Any], Locator]) -> None:
     """Make each change, and see that most are shown a second after the service's answer."""
     delays = []
-    for change, what in changes:
-        change()
+    for make_change, what in changes:
+        make_change()
         answered_at = time.monotonic()
         what.wait_for()
         delays.append(time.monotonic() - answered_at)
@@ -231,29 +201,24 @@ def set_hidden(page: Page, hidden: bool) -> None:
     """Make a page believe that its tab went to the background, or came back from there."""
     page.evaluate(
         """(hidden) => {
-          Object.defineProperty(document, "hidden", { configurable: true, get: () => hidden });
-          const state = hidden ? "hidden" : "visible";
-          Object.defineProperty(document, "visibilityState",
-            { configurable: true, get: () => state });
+          Object.defineProperty(document, "hidden", { configurable: true, value: hidden });
           document.dispatchEvent(new Event("visibilitychange"));
         }""",
         hidden,
     )
 
 
-def hold_streams(route: Route) -> None:
-    """Never answer a request for a stream, as if a proxy kept it back; let all others pass."""
-    if route.request.headers.get("accept") != "text/event-stream":
-        route.continue_()
+def enter_token(page: Page, token: str) -> None:
+    """Type a token into the dialog that asks for one."""
+    expect(page.locator("#token")).to_be_visible()
+    page.locator("#token input").fill(token)
+    button(page, "Continue").click()
 
 
 def lose_response(route: Route) -> None:
     """Let a request reach the service, and then break the connection before its response."""
     route.fetch()
     route.abort()
-
-
-# ── Reporting and changing ────────────────────────────────────────────────────────────────────────
 
 
 def test_each_report_is_stored_once_also_after_a_double_click(board: Page, sql: Sql) -> None:
@@ -265,12 +230,12 @@ def test_each_report_is_stored_once_also_after_a_double_click(board: Page, sql: 
         board.locator("#report select").select_option("partner")
         button(board, "Report").dblclick()
 
-        expect(board.locator("#incident-title")).to_have_text(f"#{number} open")
+        expect_open(board, f"#{number} open")
         expect(board.locator("#summary")).to_contain_text(TEXT)
         expect(board.locator("#report")).to_be_hidden()
         expect(card(board, number, "open")).to_contain_text(TEXT)
         button(board, "Back").click()
-    expect(board.locator("#open a")).to_have_count(2)
+        expect(board).to_have_url(re.compile("/board#$"))
     assert sent.count("POST") == 2
     rows = sql("SELECT id, description, source, status FROM incidents ORDER BY id")
     assert rows == [(1, TEXT, "partner", "open"), (2, TEXT, "partner", "open")]
@@ -284,67 +249,42 @@ def test_an_incident_is_moved_until_it_is_closed_and_opened_again(
     card(board, 1, "open").click()
     board.locator("#note-form textarea").fill(NOTE)
     button(board, "Start work").press("Enter")
-    expect(board.locator("#incident-title")).to_have_text("#1 in progress")
+    expect_open(board, "#1 in progress")
     expect(button(board, "Start work")).to_be_hidden()
     expect(board.locator("#timeline")).to_be_focused()  # not the page behind the dialog
-    expect(card(board, 1, "in_progress")).to_contain_text(NOTE)
+    expect(card(board, 1, "in_progress").locator(".note")).to_have_text(NOTE)
     expect(board.locator("#note-form textarea")).to_have_value("")
     button(board, "Resolve").click()
-    expect(board.locator("#incident-title")).to_have_text("#1 resolved")
+    expect_open(board, "#1 resolved")
     expect(card(board, 1, "resolved")).to_be_attached()
-    board.locator("#note-form textarea").fill("всё ✅")
     button(board, "Close the incident").click()
-    expect(board.locator("#incident-title")).to_have_text("#1 closed")
+    expect_open(board, "#1 closed")
     expect(card(board, 1)).to_have_count(0)
-    expect(board.locator("#timeline li")).to_have_text(
-        [
-            re.compile("^writer · .*всё ✅$"),
-            re.compile("^writer · .*resolved → closed$"),
-            re.compile("^writer · .*in progress → resolved$"),
-            re.compile(f"^writer · .*{NOTE}$"),
-            re.compile("^writer · .*open → in progress$"),
-            re.compile("^second · .*reported$"),
-        ]
-    )
-    url = board.url.removesuffix("#1")
     button(board, "Back").click()
-    expect(board).to_have_url(f"{url}#")
-    board.goto(f"{url}#1")
+    expect(board).to_have_url(re.compile("/board#$"))
+    board.goto(f"{board.url}1")
     button(board, "Reopen").click()
 
-    expect(board.locator("#incident-title")).to_have_text("#1 open")
+    expect_open(board, "#1 open")
     expect(card(board, 1, "open")).to_be_attached()
-    assert read_entries(sql) == [
-        ("status", "open", "in_progress", None, "writer"),
-        ("note", None, None, NOTE, "writer"),
-        ("status", "in_progress", "resolved", None, "writer"),
-        ("status", "resolved", "closed", None, "writer"),
-        ("note", None, None, "всё ✅", "writer"),
-        ("status", "closed", "open", None, "writer"),
-    ]
-    assert find_inconsistencies(sql) == []
+    ends = ["closed → open", "resolved → closed", "in progress → resolved", NOTE]
+    lines = [f"writer · .*{end}" for end in [*ends, "open → in progress"]]
+    patterns = [re.compile(f"^{line}$") for line in [*lines, "second · .*reported"]]
+    expect(board.locator("#timeline li")).to_have_text(patterns)
+    assert sql("SELECT status FROM incidents") == [("open",)]
 
 
-def test_a_note_is_added_and_shown_on_the_card_and_an_empty_one_is_refused(
+def test_a_note_is_added_and_a_label_is_added_changed_and_removed(
     board: Page, colleague: Client, sql: Sql
 ) -> None:
     report(colleague)
-    add_note(colleague, 1, "первая")
+    change(colleague, 1, note="первая")
     card(board, 1).click()
     button(board, "Add the note").click()
-    expect(board.locator("#incident output")).not_to_be_empty()
+    expect(board.locator("#incident output")).not_to_be_empty()  # a note must not be empty
     board.locator("#note-form textarea").fill(NOTE)
     button(board, "Add the note").click()
-
-    expect(board.locator("#timeline li").first).to_contain_text(NOTE)
     expect(card(board, 1, "open").locator(".note")).to_have_text(NOTE)
-    expect(board.locator("#incident-title")).to_have_text("#1 open")
-    assert read_entries(sql)[1:] == [("note", None, None, NOTE, "writer")]
-
-
-def test_a_label_is_added_changed_and_removed(board: Page, colleague: Client, sql: Sql) -> None:
-    report(colleague)
-    card(board, 1).click()
     for value in ("бд 🐘", "שרתים", ""):
         board.locator("#label-form [name=name]").fill("команда")
         board.locator("#label-form [name=value]").fill(value)
@@ -354,47 +294,39 @@ def test_a_label_is_added_changed_and_removed(board: Page, colleague: Client, sq
         expect(board.locator("#summary .label")).to_have_text(labels)
         expect(board.locator("#label-form [name=name]")).to_have_value("")
 
-    changes = ["команда: שרתים → –", "команда: бд 🐘 → שרתים", "команда: – → бд 🐘"]
-    entries = [re.compile(f"labels.{change}$") for change in changes]
-    expect(board.locator("#timeline li")).to_have_text([*entries, re.compile("reported$")])
+    ends = [
+        "labels.команда: שרתים → –",
+        "labels.команда: бд 🐘 → שרתים",
+        "labels.команда: – → бд 🐘",
+    ]
+    patterns = [re.compile(f"{end}$") for end in [*ends, NOTE, "первая", "reported"]]
+    expect(board.locator("#timeline li")).to_have_text(patterns)
     assert sql("SELECT labels FROM incidents") == [({},)]
 
 
-def test_a_card_shows_text_source_age_labels_and_the_last_note(
-    open_board: OpenBoard, sql: Sql
+def test_each_incident_that_is_not_closed_has_a_card_and_the_newest_is_on_top(
+    open_board: OpenBoard, colleague: Client, sql: Sql
 ) -> None:
-    sql(
-        "INSERT INTO incidents (description, source, labels, created_at)"
-        " VALUES (%s, 'partner', '{\"severity\": \"critical\"}', now() - interval '3 hours')",
-        TEXT,
-    )
-    sql(
-        "INSERT INTO timeline (incident_id, kind, note, actor) VALUES"
-        " (1, 'created', NULL, 'a'), (1, 'note', 'раньше', 'a'), (1, 'note', %s, 'a')",
-        NOTE,
-    )
+    report(colleague, source="partner", labels={"severity": "critical"})
+    sql("UPDATE incidents SET created_at = now() - interval '3 hours'")
+    for _ in range(7):
+        report(colleague)
+    for note in ("раньше", NOTE):
+        change(colleague, 1, note=note)
+    moves = {2: "in_progress", 3: "closed", 6: "in_progress", 8: "closed"}
+    for incident_id, status in (moves | {7: "resolved", 4: "resolved"}).items():
+        change(colleague, incident_id, status=status)
     page = open_board()
+    expect(page.locator("main a")).to_have_count(6)
 
+    for column, ids in {"open": [5, 1], "in_progress": [6, 2], "resolved": [4, 7]}.items():
+        # What was resolved last is on top.
+        assert shown_ids(page, column) == ids
+        expect(page.locator(f"h2:has(+ #{column})")).to_have_attribute("data-count", "2")
     expect(card(page, 1).locator("p").first).to_have_text(TEXT)
     expect(card(page, 1)).to_contain_text("partner · 3 hours ago")
     expect(card(page, 1).locator(".label")).to_have_text(["severity:critical"])
     expect(card(page, 1).locator(".note")).to_have_text(NOTE)
-
-
-def test_only_incidents_that_are_not_closed_have_a_card_and_the_newest_is_on_top(
-    open_board: OpenBoard, colleague: Client
-) -> None:
-    for status in ("open", "in_progress", "resolved", "closed") * 2:
-        move(colleague, report(colleague), status)
-    page = open_board()
-    expect(page.locator("main a")).to_have_count(6)
-
-    for column, ids in {"open": [5, 1], "in_progress": [6, 2], "resolved": [7, 3]}.items():
-        assert shown_ids(page, column) == ids
-        expect(page.locator(f"h2:has(+ #{column})")).to_have_attribute("data-count", "2")
-
-
-# ── Conflicts and broken connections ──────────────────────────────────────────────────────────────
 
 
 def test_whoever_is_slower_changes_nothing_and_reads_what_the_other_did(
@@ -402,92 +334,88 @@ def test_whoever_is_slower_changes_nothing_and_reads_what_the_other_did(
 ) -> None:
     report(colleague)
     card(board, 1).click()
-    expect(board.locator("#incident-title")).to_have_text("#1 open")
-    move(colleague, 1, "in_progress", note=NOTE)
+    expect_open(board, "#1 open")
+    change(colleague, 1, status="in_progress", note=NOTE)
     board.locator("#note-form textarea").fill("моё")
     button(board, "Resolve").click()
 
     message = board.locator("#incident output")
-    expect(message).to_contain_text("Somebody was faster")
-    expect(message).to_contain_text("second: open → in progress")
-    expect(message).to_contain_text(f"second: {NOTE}")
-    expect(board.locator("#incident-title")).to_have_text("#1 in progress")
+    for line in ("Somebody was faster", "second: open → in progress", f"second: {NOTE}"):
+        expect(message).to_contain_text(line)
+    expect_open(board, "#1 in progress")
     expect(board.locator("#note-form textarea")).to_have_value("моё")
     assert [row[-1] for row in read_entries(sql)] == ["second", "second"]
 
     button(board, "Resolve").click()  # now that this person has seen it
-    expect(board.locator("#incident-title")).to_have_text("#1 resolved")
+    expect_open(board, "#1 resolved")
 
 
 def test_what_is_sent_again_after_a_lost_response_is_stored_once(board: Page, sql: Sql) -> None:
+    message, entries = board.locator("#incident output"), board.locator("#timeline li")
     button(board, "Report an incident").click()
     board.locator("#report textarea").fill(TEXT)
     board.route(re.compile("/incidents/$"), lose_response, times=1)
     button(board, "Report").click()
     expect(board.locator("#report output")).to_have_text(OFFLINE)
     button(board, "Report").click()
-    expect(board.locator("#incident-title")).to_have_text("#1 open")
+    expect_open(board, "#1 open")
     board.locator("#note-form textarea").fill(NOTE)
     board.route("**/incidents/1/notes", lose_response, times=1)
     button(board, "Add the note").click()
-    expect(board.locator("#incident output")).to_have_text(OFFLINE)
+    expect(message).to_have_text(OFFLINE)
     button(board, "Add the note").click()
 
-    expect(board.locator("#incident output")).to_have_text("Saved")
-    expect(board.locator("#timeline li")).to_have_count(2)
-    expect(board.locator("#open a")).to_have_count(1)
+    expect(message).to_have_text("Saved")
+    expect(entries).to_have_count(2)
 
     # A move is not sent again: it is shown as made, and so is its note.
     board.locator("#note-form textarea").fill(NOTE)
     board.route("**/incidents/1/status", lose_response, times=1)
     button(board, "Start work").click()
-    expect(board.locator("#incident output")).to_have_text(OFFLINE)
-    expect(board.locator("#incident-title")).to_have_text("#1 in progress")
-    expect(board.locator("#timeline li")).to_have_count(4)
-    expect(button(board, "Start work")).to_be_hidden()
+    expect(message).to_have_text(OFFLINE)
+    expect_open(board, "#1 in progress")
+    expect(entries).to_have_count(4)
     assert [row[0] for row in read_entries(sql)] == ["note", "status", "note"]
     assert sql("SELECT count(*) FROM incidents") == [(1,)]
 
 
-# ── Live ──────────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_what_a_colleague_does_appears_within_a_second(board: Page, colleague: Client) -> None:
     text = f"{SECRET_MARKER}: one\u2028two\u2029three\u0085four\r\nfive"  # lines of other programs
-    label = {"labels": {"team": "бд"}}
+    label = {"team": "бд"}
     assert_shown_in_a_second(
         (lambda: report(colleague, text), card(board, 1, "open")),
-        (lambda: move(colleague, 1, "in_progress"), card(board, 1, "in_progress")),
-        (lambda: add_note(colleague, 1, text), board.locator(".note", has_text="five")),
-        (lambda: colleague.patch("/incidents/1", json=label), board.get_by_text("team:бд")),
+        (lambda: change(colleague, 1, status="in_progress"), card(board, 1, "in_progress")),
+        (lambda: change(colleague, 1, note=text), board.locator(".note", has_text="five")),
+        (lambda: change(colleague, 1, labels=label), board.get_by_text("team:бд")),
         (lambda: report(colleague), card(board, 2, "open")),
     )
 
     card(board, 2).click()
-    expect(board.locator("#incident-title")).to_have_text("#2 open")
-    move(colleague, 2, "resolved")
-    expect(board.locator("#incident-title")).to_have_text("#2 resolved")
+    expect_open(board, "#2 open")
+    change(colleague, 2, status="resolved")
+    expect_open(board, "#2 resolved")
     expect(board.locator("#timeline li").first).to_contain_text("open → resolved")
-    add_note(colleague, 2, NOTE)
-    expect(board.locator("#timeline li").first).to_contain_text(NOTE)
-    expect(board.locator("#timeline li")).to_have_count(3)
-    expect(board.locator("#connection")).to_have_text(LIVE)
 
 
 def test_behind_a_proxy_that_keeps_streams_back_the_board_asks_again_and_again(
     open_board: OpenBoard, colleague: Client
 ) -> None:
-    page = open_board(
-        script=SHORT_TRIAL, prepare=lambda page: page.route("**/timeline?*", hold_streams)
-    )
+    def hold_streams(route: Route) -> None:
+        if route.request.headers.get("accept") != "text/event-stream":
+            route.continue_()
+
+    page = open_board(token=None, script="window.trial = 500;")
+    page.route("**/timeline?*", hold_streams)
+    enter_token(page, WRITER_TOKEN)
     # Playwright handles the routes of a page only while it is asked something about the page.
     wait_until(lambda: page.title() and count_listeners(colleague) == 1)
-    expect(page.locator("#connection")).to_have_text(LIVE)
     new_cards = [card(page, number, "open") for number in (1, 2, 3)]
     assert_shown_in_a_second(*((lambda: report(colleague), new) for new in new_cards))
     expect(page.locator("#connection")).to_have_text(LIVE)
 
+    wait_until(lambda: page.title() and count_listeners(colleague) == 1)
     set_hidden(page, True)
+    report(colleague)  # ends the request that waits, also if nobody waits for its answer
     wait_until(lambda: count_listeners(colleague) == 0)
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
@@ -496,59 +424,7 @@ def test_behind_a_proxy_that_keeps_streams_back_the_board_asks_again_and_again(
     assert asked == []
 
 
-def test_a_draft_stays_with_its_incident(board: Page, colleague: Client) -> None:
-    report(colleague)
-    report(colleague)
-    for incident_id, draft in ((1, ""), (1, "a note on the first"), (2, "")):
-        card(board, incident_id).click()
-        expect(board.locator("#incident-title")).to_have_text(f"#{incident_id} open")
-        expect(board.locator("[name=note]")).to_have_value(draft)
-        board.locator("[name=note]").fill("a note on the first")
-        board.keyboard.press("Escape")
-        expect(board.locator("#incident")).to_be_hidden()
-
-
-def test_the_board_catches_up_after_the_service_was_away_and_keeps_what_is_typed(
-    serve: Serve, open_board: OpenBoard, colleague: Client, database_url: str, sql: Sql
-) -> None:
-    report(colleague, "первый")
-    report(colleague, "второй")
-    stopped = serve(DATABASE_URL=database_url, API_TOKENS=TOKENS)
-    page = open_board("#1", url=stopped.url)
-    page.locator("#note-form textarea").fill("моё")
-    expect(page.locator("#connection")).to_have_text(LIVE)
-    expect(page.locator("#timeline li")).to_have_count(1)
-    stopped.stop()
-    expect(page.locator("#connection")).to_have_text(OFFLINE)
-    expect(page.locator("#open a")).to_have_count(2)
-    button(page, "Add the note").click()
-    expect(page.locator("#incident output")).to_have_text(OFFLINE)
-    for number in range(3, 33):
-        report(colleague, f"новый {number}")
-    move(colleague, 1, "in_progress", note=NOTE)
-    move(colleague, 2, "closed")
-    add_note(colleague, 3, "третий 🔥")
-    colleague.patch("/incidents/4", json={"labels": {"team": "бд"}}).raise_for_status()
-    serve(port=urlsplit(stopped.url).port, DATABASE_URL=database_url, API_TOKENS=TOKENS)
-
-    expect(page.locator("#connection")).to_have_text(LIVE)
-    expect(card(page, 4).locator(".label")).to_have_text(["team:бд"])
-    assert shown_ids(page, "open") == list(range(32, 2, -1))
-    assert shown_ids(page, "in_progress") == [1]
-    assert shown_ids(page, "resolved") == []
-    expect(card(page, 3).locator(".note")).to_have_text("третий 🔥")
-    expect(page.locator("#incident-title")).to_have_text("#1 in progress")
-    expect(page.locator("#timeline li")).to_have_text(
-        [re.compile(f"{NOTE}$"), re.compile("open → in progress$"), re.compile("reported$")]
-    )
-    expect(page.locator("#note-form textarea")).to_have_value("моё")
-    button(page, "Add the note").click()
-    expect(page.locator("#incident output")).to_have_text("Saved")
-    expect(page.locator("#timeline li").first).to_contain_text("моё")
-    assert sql("SELECT count(*) FROM timeline WHERE note = 'моё'") == [(1,)]
-
-
-def test_the_board_is_read_anew_when_the_database_is_replaced(
+def test_the_board_catches_up_after_the_service_was_away_also_with_another_database(
     serve: Serve,
     open_board: OpenBoard,
     colleague: Client,
@@ -556,80 +432,71 @@ def test_the_board_is_read_anew_when_the_database_is_replaced(
     new_database: NewDatabase,
     migrated: str,
 ) -> None:
-    for _ in range(3):
-        report(colleague)
+    report(colleague, "первый")
+    report(colleague, "второй")
     stopped = serve(DATABASE_URL=database_url, API_TOKENS=TOKENS)
-    page = open_board(url=stopped.url)
-    expect(page.locator("#open a")).to_have_count(3)
+    page = open_board("#1", url=stopped.url)
+    note, message = page.locator("#note-form textarea"), page.locator("#incident output")
+    note.fill("моё")
     expect(page.locator("#connection")).to_have_text(LIVE)
     stopped.stop()
     expect(page.locator("#connection")).to_have_text(OFFLINE)
-    other = new_database(template=migrated)
-    replaced = serve(port=urlsplit(stopped.url).port, DATABASE_URL=other, API_TOKENS=TOKENS)
+    expect(page.locator("#open a")).to_have_count(2)
+    button(page, "Add the note").click()
+    expect(message).to_have_text(OFFLINE)
+    for number in range(3, 33):
+        report(colleague, f"новый {number}")
+    change(colleague, 1, status="in_progress", note=NOTE)
+    change(colleague, 2, status="closed")
+    change(colleague, 3, note="третий 🔥")
+    change(colleague, 4, labels={"team": "бд"})
+    options: Any = {"port": urlsplit(stopped.url).port, "API_TOKENS": TOKENS}
+    started = serve(DATABASE_URL=database_url, **options)
+
     expect(page.locator("#connection")).to_have_text(LIVE)
-    expect(page.locator("#open a")).to_have_count(0)
-    with Client(base_url=replaced.url, headers=WRITER) as client:
+    expect(card(page, 4).locator(".label")).to_have_text(["team:бд"])
+    assert shown_ids(page, "open") == list(range(32, 2, -1))
+    assert (shown_ids(page, "in_progress"), shown_ids(page, "resolved")) == ([1], [])
+    expect(card(page, 3).locator(".note")).to_have_text("третий 🔥")
+    expect_open(page, "#1 in progress")
+    entries = [re.compile(f"{end}$") for end in (NOTE, "open → in progress", "reported")]
+    expect(page.locator("#timeline li")).to_have_text(entries)
+    expect(note).to_have_value("моё")
+    button(page, "Add the note").click()
+    expect(message).to_have_text("Saved")
+    expect(page.locator("#timeline li")).to_have_count(4)
+
+    started.stop()
+    serve(DATABASE_URL=new_database(template=migrated), **options)
+    expect(page.locator("main a")).to_have_count(0)
+    with Client(base_url=stopped.url, headers=WRITER) as client:
         report(client, "после замены")
-
     expect(card(page, 1, "open")).to_contain_text("после замены")
-
-
-# ── Tabs ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-def count_listeners(client: Client) -> int:
-    """Count the requests that wait for entries of the timeline."""
-    line = re.search(r"^incidents_timeline_listeners (\d+)", client.get("/metrics").text, re.M)
-    assert line
-    return int(line[1])
 
 
 def test_eight_tabs_work_because_only_the_tab_in_sight_keeps_a_connection(
     open_board: OpenBoard, colleague: Client
 ) -> None:
     report(colleague)
-    tabs = [open_board(script=HIDDEN)]
-    tabs += [open_board(beside=tabs[0]) for _ in range(7)]  # all in the background
-    for tab in tabs:
+    hidden = 'Object.defineProperty(document, "hidden", { configurable: true, value: true });'
+    tabs = [open_board(script=hidden)]
+    tabs += [tabs[0].context.new_page() for _ in range(7)]
+    for tab in tabs[1:]:
+        tab.goto(tabs[0].url)
+    for tab in tabs:  # all are in the background
         assert card(tab, 1).count() == 0
         set_hidden(tab, False)
         expect(card(tab, 1, "open")).to_be_visible()
-        expect(tab.locator("#connection")).to_have_text(LIVE)
         wait_until(lambda: count_listeners(colleague) == 1)
         set_hidden(tab, True)
 
     wait_until(lambda: count_listeners(colleague) == 0)
 
 
-# ── Tokens ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def enter_token(page: Page, token: str) -> None:
-    """Type a token into the dialog that asks for one."""
-    expect(page.locator("#token")).to_be_visible()
-    page.locator("#token input").fill(token)
-    button(page, "Continue").click()
-
-
-def test_a_token_is_asked_for_once_and_the_tab_alone_keeps_it(
+def test_a_token_is_asked_for_until_it_allows_to_read_and_the_tab_alone_keeps_it(
     open_board: OpenBoard, colleague: Client
 ) -> None:
     report(colleague)
-    page = open_board(token=None)
-    enter_token(page, WRITER_TOKEN)
-    expect(page.locator("#connection")).to_have_text(LIVE)
-    page.reload()
-
-    expect(page.locator("#connection")).to_have_text(LIVE)
-    expect(card(page, 1)).to_be_visible()
-    expect(page.locator("#token")).to_be_hidden()
-    expect(button(page, "Report an incident")).to_be_visible()
-    assert page.evaluate("localStorage.length") == 0
-    assert page.context.cookies() == []
-    assert WRITER_TOKEN not in page.url
-
-
-def test_a_token_is_asked_for_again_until_it_allows_to_read(open_board: OpenBoard) -> None:
     page = open_board(token=None)
     with page.expect_response(lambda response: response.status == 401):
         enter_token(page, "s3cr3t-that-is-not-known")
@@ -638,65 +505,55 @@ def test_a_token_is_asked_for_again_until_it_allows_to_read(open_board: OpenBoar
     enter_token(page, REPORTER_TOKEN)
     expect(page.locator("#token output")).to_contain_text("may only send events and alerts")
     enter_token(page, WRITER_TOKEN)
+    expect(page.locator("#connection")).to_have_text(LIVE)
+    page.reload()
 
     expect(page.locator("#connection")).to_have_text(LIVE)
     expect(page.locator("#token")).to_be_hidden()
     expect(button(page, "Report an incident")).to_be_visible()
+    assert page.evaluate("localStorage.length") == 0
+    assert page.context.cookies() == []
+    assert WRITER_TOKEN not in page.url
 
     page.evaluate("sessionStorage.token = 's3cr3t-that-was-withdrawn'")
     set_hidden(page, True)
     set_hidden(page, False)
     enter_token(page, READER_TOKEN)
 
-    expect(page.locator("#connection")).to_have_text(LIVE)
-    expect(button(page, "Report an incident")).to_be_hidden()
-
-
-def test_a_read_token_shows_everything_live_and_nothing_that_writes(
-    open_board: OpenBoard, colleague: Client
-) -> None:
-    report(colleague)
-    page = open_board(token=READER_TOKEN)
-    expect(page.locator("#connection")).to_have_text(LIVE)
+    # A token that may read shows everything live, and nothing that writes.
     card(page, 1).click()
     expect(page.locator("#timeline li")).to_have_count(1)
-    add_note(colleague, 1, NOTE)
+    change(colleague, 1, note=NOTE)
     expect(page.locator("#timeline li").first).to_contain_text(NOTE)
-
-    expect(card(page, 1).locator(".note")).to_have_text(NOTE)
-    for form in ("#note-form", "#label-form"):
-        expect(page.locator(form)).to_be_hidden()
-    button(page, "Back").click()
-    expect(page.locator("#incident")).to_be_hidden()
-    expect(button(page, "Report an incident")).to_be_hidden()
-
-
-# ── Keyboard ──────────────────────────────────────────────────────────────────────────────────────
+    for element in ("#note-form", "#label-form", "#report-button"):
+        expect(page.locator(element)).to_be_hidden()
 
 
 def test_the_board_is_worked_with_the_keyboard_alone(board: Page, colleague: Client) -> None:
     for text in ("диск один", "диск два", "диск три", "сеть"):
         report(colleague, text)
-    move(colleague, 4, "in_progress")
+    change(colleague, 4, status="in_progress")
     expect(card(board, 4, "in_progress")).to_be_visible()
     search = board.locator("#filters [name=q]")
     board.keyboard.press("/")
     expect(search).to_be_focused()
     board.keyboard.type("ДИСК")
-    for key, incident_id in [("ArrowDown", 3), ("ArrowDown", 2), ("ArrowUp", 3)]:
-        board.keyboard.press(key)
-        expect(card(board, incident_id)).to_be_focused()
-    expect(search).to_have_value("ДИСК")
-    for key in ("/", "Control+a", "Delete", "ArrowDown", "ArrowRight", "ArrowDown"):
-        board.keyboard.press(key)
-    expect(card(board, 4)).to_be_focused()
-    for key in ("ArrowLeft", "ArrowDown", "Enter"):
-        board.keyboard.press(key)
-    expect(board.locator("#incident-title")).to_have_text("#3 open")
+    for keys, focused in [
+        ("ArrowDown", card(board, 3)),
+        ("ArrowDown", card(board, 2)),
+        ("ArrowUp", card(board, 3)),
+        ("/ Control+a Delete ArrowDown ArrowRight ArrowDown", card(board, 4)),
+        ("ArrowLeft ArrowDown", card(board, 3)),
+    ]:
+        for key in keys.split():
+            board.keyboard.press(key)
+        expect(focused).to_be_focused()
+    board.keyboard.press("Enter")
+    expect_open(board, "#3 open")
     while not button(board, "Start work").evaluate("button => button.matches(':focus')"):
         board.keyboard.press("Tab")
     board.keyboard.press("Enter")
-    expect(board.locator("#incident-title")).to_have_text("#3 in progress")
+    expect_open(board, "#3 in progress")
     board.keyboard.press("Escape")
 
     expect(board.locator("#incident")).to_be_hidden()
@@ -709,67 +566,49 @@ def test_a_live_change_takes_neither_the_focus_nor_what_is_typed(
     report(colleague)
     report(colleague)
     card(board, 1).focus()
-    move(colleague, 1, "in_progress")
+    change(colleague, 1, status="in_progress")
     expect(card(board, 1, "in_progress")).to_be_focused()
     card(board, 1).press("Enter")
     expect(board.locator("#incident")).to_be_visible()
     note = board.locator("#note-form textarea")
     note.press_sequentially("моя ")
-    add_note(colleague, 1, NOTE)
+    change(colleague, 1, note=NOTE)
     expect(board.locator("#timeline li").first).to_contain_text(NOTE)
     board.keyboard.type("заметка")
 
     expect(note).to_be_focused()
-    expect(note).to_have_value("моя заметка")
+    for incident_id, draft in ((1, "моя заметка"), (2, "")):  # it stays with its incident
+        board.keyboard.press("Escape")
+        expect(board).to_have_url(re.compile("/board#$"))  # it is written after the dialog closes
+        card(board, incident_id).click()
+        expect(board.get_by_role("dialog", name=f"#{incident_id} ")).to_be_visible()
+        expect(note).to_have_value(draft)
 
 
-# ── Filters and the address ───────────────────────────────────────────────────────────────────────
-
-
-# What is typed into the form, and the cards that it leaves.
-FILTERS: list[tuple[dict[str, str], list[int]]] = [
-    ({"q": "нет света"}, [1]),
-    ({"q": "DISK FULL"}, [2]),
-    ({"q": "שלום"}, [2]),
-    ({"q": "🔥"}, [1]),
-    ({"q": "найти"}, [3]),
-    ({"q": "cafe\u0301"}, [3]),
-    ({"q": "#2"}, [2]),
-    ({"q": "3"}, [3]),
-    ({"q": "critical"}, [3, 2]),
-    ({"q": "nowhere & никогда"}, []),
-    ({"source": "partner"}, [3]),
-    ({"label": "team:бд"}, [2]),
-    ({"label": "TEAM:"}, [3, 2]),
-    ({"label": "severity:critical2"}, []),  # a line of a description is not a label
-    ({"q": "disk", "source": "partner"}, []),
-    ({"q": "disk", "source": "monitoring", "label": "severity:critical"}, [2]),
-]
-
-
-@pytest.fixture
-def three_incidents(colleague: Client) -> None:
-    """Report three incidents that differ in text, source and labels."""
+def test_filters_choose_cards_live_too_and_the_address_keeps_the_view(
+    board: Page, open_board: OpenBoard, colleague: Client
+) -> None:
+    # What is typed into the form, and the cards that it leaves.
+    cases: list[tuple[dict[str, str], list[int]]] = [
+        ({"q": "нет света 🔥"}, [1]),
+        ({"q": "DISK FULL שלום"}, [2]),
+        ({"q": "cafe\u0301"}, [3]),
+        ({"q": "#2"}, [2]),
+        ({"q": "critical"}, [3, 2]),
+        ({"q": "nowhere & никогда"}, []),
+        ({"source": "partner"}, [3]),
+        ({"label": "TEAM:"}, [3, 2]),
+        ({"label": "severity:critical2"}, []),  # a line of a description is not a label
+        ({"q": "disk", "source": "monitoring", "label": "severity:critical"}, [2]),
+        ({"label": "team:бд"}, [2]),
+    ]
     report(colleague, f"{SECRET_MARKER}: Нет СВЕТА 🔥", source="operator")
     labels = {"severity": "critical", "team": "БД"}
     report(colleague, f"{SECRET_MARKER}: Disk full שלום", labels=labels)
-    text = f"{SECRET_MARKER}: НАЙТИ caf\u00e9\nseverity:critical2"
+    text = f"{SECRET_MARKER}: caf\u00e9\nseverity:critical2"
     report(colleague, text, source="partner", labels={"team": "web"})
-
-
-def read_filters(page: Page) -> dict[str, str]:
-    """Read the filters that are set in the form."""
-    script = "form => Object.fromEntries([...new FormData(form)].filter(([, value]) => value))"
-    fields: dict[str, str] = page.locator("#filters").evaluate(script)
-    return fields
-
-
-@pytest.mark.usefixtures("three_incidents")
-def test_filters_choose_cards_and_the_address_keeps_the_view(
-    board: Page, open_board: OpenBoard
-) -> None:
     expect(board.locator("#open a")).to_have_count(3)
-    for fields, ids in FILTERS:
+    for fields, ids in cases:
         for name in ("q", "label"):
             board.locator(f"#filters [name={name}]").fill(fields.get(name, ""))
         board.locator("#filters [name=source]").select_option(fields.get("source", ""))
@@ -778,53 +617,29 @@ def test_filters_choose_cards_and_the_address_keeps_the_view(
         query = {name: values[0] for name, values in parse_qs(urlsplit(board.url).fragment).items()}
         assert query == fields
 
-    page = open_board(f"#{urlsplit(board.url).fragment}", beside=board)
-    expect(page.locator("#open a")).to_have_count(len(ids))
-    assert shown_ids(page) == ids
-    assert read_filters(page) == fields
-
-
-@pytest.mark.usefixtures("three_incidents")
-def test_a_live_change_respects_the_filters(board: Page, colleague: Client) -> None:
-    board.locator("#filters [name=label]").fill("team:бд")
-    expect(board.locator("#open a")).to_have_count(1)
+    url = board.url
+    card(board, 2).click()
+    expect_open(board, "#2 open")
+    expect(board).to_have_url(re.compile("/board#2$"))
+    board.keyboard.press("Escape")
+    expect(board).to_have_url(url)
+    page = open_board(f"#{urlsplit(url).fragment}")
+    expect(page.locator("#open a")).to_have_count(1)
+    expect(page.locator("#filters [name=label]")).to_have_value("team:бд")
     report(colleague)
-    colleague.patch("/incidents/1", json={"labels": {"team": "бд"}}).raise_for_status()
-    colleague.patch("/incidents/2", json={"labels": {"team": None}}).raise_for_status()
+    change(colleague, 1, labels={"team": "бд"})
+    change(colleague, 2, labels={"team": None})
 
-    expect(card(board, 1)).to_be_visible()
-    expect(card(board, 2)).to_have_count(0)
-    assert shown_ids(board) == [1]
-
-
-@pytest.mark.usefixtures("three_incidents")
-def test_an_id_in_the_address_opens_its_incident_and_closing_it_keeps_the_filters(
-    open_board: OpenBoard,
-) -> None:
-    page = open_board("#q=disk")
-    url = page.url.removesuffix("#q=disk")
-    expect(card(page, 2)).to_be_visible()
-    page.goto(f"{url}#1")
-    expect(page.locator("#incident-title")).to_have_text("#1 open")
-    expect(page.locator("#summary")).to_contain_text("Нет СВЕТА 🔥")
-    button(page, "Back").click()
-    expect(page).to_have_url(f"{url}#q=disk")
-    card(page, 2).click()
-    expect(page.locator("#incident-title")).to_have_text("#2 open")
-    assert page.url == f"{url}#2"
-    page.keyboard.press("Escape")
-    expect(page.locator("#incident")).to_be_hidden()
-
-    expect(page).to_have_url(f"{url}#q=disk")
-    assert shown_ids(page) == [2]
+    expect(card(page, 1)).to_be_visible()
+    expect(card(page, 2)).to_have_count(0)
+    assert shown_ids(page) == [1]
 
 
-@pytest.mark.parametrize("fragment", ["999", "1e9"])
 def test_what_cannot_be_opened_shows_a_message_until_an_incident_is_opened(
-    fragment: str, open_board: OpenBoard, colleague: Client
+    open_board: OpenBoard, colleague: Client
 ) -> None:
     report(colleague)
-    page = open_board(f"#{fragment}")
+    page = open_board("#999")
     message = page.locator("#message")
     expect(message).to_contain_text("no such incident")
     expect(page.locator("#connection")).to_have_text(LIVE)
@@ -834,23 +649,19 @@ def test_what_cannot_be_opened_shows_a_message_until_an_incident_is_opened(
     expect(page.locator("#incident")).to_be_hidden()
     card(page, 1).click()
 
-    expect(page.locator("#incident-title")).to_have_text("#1 open")
+    expect_open(page, "#1 open")
     button(page, "Back").click()
     expect(message).to_be_empty()
 
 
-# ── Languages, accessibility, markup ──────────────────────────────────────────────────────────────
-
-
-def test_the_page_says_in_russian_what_it_says_in_english(open_board: OpenBoard, sql: Sql) -> None:
-    sql(
-        "INSERT INTO incidents (description, source, created_at)"
-        " VALUES ('Нет света', 'operator', now() - interval '3 hours')"
-    )
-    sql("INSERT INTO timeline (incident_id, kind, actor) VALUES (1, 'created', 'смена')")
+def test_the_page_says_all_in_russian_and_is_english_for_who_reads_neither(
+    open_board: OpenBoard, colleague: Client, sql: Sql
+) -> None:
+    report(colleague, source="operator")
+    sql("UPDATE incidents SET created_at = now() - interval '3 hours'")
     page = open_board("#1", locale="ru-RU")
     expect(page.locator("#connection")).to_have_text("● на связи")
-    expect(page.locator("#incident-title")).to_have_text("#1 открыт")
+    expect_open(page, "#1 открыт")
     expect(card(page, 1)).to_contain_text("operator · 3 часа назад")
     button(page, "Взять в работу").click()
 
@@ -865,23 +676,15 @@ def test_the_page_says_in_russian_what_it_says_in_english(open_board: OpenBoard,
     texts = page.locator("title, body, body *:not(option:not([data-ru]))").evaluate_all(script)
     assert "Закрыть инцидент" in texts
     english = [text for text in texts if re.search("[A-Za-z]", text)]
-    # What remains are words of the API, and the name of who made the change.
-    assert {text.split(" ·")[0] for text in english} == {"operator", "writer"}
-
-
-def test_the_page_is_english_for_a_person_who_reads_neither_language(
-    open_board: OpenBoard,
-) -> None:
-    page = open_board(locale="fr-FR")
-
-    expect(page.locator("#connection")).to_have_text(LIVE)
-    expect(page.locator("html")).to_have_attribute("lang", "en")
-    expect(button(page, "Report an incident")).to_be_visible()
+    # What remains are words of the API, and the names of those who made the changes.
+    names = {text.split(" ·")[0] for text in english if SECRET_MARKER not in text}
+    assert names == {"operator", "writer", "second"}
+    expect(open_board(locale="fr-FR").locator("html")).to_have_attribute("lang", "en")
 
 
 def test_figures_show_each_of_the_last_days(board: Page, colleague: Client) -> None:
     report(colleague)
-    move(colleague, report(colleague), "in_progress")
+    change(colleague, report(colleague), status="in_progress")
     board.locator("summary").click()
     reported = board.locator("figure").first
 
@@ -891,8 +694,8 @@ def test_figures_show_each_of_the_last_days(board: Page, colleague: Client) -> N
 
 
 @pytest.mark.parametrize(
-    ("color_scheme", "locale", "width"),
-    [  # each two of these stand together once
+    ("color_scheme", "locale", "width"),  # each two values stand together once
+    [
         ("light", "en-GB", 1280),
         ("light", "ru-RU", 390),
         ("dark", "en-GB", 390),
@@ -900,48 +703,40 @@ def test_figures_show_each_of_the_last_days(board: Page, colleague: Client) -> N
     ],
 )
 def test_axe_finds_no_barriers(
-    color_scheme: str,
-    locale: str,
-    width: int,
-    open_board: OpenBoard,
-    colleague: Client,
+    color_scheme: str, locale: str, width: int, open_board: OpenBoard, colleague: Client
 ) -> None:
-    severities = ("critical", "error", "warning", "info", "иная")
-    for number, severity in enumerate(severities, 1):
-        report(colleague, labels={"severity": severity})
-        add_note(colleague, number, NOTE)
-    move(colleague, 4, "in_progress")
-    move(colleague, 5, "resolved")
-    options = {"locale": locale, "color_scheme": color_scheme}
+    for severity in ("critical", "error", "warning", "info", "иная"):
+        change(colleague, report(colleague, labels={"severity": severity}), note=NOTE)
+    change(colleague, 4, status="in_progress")
+    change(colleague, 5, status="resolved")
     viewport = {"width": width, "height": 800}
-    page = open_board(token=None, viewport=viewport, **options)
+    page = open_board(token=None, viewport=viewport, locale=locale, color_scheme=color_scheme)
     found: list[str] = []
 
-    def run_axe(state: str) -> None:
+    def run_axe() -> None:
         for violation in Axe().run(page).response["violations"]:
-            nodes = "; ".join(node["html"] for node in violation["nodes"])
-            found.append(f"{state}: {violation['id']}: {violation['help']}: {nodes}")
+            nodes = [node["html"] for node in violation["nodes"]]
+            found.append(f"{violation['id']}: {violation['help']}: {nodes}")
 
     expect(page.locator("#token")).to_be_visible()
-    run_axe("the token dialog")
+    run_axe()
     page.locator("#token input").fill(WRITER_TOKEN)
     page.locator("#token button").click()
-    expect(page.locator("#connection")).to_have_class("live")
     expect(card(page, 1).locator(".note")).to_have_text(NOTE)
-    run_axe("the board")
+    run_axe()
     page.locator("summary").click()
     expect(page.locator("figure title").last).not_to_be_empty()
-    run_axe("the figures")
+    run_axe()
     page.locator("summary").click()
     page.locator("#report-button").click()
     expect(page.locator("#report")).to_be_visible()
-    run_axe("the report dialog")
+    run_axe()
     page.keyboard.press("Escape")
     page.goto(f"{page.url}#4")
     expect(page.locator("#timeline li")).to_have_count(3)
     page.locator("#note-form button").first.click()
     expect(page.locator("#incident output")).not_to_be_empty()
-    run_axe("an incident and a refusal")
+    run_axe()
 
     assert not found, "\n".join(found)
 
@@ -951,7 +746,7 @@ def test_the_page_is_never_wider_than_a_small_screen(
 ) -> None:
     long_word = f"{SECRET_MARKER}{'й' * 1000}"
     report(colleague, long_word, labels={"л" * 100: "ж" * 1000})
-    add_note(colleague, 1, long_word)
+    change(colleague, 1, note=long_word)
     page = open_board("#1", viewport={"width": 390, "height": 800})
     expect(page.locator("#timeline li")).to_have_count(2)
     expect(card(page, 1).locator(".note")).to_have_text(long_word)
@@ -968,63 +763,49 @@ MARKUP = [
 ]
 
 
-def test_what_people_type_is_never_read_as_markup(board: Page, sql: Sql) -> None:
+def test_nothing_is_ever_read_as_markup(board: Page, colleague: Client, sql: Sql) -> None:
     for number, markup in enumerate(MARKUP, 1):
-        button(board, "Report an incident").click()
-        board.locator("#report textarea").fill(markup)
-        button(board, "Report").click()
-        expect(board.locator("#incident-title")).to_have_text(f"#{number} open")
-        board.locator("#note-form textarea").fill(markup)
-        button(board, "Add the note").click()
-        expect(board.locator("#timeline li").first).to_contain_text(markup)
         name = markup.replace(":", "")
-        board.locator("#label-form [name=name]").fill(name)
-        board.locator("#label-form [name=value]").fill(markup)
-        button(board, "Save the label").click()
-        expect(board.locator("#timeline li").first).to_contain_text(f"labels.{name}: – → {markup}")
+        report(colleague, markup, labels={name: markup})
+        change(colleague, number, note=markup)
+        card(board, number).click()
+        expect(board.locator("#timeline li").first).to_contain_text(markup)
+        change(colleague, number, labels={name: "a"})
+        entries = board.locator("#timeline li")
+        expect(entries.first).to_contain_text(f"labels.{name}: {markup} → a")
         expect(board.locator("#summary")).to_contain_text(markup)
-        expect(board.locator("#summary .label")).to_have_text([f"{name}:{markup}"])
+        expect(board.locator("#summary .label")).to_have_text([f"{name}:a"])
         button(board, "Back").click()
+        expect(board).to_have_url(re.compile("/board#$"))
         expect(card(board, number).locator("p").first).to_have_text(markup)
-        expect(card(board, number).locator(".label")).to_have_text([f"{name}:{markup}"])
+        expect(card(board, number).locator(".label")).to_have_text([f"{name}:a"])
         expect(card(board, number).locator(".note")).to_have_text(markup)
+
+    url = board.url
+    for markup in MARKUP:  # in the address
+        board.goto(f"{url}q={quote(markup)}&label={quote(markup)}")
+        for name in ("q", "label"):
+            expect(board.locator(f"#filters [name={name}]")).to_have_value(markup)
+    # The name of a token cannot have such signs today.
+    sql(
+        "INSERT INTO timeline (incident_id, kind, note, actor) VALUES (1, 'note', 'a', %s)",
+        MARKUP[0],
+    )
+    board.goto(f"{url}1")
+    expect(board.locator("#timeline li").first).to_contain_text(MARKUP[0])
 
     dangerous = "img, main script, dialog script, a[href^=javascript]"
     assert board.locator(dangerous).count() == 0
     assert board.title() == "Incidents"
-    assert sql("SELECT description FROM incidents ORDER BY id") == [(each,) for each in MARKUP]
 
 
-def test_neither_the_address_nor_the_name_of_a_token_is_read_as_markup(
-    board: Page, sql: Sql
+def test_two_thousand_cards_are_filtered_quickly_and_read_and_drawn_no_more_than_needed(
+    open_board: OpenBoard, sql: Sql
 ) -> None:
-    url = board.url
-    for markup in MARKUP:
-        board.goto(f"{url}#q={quote(markup)}&label={quote(markup)}")
-        expect(board.locator("#filters [name=q]")).to_have_value(markup)
-        assert read_filters(board) == {"q": markup, "label": markup}
-    sql("INSERT INTO incidents (description, source) VALUES ('Нет света', 'operator')")
-    sql("INSERT INTO timeline (incident_id, kind, actor) VALUES (1, 'created', %s)", MARKUP[0])
-    board.goto(f"{url}#1")
-
-    expect(board.locator("#timeline li")).to_contain_text(MARKUP[0])
-    assert board.locator("img, a[href^=javascript]").count() == 0
-    assert board.title() == "Incidents"
-
-
-# ── Many incidents ────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def many_incidents(sql: Sql) -> int:
-    """Insert 2,000 open incidents, each with a note; every fifth has 1 to 5 KB of text."""
-    sql(
-        "INSERT INTO incidents (description, source, labels, created_at)"
-        " SELECT format('%%s: инцидент %%s 🔥 שלום ', %s::text, n)"
-        "        || CASE WHEN n %% 5 = 0 THEN repeat('текст ', 100 + n %% 350) ELSE '' END,"
-        "        'monitoring',"
-        "        jsonb_build_object('severity', CASE n %% 2 WHEN 0 THEN 'critical' END),"
-        "        now() - (2001 - n) * interval '1 minute'"
+    sql(  # every fifth has up to 3 KB of text
+        "INSERT INTO incidents (description, source, labels)"
+        " SELECT %s || ': инцидент ' || n || repeat('текст ', n %% 5 / 4 * 300), 'monitoring',"
+        "        jsonb_build_object('severity', CASE n %% 2 WHEN 0 THEN 'critical' END)"
         "   FROM generate_series(1, 2000) AS n",
         SECRET_MARKER,
     )
@@ -1034,46 +815,24 @@ def many_incidents(sql: Sql) -> int:
         "   FROM generate_series(1, 2000) AS n, unnest(ARRAY['created', 'note']) AS kind"
         "  ORDER BY n, kind"
     )
-    return 2000
-
-
-# Notes when each drawing of the cards was made: those of one frame have the same time.
-WATCH_DRAWINGS = """
-  const requestFrame = window.requestAnimationFrame;
-  window.drawings = [];
-  window.requestAnimationFrame = (draw) => requestFrame((time) => {
-    window.drawings.push(time);
-    draw(time);
-  });
-"""
-# How many milliseconds a filter takes to be applied: the median, which a busy machine leaves alone.
-MEASURE_FILTERS = """() => {
-  const search = document.querySelector("#filters [name=q]");
-  const times = ["и", "ин", "инцидент 19", "", "severity:critical", "1", ""].map((text) => {
-    const start = performance.now();
-    search.value = text;
-    search.dispatchEvent(new Event("input", { bubbles: true }));
-    return performance.now() - start;
-  });
-  return times.sort((one, other) => one - other)[3];
-}"""
-
-
-def test_two_thousand_cards_are_filtered_quickly_and_read_and_drawn_no_more_than_needed(
-    open_board: OpenBoard, sql: Sql, many_incidents: int
-) -> None:
+    measure_filters = """(search) => {
+      const start = performance.now();
+      for (search.value of ["и", "ин", "инцидент 19", "", "severity:critical", "1", ""]) {
+        search.dispatchEvent(new Event("input", { bubbles: true }));
+      }
+      return performance.now() - start;
+    }"""
     requests: list[str] = []
-    page = open_board(
-        script=WATCH_DRAWINGS,
-        prepare=lambda page: page.on("request", lambda request: requests.append(request.url)),
-    )
-    expect(page.locator("#open a")).to_have_count(many_incidents)
-    expect(card(page, many_incidents).locator(".note")).to_have_text("заметка 2000")
+    page = open_board(token=None)
+    page.on("request", lambda request: requests.append(request.url))
+    enter_token(page, WRITER_TOKEN)
+    expect(page.locator("#open a")).to_have_count(2000)
+    expect(card(page, 2000).locator(".note")).to_have_text("заметка 2000")
     at_first = [url for url in requests if url.endswith("/timeline")]
     page.locator("#open").evaluate("column => column.scrollTo(0, column.scrollHeight)")
     expect(card(page, 1).locator(".note")).to_have_text("заметка 1")
     page.locator("#open").evaluate("column => column.scrollTo(0, 0)")
-    expect(card(page, many_incidents)).to_be_in_viewport()
+    expect(card(page, 2000)).to_be_in_viewport()
     # In one transaction, so that they come at once.
     sql(
         "INSERT INTO timeline (incident_id, kind, note, actor)"
@@ -1086,8 +845,9 @@ def test_two_thousand_cards_are_filtered_quickly_and_read_and_drawn_no_more_than
     assert 0 < len(at_first) <= 40
     assert len(at_first) < len(notes_read) == len(set(notes_read)) <= 80
     assert len(frames) == len(set(frames)) < 100
-    assert page.evaluate(MEASURE_FILTERS) <= 250
-    assert len(shown_ids(page)) == many_incidents
+    # Milliseconds for all seven, which take about as long on a quiet machine as one may take.
+    assert page.locator("#filters [name=q]").evaluate(measure_filters) <= 7 * 250
+    assert len(shown_ids(page)) == 2000
 
 
 def test_a_live_change_does_not_move_a_column_that_was_scrolled(
@@ -1103,7 +863,7 @@ def test_a_live_change_does_not_move_a_column_that_was_scrolled(
     in_sight, on_top = card(page, 20), card(page, 40)
     assert on_top.evaluate(place) < 0  # it is out of sight
     before = in_sight.evaluate(place)
-    move(colleague, 40, "in_progress")
+    change(colleague, 40, status="in_progress")
     expect(card(page, 40, "in_progress")).to_be_visible()
 
     # Within two pixels, because heights are rounded; a card has a hundred.

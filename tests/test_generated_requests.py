@@ -11,7 +11,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from urllib.parse import quote, quote_from_bytes
@@ -20,15 +19,7 @@ import httpx
 import openapi
 import psycopg
 import pytest
-from helpers import (
-    ROOT,
-    SECRET_MARKER,
-    TRUNCATE_ALL,
-    Rows,
-    find_inconsistencies,
-    read_event_refusal,
-    route_label,
-)
+from helpers import ROOT, SECRET_MARKER, Sql, find_inconsistencies, read_event_refusal, route_label
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
@@ -37,14 +28,12 @@ import incidents
 from incidents import KINDS, SOURCES, STATUSES, Position, encode_cursor
 
 Operation = tuple[str, str]  # a method and a path, as they are described
+Paths = dict[str, dict[str, Any]]
 
-PATHS: dict[str, dict[str, Any]] = json.loads((ROOT / "docs/openapi.json").read_text("utf-8"))[
-    "paths"
-]
+PATHS: Paths = json.loads((ROOT / "docs/openapi.json").read_text("utf-8"))["paths"]
 OPERATIONS = [(method.upper(), path) for path, methods in PATHS.items() for method in methods]
 
 FEW, ALL = 50, -(-20_000 // len(OPERATIONS))  # requests to each operation
-INCIDENTS = 8
 
 RESPONSE_TYPES = {name: TypeAdapter(openapi.response_type(name)) for name in openapi.OPERATIONS}
 PROBLEM = TypeAdapter(openapi.ProblemDetails)
@@ -58,14 +47,15 @@ def encode(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def percent_encode(text: str) -> bytes:
-    """Encode a text as it is written in a query."""
-    return quote_from_bytes(encode(text)).encode()
-
-
 def one_in(count: int) -> st.SearchStrategy[bool]:
     """Give true once in so many times."""
     return st.sampled_from([False] * (count - 1) + [True])
+
+
+def some_text(*texts: str, start: str = "", without: str = "\0") -> st.SearchStrategy[str]:
+    """Give one of these texts, or any short one with this start and without these letters."""
+    characters = st.characters(codec="utf-8", exclude_characters=without)
+    return st.one_of(st.sampled_from(texts), st.text(characters, max_size=12).map(start.__add__))
 
 
 SPECIAL_TEXTS = [
@@ -77,26 +67,15 @@ SPECIAL_TEXTS = [
 ANY_TEXT = st.one_of(  # with lone surrogates too
     st.sampled_from(SPECIAL_TEXTS), st.text(st.characters(exclude_categories=()), max_size=12)
 )
-VALID_TEXT = st.one_of(
-    st.sampled_from([SECRET_MARKER, "Проблема с сервером", "🔥 حريق", "x" * 5000]),
-    st.text(max_size=12).map(lambda text: SECRET_MARKER + text.replace("\0", "")),
-)
+VALID_TEXT = some_text("Проблема с сервером", "🔥 حريق", "x" * 5000, start=SECRET_MARKER)
 ANY_SCALAR = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), ANY_TEXT)
 DETAILS = st.dictionaries(ANY_TEXT, ANY_SCALAR, max_size=3)
-ANY_VALUE = st.one_of(
-    ANY_SCALAR,
-    DETAILS,
-    st.lists(ANY_SCALAR, max_size=3),
-    st.dictionaries(ANY_TEXT, st.lists(ANY_SCALAR, max_size=2), max_size=2),
+LISTS = st.lists(ANY_SCALAR, max_size=3)
+ANY_VALUE = st.one_of(ANY_SCALAR, DETAILS, LISTS, st.dictionaries(ANY_TEXT, LISTS, max_size=2))
+LABEL_NAMES = some_text(
+    *("team", "severity", "команда", 'a"b\\c.d$', "🔥", "x" * 100), start="n", without="\0:"
 )
-LABEL_NAMES = st.one_of(
-    st.sampled_from(["team", "severity", "команда", 'a"b\\c.d$', "🔥", "x" * 100]),
-    st.text(max_size=12).map(lambda text: "n" + text.replace("\0", "").replace(":", "")),
-)
-LABEL_VALUES = st.one_of(
-    st.sampled_from(["db", "сеть", "critical,error", "", "x" * 1000]),
-    st.text(max_size=12).map(lambda text: text.replace("\0", "")),
-)
+LABEL_VALUES = some_text("db", "сеть", "critical,error", "", "x" * 1000)
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "description": VALID_TEXT,
     "note": VALID_TEXT,
@@ -106,49 +85,40 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
 }
 LABEL_PATCHES = st.dictionaries(LABEL_NAMES, st.one_of(st.none(), LABEL_VALUES), max_size=3)
 DEDUP_KEYS = st.sampled_from(["disk-db1", "ключ 🔥", "x" * 255])
-ALERTS = st.fixed_dictionaries(
+objects = st.fixed_dictionaries
+EVENT = {
+    "event_action": st.sampled_from(["trigger", "acknowledge", "resolve"]),
+    "dedup_key": DEDUP_KEYS,
+    "payload": objects(
+        {}, optional={"summary": ANY_TEXT, "severity": ANY_TEXT, "custom_details": DETAILS}
+    ),
+}
+ALERT = objects(
     {"status": st.sampled_from(["firing", "resolved"]), "fingerprint": DEDUP_KEYS},
     optional={"labels": DETAILS, "annotations": DETAILS, "generatorURL": ANY_TEXT},
 )
+
+
+def pick(*names: str) -> dict[str, st.SearchStrategy[Any]]:
+    """Give some of the fields."""
+    return {name: FIELDS[name] for name in names}
+
+
 VALID_BODIES: dict[Operation, st.SearchStrategy[dict[str, Any]]] = {
-    ("POST", "/incidents/"): st.fixed_dictionaries(
-        {name: FIELDS[name] for name in ("description", "source")},
-        optional={"labels": FIELDS["labels"]},
-    ),
-    ("PATCH", "/incidents/{incident_id}"): st.fixed_dictionaries(
-        {}, optional=FIELDS | {"labels": LABEL_PATCHES}
-    ),
-    ("PATCH", "/incidents/{incident_id}/status"): st.fixed_dictionaries(
-        {"status": FIELDS["status"]}, optional={"note": FIELDS["note"]}
-    ),
-    ("POST", "/incidents/{incident_id}/notes"): st.fixed_dictionaries({"note": FIELDS["note"]}),
-    ("POST", "/v2/enqueue"): st.fixed_dictionaries(
-        {
-            "event_action": st.sampled_from(["trigger", "acknowledge", "resolve"]),
-            "dedup_key": DEDUP_KEYS,
-            "payload": st.fixed_dictionaries(
-                {}, optional={"summary": ANY_TEXT, "severity": ANY_TEXT, "custom_details": DETAILS}
-            ),
-        }
-    ),
-    ("POST", "/webhooks/alertmanager"): st.fixed_dictionaries(
-        {"alerts": st.lists(ALERTS, max_size=3)}
-    ),
+    ("POST", "/incidents/"): objects(pick("description", "source", "labels")),
+    ("PATCH", "/incidents/{incident_id}"): objects({}, optional=FIELDS | {"labels": LABEL_PATCHES}),
+    ("PATCH", "/incidents/{incident_id}/status"): objects(pick("status"), optional=pick("note")),
+    ("POST", "/incidents/{incident_id}/notes"): objects(pick("note")),
+    ("POST", "/v2/enqueue"): objects(EVENT),
+    ("POST", "/webhooks/alertmanager"): objects({"alerts": st.lists(ALERT, max_size=3)}),
 }
-UNUSUAL_BODIES = st.one_of(
-    st.sampled_from(
-        [
-            *(b"", b"{", b"[" * 1000, b"\x00", b"\xef\xbb\xbf{}", b"description=a&source=partner"),
-            b'{"description": "a", "description": "b", "source": "partner"}',
-            *(b'{"note": "\xff"}', b'{"note": "\xed\xa0\x80"}', b'{"note": "\\ud800"}'),
-            *(b'{"note": NaN}', b" " * (incidents.MAX_BODY_BYTES + 1)),
-        ]
-    ),
-    st.binary(max_size=20),
-)
-BODY_KINDS = st.sampled_from(
-    ["valid", "valid", "valid", "wrong value", "field more", "field less", "any JSON", "unusual"]
-)
+UNUSUAL_BODIES = [
+    *(b"", b"{", b"[" * 1000, b"\x00", b"\xef\xbb\xbf{}", b"description=a&source=partner"),
+    *(b'{"description": "a", "description": "b", "source": "partner"}', b'{"note": NaN}'),
+    *(b'{"note": "\xff"}', b'{"note": "\xed\xa0\x80"}', b'{"note": "\\ud800"}'),
+    b" " * (incidents.MAX_BODY_BYTES + 1),
+]
+BODY_FORMS = [*["valid"] * 3, "wrong value", "field more", "field less", "any JSON", "unusual"]
 ANY_NAME = st.one_of(st.sampled_from(sorted(FIELDS)), ANY_TEXT)
 OTHER_BODY = st.just({"description": SECRET_MARKER, "source": "partner"})
 
@@ -156,17 +126,17 @@ OTHER_BODY = st.just({"description": SECRET_MARKER, "source": "partner"})
 @st.composite
 def bodies(draw: st.DrawFn, operation: Operation) -> bytes:
     """Make a body that the operation takes, one that it nearly takes, or any other."""
-    kind = draw(BODY_KINDS)
-    if kind == "unusual":
-        return draw(UNUSUAL_BODIES)
+    form = draw(st.sampled_from(BODY_FORMS))
+    if form == "unusual":
+        return draw(st.one_of(st.sampled_from(UNUSUAL_BODIES), st.binary(max_size=20)))
     valid = VALID_BODIES.get(operation, OTHER_BODY)
-    value: Any = draw(ANY_VALUE) if kind == "any JSON" else draw(valid)
-    if kind == "field more":
+    value: Any = draw(ANY_VALUE) if form == "any JSON" else draw(valid)
+    if form == "field more":
         value |= {draw(ANY_NAME): draw(ANY_VALUE)}
-    elif kind in ("wrong value", "field less") and value:
+    elif form in ("wrong value", "field less") and value:
         name = draw(st.sampled_from(sorted(value)))
         others = {other: value[other] for other in value if other != name}
-        value = others | ({name: draw(ANY_VALUE)} if kind == "wrong value" else {})
+        value = others | ({name: draw(ANY_VALUE)} if form == "wrong value" else {})
     return encode(json.dumps(value, ensure_ascii=draw(st.booleans())))
 
 
@@ -188,26 +158,15 @@ ANY_HEADERS = st.lists(st.one_of(NAMED_HEADERS), max_size=3)  # also the same on
 JSON_HEADER = (b"content-type", b"application/json")
 
 CURSOR = encode_cursor(Position(datetime(2999, 12, 31, tzinfo=UTC), 7))
+LAST_CURSOR = encode_cursor(Position(datetime.max.replace(tzinfo=UTC), 10**18 - 1))
 PARAMETERS: dict[str, list[str]] = {
     "status": [*STATUSES, "open,closed", "open,", "OPEN"],
     "source": [*SOURCES, "partner,operator", "system"],
-    "label": [
-        "team:db",
-        "team:db,сеть",
-        "team:critical,error",
-        "команда:🔥",
-        "team:",
-        "team",
-        ":a",
-    ],
+    "label": ["team:db", "team:db,сеть", "critical,error:a", "команда:🔥", "team:", "team", ":a"],
     "dedup_key": ["disk-db1", "ключ 🔥", "x" * 255, "x" * 256, ""],
     "q": [SECRET_MARKER, SECRET_MARKER[:4].lower(), "сервер", "%", "_", "ab"],
     "limit": ["1", "2", "1000", "0", "1001", "-1", "1e2", "٣", "1.0", "9" * 30],
-    "after": [
-        CURSOR,
-        encode_cursor(Position(datetime.max.replace(tzinfo=UTC), 10**18 - 1)),
-        *(CURSOR[:-1], "1", "latest", "9" * 18, "9" * 19),
-    ],
+    "after": [CURSOR, LAST_CURSOR, CURSOR[:-1], "1", "latest", "9" * 18, "9" * 19],
     "wait": ["0", "-1", "61", "0.5"],
     "incident": ["1", "2", "0", "9" * 18, "9" * 19, "x"],
     "kind": [*KINDS, "created,note", "note,", "NOTE"],
@@ -219,12 +178,7 @@ PARAMETERS: dict[str, list[str]] = {
     "until": ["2024-01-15", "9999-12-31T23:59:59-23:59", "0001-01-01T00:00:00+01:00", "now"],
 }
 QUERIES = {(route.method, route.path): route.query for route in incidents.ROUTES}
-UNUSUAL_QUERY = st.one_of(
-    st.binary(max_size=12), ANY_TEXT.map(percent_encode), st.just(b"&".join([b"q=a"] * 101))
-)
-UNKNOWN_PARAMETER = st.tuples(
-    st.one_of(st.sampled_from(["stauts", *PARAMETERS]), ANY_TEXT), ANY_TEXT
-)
+UNKNOWN_NAME = st.one_of(st.sampled_from(["stauts", *PARAMETERS]), ANY_TEXT)
 
 
 @st.composite
@@ -234,17 +188,17 @@ def queries(draw: st.DrawFn, operation: Operation) -> bytes:
     One value in five is any text, and the same parameter may come twice.
     """
     if draw(one_in(20)):
-        return draw(UNUSUAL_QUERY)
-    names = [*QUERIES[operation].model_fields] if operation in QUERIES else []
+        return draw(st.one_of(st.binary(max_size=12), st.just(b"&".join([b"q=a"] * 101))))
     pairs = [
         st.tuples(st.just(name), value)
-        for name in names
+        for name in (QUERIES[operation].model_fields if operation in QUERIES else ())
         for value in [st.sampled_from(PARAMETERS.get(name) or [""])] * 4 + [ANY_TEXT]
     ]
     chosen = draw(st.lists(st.one_of(pairs), max_size=3)) if pairs else []
     if draw(one_in(20)):
-        chosen.append(draw(UNKNOWN_PARAMETER))
-    return b"&".join(percent_encode(name) + b"=" + percent_encode(value) for name, value in chosen)
+        chosen.append(draw(st.tuples(UNKNOWN_NAME, ANY_TEXT)))
+    encoded = [[quote_from_bytes(encode(text)) for text in pair] for pair in chosen]
+    return "&".join("=".join(pair) for pair in encoded).encode()
 
 
 class GeneratedRequest(NamedTuple):
@@ -257,15 +211,9 @@ class GeneratedRequest(NamedTuple):
     body: bytes
 
 
-KNOWN_ID = st.integers(1, INCIDENTS).map(str)
-UNUSUAL_ID = st.one_of(
-    st.sampled_from(["0", "-1", "999999999999999999", "1000000000000000000", "1.0", "1\n", "٣"]),
-    st.integers().map(str),
-    ANY_TEXT,
-)
-METHODS = st.sampled_from(
-    ["GET", "HEAD", "POST", "PATCH", "PUT", "DELETE", "OPTIONS", "TRACE", "get", "ANY"]
-)
+UNUSUAL_IDS = ["0", "-1", "9" * 18, "1" + "0" * 18, "1.0", "1\n", "٣"]
+UNUSUAL_ID = st.one_of(st.sampled_from(UNUSUAL_IDS), st.integers().map(str), ANY_TEXT)
+METHODS = ["GET", "HEAD", "POST", "PATCH", "PUT", "DELETE", "OPTIONS", "TRACE", "get", "ANY"]
 
 
 @st.composite
@@ -273,11 +221,12 @@ def requests_to(draw: st.DrawFn, operation: Operation) -> GeneratedRequest:
     """Make a request to an operation. One in twenty has another method, and some another path."""
     method, path = operation
     if draw(one_in(20)):
-        method = draw(METHODS)
+        method = draw(st.sampled_from(METHODS))
     elif method == "GET" and draw(one_in(10)):
         method = "HEAD"
     if "{" in path:
-        path = path.replace("{incident_id}", draw(UNUSUAL_ID if draw(one_in(10)) else KNOWN_ID))
+        incident_id = draw(UNUSUAL_ID) if draw(one_in(10)) else str(draw(st.integers(1, 8)))
+        path = path.replace("{incident_id}", incident_id)
     if draw(one_in(10)):
         path = path.rstrip("/") or path if path.endswith("/") else path + "/"
     elif draw(one_in(20)):
@@ -290,31 +239,25 @@ def requests_to(draw: st.DrawFn, operation: Operation) -> GeneratedRequest:
     return GeneratedRequest(method, path, draw(queries(operation)), headers, body)
 
 
-# ── The service ───────────────────────────────────────────────────────────────────────────────────
-
-
 async def call_application(request: GeneratedRequest) -> httpx.Response:
     """Call the application as a server does, and collect what it sends."""
     scope = {
         "type": "http",
-        "http_version": "1.1",
         "method": request.method,
         "scheme": "http",
         "path": request.path,
         "raw_path": quote(request.path).encode(),
-        "root_path": "",
         "query_string": request.query,
         "headers": request.headers,
-        "client": ("127.0.0.1", 1),
         "server": ("127.0.0.1", 8000),
     }
     messages: list[Any] = []
-    remaining = iter([request.body])
+    received = iter([{"type": "http.request", "body": request.body, "more_body": False}])
     disconnected = asyncio.Event()
 
     async def receive() -> dict[str, Any]:
-        for body in remaining:
-            return {"type": "http.request", "body": body, "more_body": False}
+        for message in received:
+            return message
         await disconnected.wait()
         return {"type": "http.disconnect"}
 
@@ -326,90 +269,44 @@ async def call_application(request: GeneratedRequest) -> httpx.Response:
 
     await incidents.app(scope, receive, send)
     start, *parts = messages
-    counts = Counter(name for name, _ in start["headers"])
-    assert set(counts.values()) == {1}, counts
+    assert len(dict(start["headers"])) == len(start["headers"]), start["headers"]
     content = b"".join(part.get("body", b"") for part in parts)
     return httpx.Response(start["status"], headers=start["headers"], content=content)
 
 
-# Counts the rows that are written. Updates of idempotency_keys do not count: the service updates
-# the row of a key that comes again even if it then refuses the request, because PostgreSQL returns
-# a conflicting row only when it is updated.
-COUNT_WRITES = """
-CREATE SEQUENCE writes;
-CREATE FUNCTION count_write() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    PERFORM nextval('writes');
-    RETURN NULL;
-END
-$$;
-""" + "".join(
-    f"CREATE TRIGGER count_writes AFTER INSERT OR DELETE {or_update} ON {table}"
-    " FOR EACH ROW EXECUTE FUNCTION count_write();"
-    for table, or_update in {
-        "incidents": "OR UPDATE",
-        "timeline": "OR UPDATE",
-        "incident_texts": "OR UPDATE",
-        "dedup_keys": "OR UPDATE",
-        "idempotency_keys": "",
-    }.items()
+# It changes with every row that is written: each has the number of its transaction. Updates of
+# idempotency_keys do not count: the service updates the row of a key that comes again even if it
+# then refuses the request, because PostgreSQL returns a conflicting row only when it is updated.
+TABLES = ("incidents", "timeline", "incident_texts", "dedup_keys")
+NEWEST_WRITES = "SELECT 0, count(*) FROM idempotency_keys" + "".join(
+    f" UNION ALL SELECT max(xmin::text::bigint), count(*) FROM {table}" for table in TABLES
 )
 
 
-@dataclass
-class Service:
-    """The application in this process, called from tests that are not asynchronous."""
-
-    session: psycopg.Connection[Any]
-    runner: asyncio.Runner
-
-    def send(self, request: GeneratedRequest) -> httpx.Response:
-        """Send a request to the application."""
-        return self.runner.run(call_application(request))
-
-    def run_sql(self, statement: Any) -> Rows:
-        """Run a statement in the database of the application."""
-        cursor = self.session.execute(statement)
-        return cursor.fetchall() if cursor.description else []
-
-    def count_writes(self) -> int:
-        """Count the rows that have been written so far."""
-        [(count,)] = self.run_sql("SELECT last_value FROM writes")
-        return int(count)
-
-
 @pytest.fixture(scope="module")
-def running_service(module_database_url: str) -> Iterator[Service]:
-    """Start the application on a database that all tests of this file share."""
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        psycopg.connect(module_database_url, autocommit=True) as session,
-        asyncio.Runner() as runner,
-    ):
-        session.execute(COUNT_WRITES)
+def runner(module_database_url: str) -> Iterator[asyncio.Runner]:
+    """Run the application in this process, for tests that are not asynchronous."""
+    with pytest.MonkeyPatch.context() as patch, asyncio.Runner() as runner:
         patch.setattr(incidents.get_settings(), "database_url", module_database_url)
         lifespan = incidents.lifespan(incidents.app)
         runner.run(lifespan.__aenter__())
-        yield Service(session, runner)
+        yield runner
         runner.run(lifespan.__aexit__(None, None, None))
 
 
 @pytest.fixture
-def service(running_service: Service) -> Service:
-    """Give the application with a few incidents of each source, and no others."""
-    running_service.run_sql(TRUNCATE_ALL)
-    running_service.run_sql(
-        "INSERT INTO incidents (description, source, labels)"
-        " SELECT 'number ' || n, (ARRAY['operator', 'monitoring', 'partner'])[1 + n % 3],"
-        """ (ARRAY['{}', '{"team": "db"}', '{"team": "сеть"}']::jsonb[])[1 + n % 3]"""
-        f" FROM generate_series(1, {INCIDENTS}) AS n;"
-        "INSERT INTO timeline (incident_id, kind, actor)"
-        " SELECT id, 'created', 'a' FROM incidents ORDER BY id"
-    )
-    return running_service
-
-
-# ── Checks of a response ──────────────────────────────────────────────────────────────────────────
+def database_url(emptied_database_url: str) -> str:
+    """Give the one database of this file with a few incidents of each source, and no others."""
+    with psycopg.connect(emptied_database_url, autocommit=True) as session:
+        session.execute(
+            "INSERT INTO incidents (description, source, labels)"
+            " SELECT 'number ' || n, (ARRAY['operator', 'monitoring', 'partner'])[1 + n % 3],"
+            """ (ARRAY['{}', '{"team": "db"}', '{"team": "сеть"}']::jsonb[])[1 + n % 3]"""
+            " FROM generate_series(1, 8) AS n;"
+            "INSERT INTO timeline (incident_id, kind, actor)"
+            " SELECT id, 'created', 'a' FROM incidents ORDER BY id"
+        )
+    return emptied_database_url
 
 
 def find_operation(request: GeneratedRequest) -> dict[str, Any] | None:
@@ -429,50 +326,41 @@ def find_operation(request: GeneratedRequest) -> dict[str, Any] | None:
 def check_response(request: GeneratedRequest, response: httpx.Response, has_written: bool) -> None:
     """Check that a response is described and true, and that only what was asked for is written."""
     operation = find_operation(request)
-    assert response.status_code < 500, response
+    status, sent = response.status_code, dict(request.headers)
+    assert status < 500, response
+    assert status < 300 or not has_written
     if operation is None:
-        assert response.status_code == 404 or request.path.startswith("/docs/")
+        assert status == 404 or request.path.startswith("/docs/")
     elif not operation:
-        assert response.status_code == 405
+        assert status == 405
     else:
-        assert str(response.status_code) in operation["responses"], response
-    if response.status_code >= 300:
-        assert not has_written
-    if response.status_code >= 400:
-        check_problem(request, response)
-    elif response.status_code == 304:
+        assert str(status) in operation["responses"], response
+    if status >= 400:
+        assert response.headers["content-type"] == "application/problem+json; charset=utf-8"
+        problem = json.loads(response.content)
+        if request.path.rstrip("/") == "/v2/enqueue":
+            read_event_refusal(problem)
+            problem["status"] = status
+        assert PROBLEM.validate_json(json.dumps(problem), strict=True).status == status
+        assert status != 412 or b"if-match" in sent
+    elif status == 304:
         assert response.content == b""
-        assert b"if-none-match" in dict(request.headers) or request.path.startswith("/docs/")
-    elif response.status_code == 307:
+        assert b"if-none-match" in sent or request.path.startswith("/docs/")
+    elif status == 307:
         accepted = b",".join(value for name, value in request.headers if name == b"accept")
         assert request.path.rstrip("/") == "" and b"text/" in accepted.lower()
     elif operation:
-        check_success(request, response, has_written, operation)
-
-
-def check_problem(request: GeneratedRequest, response: httpx.Response) -> None:
-    """Check that a problem has the form of RFC 9457, and its status the right reason."""
-    assert response.headers["content-type"] == "application/problem+json; charset=utf-8"
-    sent = json.loads(response.content)
-    if request.path.rstrip("/") == "/v2/enqueue":
-        read_event_refusal(sent)
-        sent["status"] = response.status_code
-    problem = PROBLEM.validate_json(json.dumps(sent), strict=True)
-    assert problem.status == response.status_code
-    assert response.status_code != 412 or b"if-match" in dict(request.headers)
+        media_type = response.headers["content-type"].partition(";")[0]
+        assert media_type in operation["responses"][str(status)]["content"]
+        check_success(request, response, has_written, operation["operationId"])
 
 
 def check_success(
-    request: GeneratedRequest,
-    response: httpx.Response,
-    has_written: bool,
-    operation: dict[str, Any],
+    request: GeneratedRequest, response: httpx.Response, has_written: bool, name: str
 ) -> None:
     """Check that a successful response has the described form, and shows what was asked for."""
-    name, is_write = operation["operationId"], request.method in ("POST", "PATCH")
     media_type = response.headers["content-type"].partition(";")[0]
-    assert media_type in operation["responses"][str(response.status_code)]["content"]
-    assert is_write or not has_written
+    assert request.method in ("POST", "PATCH") or not has_written
     if request.method == "HEAD" or media_type not in ("application/json", "application/x-ndjson"):
         return
     lines = response.content.decode("utf-8").split("\n")[:-1]
@@ -481,14 +369,8 @@ def check_success(
     RESPONSE_TYPES[name].validate_python(body)
     if name in ("create_incident", "add_note"):
         assert has_written != ("idempotent-replayed" in response.headers)
-    if name == "create_incident":
-        assert response.headers["location"] in (f"{body['id']}", f"incidents/{body['id']}")
-    if name in ("create_incident", "get_incident", "change_incident", "change_status"):
-        assert response.headers["etag"] == f'"{body["version"]}"'
-        assert name == "create_incident" or str(body["id"]) in request.path
-    if name in ("get_timeline", "add_note"):
-        entries = body if name == "get_timeline" else [body]
-        assert all(f"/{entry['incident_id']}/" in request.path for entry in entries)
+    if name in ("get_incident", "change_incident", "change_status"):
+        assert str(body["id"]) in request.path
     if name in ("create_incident", "change_incident", "change_status", "add_note"):
         sent = json.loads(request.body.decode("utf-8-sig"))
         if name != "add_note":
@@ -498,28 +380,24 @@ def check_success(
         assert {field: body[field] for field in sent} == sent
 
 
-# ── The tests ─────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_every_body_and_query_parameter_can_be_generated() -> None:
+    taking = [route for route in incidents.ROUTES if route.body]
     bodies = [
-        f"{route_label(route)} to VALID_BODIES"
-        for route in incidents.ROUTES
-        if route.body and (route.method, route.path) not in VALID_BODIES
+        route_label(route) for route in taking if (route.method, route.path) not in VALID_BODIES
     ]
     names = {name for route in incidents.ROUTES for name in route.query.model_fields}
-    missing = bodies + [f"{name} to PARAMETERS" for name in sorted(names - PARAMETERS.keys())]
 
-    assert not missing, f"add to tests/test_generated_requests.py: {', '.join(missing)}"
+    advice = "tests/test_generated_requests.py needs values in"
+    assert not bodies, f"{advice} VALID_BODIES for {', '.join(bodies)}"
+    assert names <= PARAMETERS.keys(), f"{advice} PARAMETERS for {names - PARAMETERS.keys()}"
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=[" ".join(each) for each in OPERATIONS])
 @pytest.mark.parametrize("count", [FEW, pytest.param(ALL, marks=pytest.mark.slow)])
 def test_every_response_is_as_described_and_a_refused_request_changes_nothing(
-    service: Service, operation: Operation, count: int
+    runner: asyncio.Runner, sql: Sql, operation: Operation, count: int
 ) -> None:
     statuses: Counter[int] = Counter()
-    writes = service.count_writes()
 
     @settings(
         max_examples=count,
@@ -531,16 +409,15 @@ def test_every_response_is_as_described_and_a_refused_request_changes_nothing(
     )
     @given(requests_to(operation))
     def send_and_check(request: GeneratedRequest) -> None:
-        nonlocal writes
-        writes_before, response = writes, service.send(request)
-        writes = service.count_writes()
+        before = sql(NEWEST_WRITES)
+        response = runner.run(call_application(request))
+        has_written = sql(NEWEST_WRITES) != before
         statuses[response.status_code] += 1
-        check_response(request, response, has_written=writes != writes_before)
+        check_response(request, response, has_written)
 
     send_and_check()
 
-    print(dict(statuses))
     assert statuses.total() >= count
     if operation in VALID_BODIES or operation[0] == "GET":
         assert any(status < 300 for status in statuses)
-    assert find_inconsistencies(service.run_sql) == []
+    assert find_inconsistencies(sql) == []

@@ -15,13 +15,14 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import psutil
 import psycopg
 import pytest
-from helpers import ROOT, NewDatabase, Serve, Sql, free_port, wait_until
+from helpers import ROOT, TIMESTAMP, NewDatabase, Serve, Sql, free_port, wait_until
 from psycopg.conninfo import conninfo_to_dict
 
 import incidents
@@ -36,8 +37,6 @@ RUSSIAN = {
 }
 ENGLISH = [name for name in PAGES if name not in RUSSIAN.values()]
 README = PAGES["README.md"]
-EVERY_PAGE = pytest.mark.parametrize("name", PAGES)
-EVERY_TRANSLATION = pytest.mark.parametrize(("name", "russian_name"), RUSSIAN.items())
 
 # A block of code: its indentation, its language and its lines.
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
@@ -73,15 +72,12 @@ def headings(text: str) -> list[tuple[str, str]]:
     return re.findall("^(#+) (.+)$", BLOCK.sub("", text), re.MULTILINE)
 
 
-# ── The examples ──────────────────────────────────────────────────────────────────────────────────
-
-
 def examples(name: str) -> list[tuple[str, str | None]]:
     """Give each block of `sh`, with the block of `output` that follows it, or with None."""
-    shown = [*blocks(PAGES[name]), ("", "")]
+    pairs = itertools.pairwise([*blocks(PAGES[name]), ("", "")])
     return [
         (code, following if kind == "output" else None)
-        for (language, code), (kind, following) in itertools.pairwise(shown)
+        for (language, code), (kind, following) in pairs
         if language == "sh"
     ]
 
@@ -90,30 +86,19 @@ def examples(name: str) -> list[tuple[str, str | None]]:
 def test_the_examples_print_what_the_page_says(
     serve: Serve, database_url: str, tmp_path: Path, name: str
 ) -> None:
-    server = serve(DATABASE_URL=database_url)
+    url = serve(DATABASE_URL=database_url).url
 
     for command, output in examples(name):
+        command = command.replace("http://127.0.0.1:8000", url)
         # An example without output must succeed; one with output may show a refused request.
         options = "" if output else "--fail-with-body"
-        printed = run_example(command, server.url, tmp_path, options)
-
-        if output is not None:
-            assert without_times(printed) == without_times(output), command
-
-
-def run_example(command: str, url: str, folder: Path, options: str) -> str:
-    """Run an example against a server. Give what it prints, with a line end after a response."""
-    command = command.replace("http://127.0.0.1:8000", url)
-    curl = f"curl() {{ command curl {options} -w '\\n' \"$@\"; }}"
-    script = f"set -euo pipefail; {curl}; {command}"
-    done = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True)
-    assert done.returncode == 0, f"{command}\n{done.stdout.decode()}\n{done.stderr.decode()}"
-    return re.sub(r"\r|\n(?=\n)", "", done.stdout.decode("utf-8")).strip() + "\n"
-
-
-def without_times(text: str) -> str:
-    """Give the text with the same word for every time."""
-    return re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z", "TIME", text)
+        curl = f"curl() {{ command curl {options} -w '\\n' \"$@\"; }}"
+        script = ["bash", "-c", f"set -euo pipefail; {curl}; {command}"]
+        done = subprocess.run(script, cwd=tmp_path, capture_output=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout.decode()}\n{done.stderr.decode()}"
+        printed = re.sub(r"\r|\n(?=\n)", "", done.stdout.decode("utf-8")).strip() + "\n"
+        texts = [re.sub(TIMESTAMP, "TIME", text) for text in (printed, output or printed)]
+        assert texts[0] == texts[1], command
 
 
 def test_the_script_mails_each_entry_once_also_when_it_was_stopped_meanwhile(
@@ -122,13 +107,13 @@ def test_the_script_mails_each_entry_once_also_when_it_was_stopped_meanwhile(
     url = serve(DATABASE_URL=database_url).url
     script = find_block("bash", "mail -s").replace("http://127.0.0.1:8000", url)
     command = ["bash", "-c", f"mail() {{ cat >> mails.txt; }}; {script}"]
-    mails = tmp_path / "mails.txt"
+    position = tmp_path / "position.txt"
 
     def report_and_wait(count: int) -> None:
         body = {"description": "Третий 🔥", "source": "partner"}
         httpx.post(f"{url}/incidents/", json=body).raise_for_status()
-        wait_until(lambda: mails.exists() and mails.read_text("utf-8").count("\n") == count)
-        wait_until(lambda: (tmp_path / "position.txt").read_text() == f"{count}\n")
+        # It is written after the mail.
+        wait_until(lambda: position.exists() and position.read_text() == f"{count}\n")
 
     for counts in ([1, 2], [3]):
         process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
@@ -139,9 +124,8 @@ def test_the_script_mails_each_entry_once_also_when_it_was_stopped_meanwhile(
             os.killpg(process.pid, signal.SIGTERM)  # with the curl that it runs
             process.wait(10)
 
-    entries = [json.loads(line) for line in mails.read_text("utf-8").splitlines()]
-    assert [entry["incident_id"] for entry in entries] == [1, 2, 3]
-    assert {entry["kind"] for entry in entries} == {"created"}
+    mails = (tmp_path / "mails.txt").read_text("utf-8").splitlines()
+    assert [json.loads(mail)["incident_id"] for mail in mails] == [1, 2, 3]
 
 
 def test_a_dump_is_restored_by_the_commands_of_the_manual(
@@ -235,25 +219,23 @@ async def test_the_metrics_of_the_manual_are_there(client: httpx.AsyncClient) ->
     assert sorted(name for name in kinds - used if not name.endswith("_created")) == []
 
 
-def test_the_manifest_for_kubernetes_names_routes_and_settings_that_there_are() -> None:
+# The settings of the service, and those that only docker-compose.yml reads.
+SERVICE_SETTINGS = {name.upper() for name in incidents.Settings.model_fields}
+COMPOSE_SETTINGS = set(re.findall(r"\${(\w+)", (ROOT / "docker-compose.yml").read_text("utf-8")))
+SETTINGS = sorted(SERVICE_SETTINGS | COMPOSE_SETTINGS)
+
+
+def test_the_pages_show_settings_values_and_probes_that_the_service_takes() -> None:
     manifest = find_block("yaml", "kind: Deployment")
-    secrets = re.findall("^  ([A-Z_]+): ", manifest, re.MULTILINE)
     probes = re.findall(r"path: (\S+),", manifest)
+    text = "\n".join(PAGES.values())
+    values = re.findall("^(API_TOKENS|DATABASE_URL)=(.+)$", text, re.MULTILINE)
 
-    assert secrets and set(secrets) <= SERVICE_SETTINGS
+    assert set(re.findall("^  ([A-Z_]+): ", manifest, re.MULTILINE)) <= SERVICE_SETTINGS
     assert probes and set(probes) <= {route.path for route in incidents.ROUTES}
-
-
-@pytest.mark.parametrize("name", ["API_TOKENS", "DATABASE_URL"])
-def test_the_service_takes_the_values_of_settings_that_the_pages_show(name: str) -> None:
-    lines = re.findall(rf"^{name}=(.+)$", "\n".join(PAGES.values()), re.MULTILINE)
-
-    assert lines
-    for line in lines:
-        assert incidents.Settings.model_validate({name.lower(): shlex.split(line)[0]})
-
-
-# ── A new route ───────────────────────────────────────────────────────────────────────────────────
+    assert len({name for name, _ in values}) == 2
+    for name, value in values:
+        assert incidents.Settings.model_validate({name.lower(): shlex.split(value)[0]})
 
 
 @pytest.mark.slow
@@ -272,7 +254,8 @@ def test_a_route_is_added_by_the_steps_of_the_readme(checkout: Path, server_url:
         variables = os.environ | {"TEST_DATABASE_URL": server_url}
         arguments = [sys.executable, *command]
         done = subprocess.run(arguments, cwd=checkout, env=variables, capture_output=True)
-        return f"exit code {done.returncode}\n{done.stdout.decode()}{done.stderr.decode()}"
+        assert done.returncode == 0, f"{done.stdout.decode()}{done.stderr.decode()}"
+        return done.stdout.decode()
 
     (checkout / "sql/incident_summary.sql").write_text(textwrap.dedent(statement), "utf-8")
     insert("incidents.py", "# ── The API: monitoring tools", textwrap.dedent(handler) + "\n\n")
@@ -282,91 +265,47 @@ def test_a_route_is_added_by_the_steps_of_the_readme(checkout: Path, server_url:
     insert("README.md", "| `GET /timeline`", f"| `{route}` | {words} |\n")
     with (checkout / "tests/test_timeline.py").open("a", encoding="utf-8") as file:
         file.write("\n\n" + textwrap.dedent(test))
-    assert run("docs/openapi.py").startswith("exit code 0")
-    chosen = "summary or test_every_route or test_the_russian_page_has_the_same_rows"
+    run("docs/openapi.py")
+    chosen = "summary or test_every_route or test_the_russian_page"
     tested = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen)
 
-    assert tested.startswith("exit code 0"), tested
     assert f"to translate: `{route}`" in tested
-
-
-# ── Nothing is missing, nothing is too much ───────────────────────────────────────────────────────
-
-
-# The settings of the service, and those that only docker-compose.yml reads.
-SERVICE_SETTINGS = {name.upper() for name in incidents.Settings.model_fields}
-COMPOSE_SETTINGS = set(re.findall(r"\${(\w+)", (ROOT / "docker-compose.yml").read_text("utf-8")))
-SETTINGS = sorted(SERVICE_SETTINGS | COMPOSE_SETTINGS)
 
 
 def test_every_setting_is_in_the_readme_and_in_the_example_file() -> None:
     [table] = [rows for rows in tables(README) if any("`DATABASE_URL`" in row for row in rows)]
-    named = re.findall(r"`([A-Z_]+)`", "\n".join(table))
     example = (ROOT / ".env.example").read_text("utf-8")
-    missing = [setting for setting in SETTINGS if f"\n{setting}=" not in example]
 
-    assert sorted(named) == SETTINGS, "README.md needs a row of the table of settings for each"
-    assert not missing, f".env.example lacks {', '.join(missing)}"
+    assert sorted(re.findall(r"`([A-Z_]+)`", "\n".join(table))) == SETTINGS, "add to README.md"
+    assert [name for name in SETTINGS if f"\n{name}=" not in example] == [], "add to .env.example"
 
 
 def test_every_route_is_in_the_readme() -> None:
     routes = [f"`{route.method} {route.path}`" for route in incidents.ROUTES]
-    rows = "\n".join(tables(README)[0])
-    missing = [route for route in routes if route not in rows]
+    missing = [route for route in routes if route not in "\n".join(tables(README)[0])]
 
     assert not missing, f"README.md lacks {', '.join(missing)}: add rows to the table of routes"
 
 
-@EVERY_PAGE
+@pytest.mark.parametrize("name", PAGES)
 def test_every_link_leads_somewhere(name: str) -> None:
     links = re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", BLOCK.sub("", PAGES[name]))
     wrong = []
     for path, anchor in links:
         target = (ROOT / name).parent / path if path else ROOT / name
-        if not target.exists() or (anchor and anchor not in anchors(target.read_text("utf-8"))):
+        found = headings(target.read_text("utf-8")) if anchor else []
+        # The hosting site makes an anchor of each heading.
+        titles = [re.sub(r"[^\w -]", "", words.lower()).replace(" ", "-") for _, words in found]
+        if not target.exists() or (anchor and anchor not in titles):
             wrong.append(f"{path}#{anchor}")
 
     assert links and wrong == []
 
 
-def anchors(text: str) -> list[str]:
-    """Give the anchors that the hosting site makes of a page's headings."""
-    return [re.sub(r"[^\w -]", "", words.lower()).replace(" ", "-") for _, words in headings(text)]
-
-
-# ── The Russian pages say the same ────────────────────────────────────────────────────────────────
-
-
 def commands(text: str) -> list[tuple[str, str]]:
     """Give the blocks of code without their comments in words, and without diagrams."""
-    return [
-        (language, re.sub("(?:^| +)# .*$", "", code, flags=re.MULTILINE))
-        for language, code in blocks(text)
-        if language != "text"
-    ]
-
-
-@EVERY_TRANSLATION
-def test_the_russian_page_has_the_same_commands_output_and_headings(
-    name: str, russian_name: str
-) -> None:
-    english, russian = PAGES[name], PAGES[russian_name]
-
-    assert commands(russian) == commands(english)
-    levels = [[signs for signs, _ in headings(page)] for page in (russian, english)]
-    assert levels[0] == levels[1], f"{russian_name} must have a heading for each of {name}"
-
-
-@EVERY_TRANSLATION
-@pytest.mark.filterwarnings("default")  # a warning tells what to translate, and nothing fails
-def test_the_russian_page_has_the_same_rows_of_tables(name: str, russian_name: str) -> None:
-    english, russian = (rows(PAGES[page]) for page in (name, russian_name))
-    if missing := [row for row in english if row not in russian]:
-        warnings.warn(
-            f"{russian_name} lacks rows; to translate: {', '.join(missing)}", stacklevel=1
-        )
-
-    assert [row for row in russian if row not in english] == [], f"{name} has no such rows"
+    shown = [block for block in blocks(text) if block[0] != "text"]
+    return [(kind, re.sub("(?:^| +)# .*$", "", code, flags=re.MULTILINE)) for kind, code in shown]
 
 
 def rows(text: str) -> list[str]:
@@ -378,16 +317,29 @@ def rows(text: str) -> list[str]:
     ]
 
 
-# ── Its first commands ────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize(("name", "russian_name"), RUSSIAN.items())
+@pytest.mark.filterwarnings("default")  # a warning tells what to translate, and nothing fails
+def test_the_russian_page_has_the_same_commands_headings_and_rows(
+    name: str, russian_name: str
+) -> None:
+    english, russian = PAGES[name], PAGES[russian_name]
+    missing = [row for row in rows(english) if row not in rows(russian)]
+    if missing:
+        text = f"{russian_name} lacks rows; to translate: {', '.join(missing)}"
+        warnings.warn(text, stacklevel=1)
+
+    assert commands(russian) == commands(english)
+    levels = [[signs for signs, _ in headings(page)] for page in (russian, english)]
+    assert levels[0] == levels[1], f"{russian_name} must have a heading for each of {name}"
+    assert [row for row in rows(russian) if row not in rows(english)] == [], f"not in {name}"
 
 
 def test_ci_runs_the_test_commands_of_the_readme() -> None:
     ci = (ROOT / ".ci/run").read_text("utf-8")
     [(_, code)] = blocks(section("Tests"))
-    missing = [command for command in code.splitlines() if f"\n{command}" not in ci]
 
     assert "pytest" in code
-    assert not missing, f".ci/run must have these commands of README.md: {missing}"
+    assert [command for command in code.splitlines() if f"\n{command}" not in ci] == []
 
 
 # What a shell needs besides PATH: where packages come from, and where files may be kept.
@@ -404,24 +356,23 @@ def checkout() -> Iterator[Path]:
 
     It is not in `tmp_path`, because as root PostgreSQL runs as a user who may not look in there.
     """
-    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listing, cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(listing, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    names = [name for name in listed.splitlines() if (ROOT / name).is_file()]
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent).resolve() / "incidents"
-        for name in names.split("\0"):
-            if (ROOT / name).is_file():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, folder / name)
+        folder.mkdir()
+        subprocess.run(["cp", "--parents", *names, folder], cwd=ROOT, check=True)
         yield folder
-        left = processes_in(folder)
+        left = find_processes(folder)
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(left, timeout=5)
 
 
-def processes_in(folder: Path) -> list[psutil.Process]:
-    """Give the processes that run in a folder: the shell, uv, the service and its PostgreSQL."""
+def find_processes(folder: Path) -> list[psutil.Process]:
+    """Find the processes that run in a folder: the shell, uv, the service and its PostgreSQL."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -431,34 +382,23 @@ def processes_in(folder: Path) -> list[psutil.Process]:
     return found
 
 
-@pytest.fixture
-def system_python() -> None:
-    """Skip a test where the distribution has no Python 3.11 with venv and pip."""
+@pytest.mark.slow
+def test_the_first_command_of_the_readme_starts_the_service_with_the_system_python_alone(
+    checkout: Path, tmp_path: Path
+) -> None:
     check = "import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))"
     python = shutil.which("python3", path="/usr/bin")
     if not python or subprocess.run([python, "-c", check], capture_output=True).returncode:
         pytest.skip("/usr/bin/python3 is missing, older than 3.11, or without python3-venv")
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("system_python")
-def test_the_first_command_of_the_readme_starts_the_service_with_the_system_python_alone(
-    checkout: Path, tmp_path: Path
-) -> None:
     _, command = blocks(section("Run it"))[0]
-    port = free_port()
+    port, log = free_port(), tmp_path / "first-command.log"
     inherited = {name: text for name, text in os.environ.items() if INHERITED.fullmatch(name)}
     environment = inherited | {"PATH": "/usr/bin:/bin", "API_PORT": str(port)}
-    log = tmp_path / "first-command.log"
+    options: dict[str, Any] = {"cwd": checkout, "env": environment, "stderr": subprocess.STDOUT}
     with log.open("wb") as output:
         # A session of its own, like a terminal's, so that its Ctrl-C reaches all processes in it.
         shell = subprocess.Popen(
-            ["bash", "-c", command],
-            cwd=checkout,
-            env=environment,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
+            ["bash", "-c", command], stdout=output, start_new_session=True, **options
         )
 
     def is_live() -> bool:
@@ -468,9 +408,9 @@ def test_the_first_command_of_the_readme_starts_the_service_with_the_system_pyth
         return False
 
     wait_until(is_live, seconds=300)
-    running = len(processes_in(checkout))
+    running = len(find_processes(checkout))
     os.killpg(shell.pid, signal.SIGINT)
     shell.wait(15)
-    wait_until(lambda: not processes_in(checkout), seconds=15)
+    wait_until(lambda: not find_processes(checkout), seconds=15)
 
     assert running >= 3, "uv, the service and PostgreSQL should have been seen"
