@@ -114,6 +114,7 @@ async def open_client(database_url: str) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(incidents.app, raise_app_exceptions=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(incidents.get_settings(), "database_url", database_url)
+        patch.setattr(incidents, "feed", incidents.Feed())  # it knows no other database
         options: Any = {"transport": transport, "base_url": "http://test", "headers": REQUEST_ID}
         async with incidents.lifespan(incidents.app), httpx.AsyncClient(**options) as client:
             yield client
