@@ -3,7 +3,7 @@
 No request may make the service fail. Each response must be one that docs/openapi.json describes, a
 success must do what the request asked for, and a refused request must change nothing. The requests
 are the same in each run, so that a failure can be repeated. The default run sends a few of them,
-and the slow one 20,000.
+and the slow one 10,000.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ Paths = dict[str, dict[str, Any]]
 PATHS: Paths = json.loads((ROOT / "docs/openapi.json").read_text("utf-8"))["paths"]
 OPERATIONS = [(method.upper(), path) for path, methods in PATHS.items() for method in methods]
 
-FEW, ALL = 50, -(-20_000 // len(OPERATIONS))  # requests to each operation
+FEW, ALL = 50, -(-10_000 // len(OPERATIONS))  # requests to each operation
 
 RESPONSE_TYPES = {name: TypeAdapter(openapi.response_type(name)) for name in openapi.OPERATIONS}
 PROBLEM = TypeAdapter(openapi.ProblemDetails)
