@@ -990,7 +990,8 @@ class RequestMiddleware:
     """
 
     def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+        self.app, self.in_flight = app, 0
+        IN_FLIGHT.set_function(lambda: self.in_flight)  # inc() and dec() would cost 2 µs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; other kinds of scopes go to the router as they are."""
@@ -1013,11 +1014,11 @@ class RequestMiddleware:
                     message["headers"].append((b"cache-control", b"no-store"))
             await send(message)
 
-        IN_FLIGHT.inc()
+        self.in_flight += 1
         try:
             await self.answering_app(scope, receive, send_with_headers)
         finally:
-            IN_FLIGHT.dec()
+            self.in_flight -= 1
             if get_settings().access_log or get_settings().debug:
                 log_access(scope, time.perf_counter() - started_at)
 
