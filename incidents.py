@@ -389,8 +389,7 @@ async def fetch_page(query: ListQuery, list_format: ListFormat, after: Position 
     statuses, sources = None, None
     if query.status or query.source:
         statuses, sources = tuple(query.status or STATUSES), tuple(query.source or SOURCES)
-    # The page begins below the earlier of two positions: `after`, the last incident of the page
-    # before, and `until`, where 0 is below every id.
+    # The page begins below the earlier of two positions. In `until`, 0 is below every id.
     bounds = [after] if after else []
     bounds += [Position(query.until, 0)] if query.until else []
     created_at, incident_id = min(bounds, default=(None, None))
@@ -2252,8 +2251,7 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
         del os.environ[name]  # It is about another server, but the drivers would follow it.
     data_dir = data_dir.resolve()
     if sys.platform != "win32" and (len(os.fsencode(data_dir)) > 88 or "," in str(data_dir)):
-        # The path of a socket has 103 bytes, and drivers take a comma for the end of a host.
-        raise RuntimeError(f"DATA_DIR={data_dir} is over 88 bytes long or has a comma; set another")
+        raise RuntimeError(f"DATA_DIR={data_dir} is too long for a socket, or has a comma")
     data_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         with lock_folder(data_dir) as starting:
@@ -2273,8 +2271,7 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
             with lock_folder(data_dir) as stopping, contextlib.suppress(BlockingIOError):
                 if sys.platform != "win32":  # refused while another process uses the server
                     fcntl.flock(using[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not run("pg_ctl", "stop", "-m", "fast", pass_fds=stopping, check=False):
-                    log.warning("The embedded PostgreSQL in %s could not be stopped", data_dir)
+                run("pg_ctl", "stop", "-m", "fast", pass_fds=stopping)
 
 
 @contextlib.contextmanager
@@ -2523,7 +2520,6 @@ def main() -> None:
     config = uvicorn.Config(
         app,
         http=LimitedProtocol,
-        log_config=LOGGING_CONFIG,
         log_level="debug" if settings.debug else "info",
         access_log=False,  # RequestMiddleware writes it
         server_header=False,
