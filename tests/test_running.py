@@ -470,7 +470,7 @@ def test_a_folder_with_other_files_is_refused_with_a_line_and_nothing_is_changed
 @pytest.mark.parametrize("name", ["x" * 88, "a,b"])
 def test_a_folder_whose_path_fits_no_socket_is_refused(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
-    with pytest.raises(RuntimeError, match="too long for a socket"), incidents.embedded_postgres(folder):
+    with pytest.raises(RuntimeError, match="for a socket"), incidents.embedded_postgres(folder):
         pass
 
     assert not folder.exists()
