@@ -250,6 +250,17 @@ def limited_role(new_database: NewDatabase, server_url: str) -> Iterator[tuple[s
     run_sql(server_url, f"DROP ROLE {role}")
 
 
+def test_a_role_that_may_make_no_table_is_told_so(
+    limited_role: tuple[str, str], server_url: str
+) -> None:
+    _, url = limited_role
+    name = urlsplit(url).path.removeprefix("/")
+    run_sql(server_url, f"ALTER DATABASE {name} OWNER TO CURRENT_USER")
+
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="permission denied for schema"):
+        incidents.migrate(url)
+
+
 @pytest.fixture(autouse=True)
 def nothing_logged_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget failures of the tests before."""
