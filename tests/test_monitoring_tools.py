@@ -133,17 +133,45 @@ EVENTS: list[dict[str, Any]] = [
     *({"event_action": "acknowledge"}, {"event_action": "resolve"}),
 ]
 KEYS = {"routing_key": "s3cr3t-of-grafana", "dedup_key": "48213"}
-# What Grafana and Zabbix send, and the description and the labels of the incident.
+VMALERT: dict[str, Any] = {
+    "status": "firing", "fingerprint": "3a1f", "startsAt": "2026-11-27T11:00:00Z",
+    "labels": {"alertname": "ServiceDown", "alertgroup": "vm-health", "severity": "page"},
+    "annotations": {"summary": SUMMARY, "dashboard": f"{GRAFANA}/d/vm"},
+    "generatorURL": "http://vmalert:8880/vmalert/alert?group_id=1&alert_id=2",
+}  # fmt: skip
+NETDATA_FIELDS = {"source": "db1", "severity": "warning", "component": "/var", "group": "disk"}
+NETDATA_DETAILS = {"value_w_units": "91 %", "status": "WARNING", "old_status": "CLEAR"}
+NETDATA = NETDATA_FIELDS | {"timestamp": "2026-11-27T11:00:00Z", "class": "Utilization"}
+GATUS = {"source": "Gatus", "severity": "critical"}
+
+
+def trigger_and_resolve(**payload: Any) -> list[dict[str, Any]]:
+    """Give a trigger with the text of the tests, and the resolve of the same problem."""
+    trigger = KEYS | {"event_action": "trigger", "payload": {"summary": SUMMARY} | payload}
+    return [trigger, trigger | {"event_action": "resolve"}]
+
+
+# What tools send, and the description and the labels of the incident.
 MESSAGES = [
     ("/webhooks/alertmanager", [GROUP | {"alerts": [each]} for each in (ALERT, ALERT, RESOLVED)],
      f"{SUMMARY}\nОсталось 3 %", LABELS | LINKS),
     ("/v2/enqueue", [KEYS | event for event in EVENTS],
      SUMMARY, DETAILS | FIELDS | ZABBIX | {"link 1": ZABBIX_LINK}),
+    ("/webhooks/alertmanager",
+     [{"version": "4", "alerts": [VMALERT | {"status": each}]} for each in ("firing", "resolved")],
+     SUMMARY,
+     VMALERT["labels"] | {"dashboard": f"{GRAFANA}/d/vm", "generatorURL": VMALERT["generatorURL"]}),
+    ("/v2/enqueue", trigger_and_resolve(**NETDATA, custom_details=NETDATA_DETAILS),
+     SUMMARY, NETDATA_FIELDS | NETDATA_DETAILS | {"class": "Utilization"}),
+    ("/v2/enqueue", trigger_and_resolve(severity="warning"), SUMMARY, {"severity": "warning"}),
+    ("/v2/enqueue", trigger_and_resolve(**GATUS), SUMMARY, GATUS),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("path", "messages", "description", "labels"), MESSAGES, ids=["Grafana", "Zabbix"]
+    ("path", "messages", "description", "labels"),
+    MESSAGES,
+    ids=["Grafana", "Zabbix", "vmalert", "Netdata", "Uptime Kuma", "Gatus"],
 )
 async def test_a_problem_that_a_tool_reports_becomes_one_incident(
     client: AsyncClient, path: str, messages: list[Any], description: str, labels: dict[str, str]
