@@ -1166,8 +1166,9 @@ def parse_query(request: Request, model: type[Model]) -> Model:
 @functools.lru_cache(200)  # clients repeat the same queries, and to parse one takes 30 µs
 def validate_query(query_string: bytes, model: type[Model]) -> Model:
     """Validate a query string; each parameter is a list of the values that were sent."""
+    errors = "replace" if issubclass(model, AnyQuery) else "strict"
     try:
-        values = parse_qs(query_string.decode(), keep_blank_values=True, errors="strict")
+        values = parse_qs(query_string.decode(errors=errors), keep_blank_values=True, errors=errors)
     except UnicodeDecodeError:
         detail = "The query is not UTF-8. Percent-encode text as UTF-8: é is %C3%A9."
         raise Problem(422, detail) from None
