@@ -381,7 +381,7 @@ async def list_incidents(request: Request) -> Response:
     list_format = LIST_FORMATS.get(query.format) or choose_format(request, CSV, NDJSON, JSON)
     fetch_after = functools.partial(fetch_page, query, list_format)
     page = await fetch_after(query.after)
-    return list_response(request, list_format, query.limit, page, encode_cursor, fetch_after)
+    return list_response(request, list_format, query.limit, page, fetch_after)
 
 
 async def fetch_page(query: ListQuery, list_format: ListFormat, after: Position | None) -> Any:
@@ -460,7 +460,7 @@ async def get_timeline(request: Request) -> Response:
     page = await fetch_after(query.after)
     if not page["incident_exists"]:
         raise Problem(404, NO_SUCH_INCIDENT)
-    return list_response(request, JSON, query.limit, page, str, fetch_after)
+    return list_response(request, JSON, query.limit, page, fetch_after)
 
 
 class NewNote(RequestModel):
@@ -511,7 +511,7 @@ async def list_timeline(request: Request) -> Response:
         if feed.settled_id > page["position"]:
             page = await fetch_entries(query, list_format, page["position"])
     headers = {"Timeline-Position": str(page["position"])}
-    return list_response(request, list_format, query.limit, page, str, None, **headers)
+    return list_response(request, list_format, query.limit, page, None, **headers)
 
 
 async def choose_start(request: Request, query: FeedQuery) -> int:
@@ -1382,18 +1382,18 @@ def problem_response(problem: Problem, request_id: str = "", *, is_event: bool =
     # PagerDuty has no 422.
     status = 400 if is_event and problem.status_code == 422 else problem.status_code
     title = TITLES.get(status) or HTTPStatus(status).phrase
-    body = {"type": "about:blank", "title": title, "status": status, "detail": problem.detail}
-    if problem.errors:
+    body: dict[str, Any] = {}
+    if is_event:  # These come first: PagerDuty's client for Python shows only 100 characters.
+        texts = [f"{error['pointer']}: {error['detail']}" for error in problem.errors]
+        body = {"errors": texts or [problem.detail], "message": problem.detail}
+    body |= {"type": "about:blank", "title": title, "status": status, "detail": problem.detail}
+    if is_event:
+        # RFC 9457, 3.1: who reads problems passes over a status that is not a number.
+        body["status"] = "invalid event" if status == 400 else title.lower()
+    elif problem.errors:
         body["errors"] = problem.errors
     if status >= 500:
         body["request_id"] = request_id
-    if is_event:
-        texts = [f"{error['pointer']}: {error['detail']}" for error in problem.errors]
-        sent = {"errors": texts or [problem.detail], "message": problem.detail}
-        # RFC 9457, 3.1: who reads problems passes over a status that is not a number.
-        sent["status"] = "invalid event" if status == 400 else title.lower()
-        # PagerDuty's client for Python shows only the first 100 characters.
-        body = sent | body | sent  # once for the order, and once for the values
     media_type = "application/problem+json; charset=utf-8"
     return JSONResponse(body, status, problem.headers, media_type)
 
@@ -1468,19 +1468,16 @@ def list_response(
     list_format: ListFormat,
     limit: int | None,
     page: Any,
-    encode: Callable[[Any], str],
     fetch_after: Callable[[Any], Any] | None,
     **headers: str,
 ) -> Response:
     """Reply with one page of a list, or without a limit with all pages, of which this is the first.
 
-    `encode` makes a cursor of a page's `position`, for its Link to the next page. `fetch_after`
-    fetches the page that follows a position.
+    `fetch_after` fetches the page that follows a position.
     """
     headers["Vary"] = "Accept"
     if limit:
-        cursor = encode(page["position"]) if page["has_more"] else None
-        headers["Link"] = link_header(request, cursor)
+        headers["Link"] = link_header(request, page["position"] if page["has_more"] else None)
     elif page["has_more"] and fetch_after:
         pages = (
             iter(()) if request.method == "HEAD" else stream_pages(list_format, page, fetch_after)
@@ -1504,13 +1501,19 @@ async def stream_pages(
     yield page["body"] + list_format.closing
 
 
-def link_header(request: Request, cursor: str | None) -> str:
-    """Make the Link header of a page (RFC 8288): the first and the next page, with all filters."""
+def link_header(request: Request, position: Any) -> str:
+    """Make the Link header of a page (RFC 8288): the first and the next page, with all filters.
+
+    `position` is where the next page begins: an entry's id, or a `Position`; None at the end.
+    """
     parts = request.scope["query_string"].decode().split("&")
     kept = "&".join(part for part in parts if not part.startswith("after="))
     filters = quote(kept, safe="%&=+,:;@/?!$'()*")  # already encoded, but perhaps with a < or >
     first = f'<?{filters}>; rel="first"'
-    return f'<?{filters}&after={cursor}>; rel="next", {first}' if cursor else first
+    if position is None:
+        return first
+    cursor = position if isinstance(position, int) else encode_cursor(position)
+    return f'<?{filters}&after={cursor}>; rel="next", {first}'
 
 
 # ── How a request is answered: metrics ────────────────────────────────────────────────────────────
@@ -1744,13 +1747,14 @@ class Batcher:
         """
         is_locking = self.statement.is_batch and not self.statement.is_read
         size = 1 if self.statement.is_slow else BATCH_SIZE
-        batch: dict[Any, PendingCall] = {}
+        batch: list[PendingCall] = []
+        locks: set[Any] = set()
         for place, call in list(itertools.islice(self.waiting.items(), size)):
-            lock_key = call.arguments[0] if is_locking else None
-            key = place if lock_key is None else lock_key  # A call that locks nothing has its own.
-            if key not in batch:
-                batch[key] = self.waiting.pop(place)
-        wanted = [call for call in batch.values() if not all(f.done() for f in call.futures)]
+            lock = call.arguments[0] if is_locking else None  # None: it locks nothing
+            if lock is None or lock not in locks:
+                locks.add(lock)
+                batch.append(self.waiting.pop(place))
+        wanted = [call for call in batch if not all(f.done() for f in call.futures)]
         return sorted(wanted, key=lambda call: str(call.arguments[0])) if is_locking else wanted
 
     async def execute_batch(self, connection: Any, batch: list[PendingCall]) -> None:

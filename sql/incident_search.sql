@@ -19,7 +19,10 @@
 -- in 0002.functions.sql gives.
   WITH choice AS MATERIALIZED (
        SELECT CASE WHEN $12::text IS NOT NULL THEN 'keys'
-                   ELSE choose_search($1, $2, $3, $4, $5, $9, $10, $11) END AS way),
+                   ELSE choose_search(
+                        statuses => $1, sources => $2, since => $3, before_created_at => $4,
+                        before_id => $5, pattern => $9, has_accents => $10, label_filter => $11)
+                   END AS way),
 
        page AS (
        -- Many pass the filters: walk along the list.
