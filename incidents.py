@@ -1202,7 +1202,7 @@ async def parse_body(
     return validate(values, "field", model)
 
 
-async def read_body(request: Request, max_size: int, advice: str) -> bytes:
+async def read_body(request: Request, max_size: int, advice: str) -> bytearray:
     """Read the body; 408 when it takes too long, 413 with advice when it is too long."""
     body = bytearray()
     try:
@@ -1213,10 +1213,10 @@ async def read_body(request: Request, max_size: int, advice: str) -> bytes:
                     raise Problem(413, f"The body is over {max_size} bytes; {advice}.")
     except TimeoutError:
         raise Problem(408, "The body took too long to come.", {"Connection": "close"}) from None
-    return bytes(body.removeprefix(BYTE_ORDER_MARK))
+    return body.removeprefix(BYTE_ORDER_MARK)
 
 
-def parse_json(body: bytes, *, is_lenient: bool) -> Any:
+def parse_json(body: bytearray, *, is_lenient: bool) -> Any:
     r"""Parse JSON; `ValueError` says what is wrong with it.
 
     Tools that cut their texts send halves of characters, such as `\ud83d`. Where `is_lenient`, each
@@ -1496,7 +1496,8 @@ async def stream_pages(
     """
     yield list_format.opening
     while page["has_more"]:
-        yield page["body"] + list_format.separator.encode()
+        yield page["body"]
+        yield list_format.separator.encode()
         page = await fetch_after(page["position"])
     yield page["body"] + list_format.closing
 
@@ -1724,7 +1725,7 @@ class Batcher:
         while self.waiting:
             batch: list[PendingCall] = []
             try:
-                async with self.database.borrow_connection() as connection:
+                async with self.database.pool.acquire(timeout=QUERY_TIMEOUT) as connection:
                     if self.statement.is_slow:
                         # It may run long, so ask first whether the server answers at all.
                         await connection.fetchval("SELECT 1")
@@ -1833,7 +1834,7 @@ class Database:
         )
         for attempt in range(1, tries + 1):
             try:
-                async with self.borrow_connection():
+                async with self.pool.acquire(timeout=QUERY_TIMEOUT):
                     return
             except asyncpg.ClientConfigurationError as error:
                 raise RuntimeError(f"DATABASE_URL is refused: {error}") from None
@@ -1867,17 +1868,6 @@ class Database:
             return connection
         # A server that refuses says more than one that is silent or gone.
         raise min(errors, key=lambda error: isinstance(error, OSError))
-
-    @contextlib.asynccontextmanager
-    async def borrow_connection(self) -> AsyncIterator[Any]:
-        """Lend a connection of the pool; `TimeoutError` when none becomes free in time."""
-        connection = await self.pool.acquire(timeout=QUERY_TIMEOUT)
-        try:
-            yield connection
-        finally:
-            # After a timeout, this waits for the server to cancel the statement. When that takes
-            # over a second, the connection is closed.
-            await self.pool.release(connection, timeout=1)
 
     async def fetchrow(self, statement: Statement, **values: Any) -> Any:
         """Run a statement with these parameters and give its row, after its changes are committed.
@@ -2500,7 +2490,10 @@ async def lifespan(_: Any) -> AsyncIterator[None]:
         await database.open(url)
         await ensure_migrated()
         del sys.tracebacklimit
-        log_start(settings)
+        place = database.server if settings.database_url else settings.data_dir.resolve()
+        log.info("The data is in %s", place)
+        if not settings.api_tokens:
+            log.warning("API_TOKENS is not set: whoever reaches this may read and write")
         # What exists now stays for good, so no garbage collection needs to look at it; and requests
         # leave little garbage behind, so fewer collections give about 5 % more requests per second.
         gc.freeze()
@@ -2525,16 +2518,6 @@ async def end_when_told() -> None:
     # A start may wait minutes for its database. An embedded one must be shut down properly.
     if not server.started and get_settings().database_url:
         os._exit(0)
-
-
-def log_start(settings: Settings) -> None:
-    """Log where the data is, and that everybody may write when there are no tokens."""
-    place = database.server if settings.database_url else settings.data_dir.resolve()
-    log.info("The data is in %s", place)
-    if not settings.api_tokens:
-        is_local = settings.api_host in ("127.0.0.1", "::1", "localhost")
-        level = logging.INFO if is_local else logging.WARNING
-        log.log(level, "API_TOKENS is not set: whoever reaches this may read and write")
 
 
 app = RequestMiddleware(Router([*ROUTES, *PAGE_ROUTES], redirect_slashes=False, lifespan=lifespan))

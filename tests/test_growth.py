@@ -140,7 +140,7 @@ async def test_a_statement_ends_after_35_seconds_or_the_limit_of_its_role(
         sql(f"ALTER ROLE CURRENT_USER IN DATABASE {name} SET statement_timeout = '{of_role}'")
     database = incidents.Database()
     await database.open(database_url)
-    async with database.borrow_connection() as connection:
+    async with database.pool.acquire() as connection:
         timeout = await connection.fetchval("SHOW statement_timeout")
     await database.pool.close()
 
