@@ -10,20 +10,29 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
-import psutil
 import psycopg
 import pytest
-from helpers import ROOT, TIMESTAMP, NewDatabase, Serve, Sql, free_port, wait_until
+from helpers import (
+    ROOT,
+    SETTING_NAMES,
+    TIMESTAMP,
+    NewDatabase,
+    Serve,
+    Sql,
+    free_port,
+    insert_incident,
+    wait_until,
+)
 from psycopg.conninfo import conninfo_to_dict
+from schemas import name_of
+from test_running import find_processes, open_folder
 
 import incidents
 
@@ -131,9 +140,9 @@ def test_the_script_mails_each_entry_once_also_when_it_was_stopped_meanwhile(
 def test_a_dump_is_restored_by_the_commands_of_the_manual(
     serve: Serve, sql: Sql, database_url: str, new_database: NewDatabase, tmp_path: Path
 ) -> None:
-    sql("INSERT INTO incidents (description, source) VALUES ('Нет света', 'operator')")
+    insert_incident(sql)
     restored = new_database()
-    name, options = urlsplit(restored).path[1:], conninfo_to_dict(database_url)
+    name, options = name_of(restored), conninfo_to_dict(database_url)
     sql(f"DROP DATABASE {name}")  # the script creates it
     script = find_block("bash", "pg_dump -Fc -f incidents.dump postgresql:")
     script = script.replace("-O user incidents_restored", f"-O {options['user']} {name}")
@@ -219,19 +228,13 @@ async def test_the_metrics_of_the_manual_are_there(client: httpx.AsyncClient) ->
     assert sorted(name for name in kinds - used if not name.endswith("_created")) == []
 
 
-# The settings of the service, and those that only docker-compose.yml reads.
-SERVICE_SETTINGS = {name.upper() for name in incidents.Settings.model_fields}
-COMPOSE_SETTINGS = set(re.findall(r"\${(\w+)", (ROOT / "docker-compose.yml").read_text("utf-8")))
-SETTINGS = sorted(SERVICE_SETTINGS | COMPOSE_SETTINGS)
-
-
 def test_the_pages_show_settings_values_and_probes_that_the_service_takes() -> None:
     manifest = find_block("yaml", "kind: Deployment")
     probes = re.findall(r"path: (\S+),", manifest)
     text = "\n".join(PAGES.values())
     values = re.findall("^(API_TOKENS|DATABASE_URL)=(.+)$", text, re.MULTILINE)
 
-    assert set(re.findall("^  ([A-Z_]+): ", manifest, re.MULTILINE)) <= SERVICE_SETTINGS
+    assert set(re.findall("^  ([A-Z_]+): ", manifest, re.MULTILINE)) <= SETTING_NAMES
     assert probes and set(probes) <= {route.path for route in incidents.ROUTES}
     assert len({name for name, _ in values}) == 2
     for name, value in values:
@@ -273,11 +276,13 @@ def test_a_route_is_added_by_the_steps_of_the_readme(checkout: Path, server_url:
 
 
 def test_every_setting_is_in_the_readme_and_in_the_example_file() -> None:
+    compose = (ROOT / "docker-compose.yml").read_text("utf-8")
+    settings = SETTING_NAMES | set(re.findall(r"\${(\w+)", compose))
     [table] = [rows for rows in tables(README) if any("`DATABASE_URL`" in row for row in rows)]
     example = (ROOT / ".env.example").read_text("utf-8")
 
-    assert sorted(re.findall(r"`([A-Z_]+)`", "\n".join(table))) == SETTINGS, "add to README.md"
-    assert [name for name in SETTINGS if f"\n{name}=" not in example] == [], "add to .env.example"
+    assert set(re.findall(r"`([A-Z_]+)`", "\n".join(table))) == settings, "add to README.md"
+    assert [name for name in settings if f"\n{name}=" not in example] == [], "add to .env.example"
 
 
 def test_every_route_is_in_the_readme() -> None:
@@ -359,27 +364,9 @@ def checkout() -> Iterator[Path]:
     listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(listing, cwd=ROOT, capture_output=True, check=True, text=True).stdout
     names = [name for name in listed.splitlines() if (ROOT / name).is_file()]
-    with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent).resolve() / "incidents"
-        folder.mkdir()
+    with open_folder() as folder:
         subprocess.run(["cp", "--parents", *names, folder], cwd=ROOT, check=True)
         yield folder
-        left = find_processes(folder)
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(left, timeout=5)
-
-
-def find_processes(folder: Path) -> list[psutil.Process]:
-    """Find the processes that run in a folder: the shell, uv, the service and its PostgreSQL."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            is_over = process.status() == psutil.STATUS_ZOMBIE
-            if not is_over and Path(process.cwd()).is_relative_to(folder):
-                found.append(process)
-    return found
 
 
 @pytest.mark.slow
