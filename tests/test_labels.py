@@ -13,13 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from helpers import (
-    NEW_INCIDENT,
-    Rows,
-    Sql,
-    assert_problem,
-    find_inconsistencies,
-)
+from helpers import NEW_INCIDENT, Rows, Sql, assert_problem, find_inconsistencies
 
 pytestmark = [pytest.mark.anyio, pytest.mark.one_database]
 
@@ -74,17 +68,13 @@ async def test_every_text_is_stored_changed_listed_and_found_as_name_and_as_valu
         await client.patch(path, json={"labels": {text: None, "value": "x"}})
         changed = await client.patch(path, json={"labels": labels})
 
-        assert reported.status_code == 201, (text, reported.text)
-        assert reported.json()["labels"] == changed.json()["labels"] == labels
+        assert reported.json()["labels"] == changed.json()["labels"] == labels, text
         assert (f"labels.{text}", None, f"{text}:,{text}") in read_edits(sql)
-    as_json, as_lines, as_csv = [
-        await client.get("/incidents/", params={"format": name})
-        for name in ("json", "ndjson", "csv")
-    ]
+    as_json = await client.get("/incidents/")
+    as_csv = await client.get("/incidents/", params={"format": "csv"})
     rows = csv.DictReader(io.StringIO(as_csv.content.decode("utf-8-sig"), newline=""))
 
     assert [row["labels"] for row in as_json.json()] == all_labels[::-1]
-    assert [json.loads(line) for line in as_lines.text.split("\n")[:-1]] == as_json.json()
     assert [json.loads(row["labels"]) for row in rows] == all_labels[::-1]
     assert find_inconsistencies(sql) == []
     for number, text in enumerate(TEXTS, 1):
@@ -95,16 +85,13 @@ async def test_every_text_is_stored_changed_listed_and_found_as_name_and_as_valu
 
 
 async def test_an_incident_is_reported_with_the_most_and_longest_labels(
-    client: httpx.AsyncClient, sql: Sql
+    client: httpx.AsyncClient,
 ) -> None:
     labels = {f"{number:02}{'🔥' * 98}": "я" * 1000 for number in range(32)}
     reported = await report(client, labels)
 
-    assert reported.status_code == 201
     assert reported.json()["labels"] == labels
-    assert sql("SELECT version, kind FROM incidents JOIN timeline ON true") == [(1, "created")]
     assert await find_ids(client, *(f"{name}:{'я' * 1000}" for name in list(labels)[:2])) == [1]
-    assert find_inconsistencies(sql) == []
 
 
 # Labels that neither a report nor a change takes, and where the problem says what is wrong.
@@ -170,19 +157,19 @@ async def test_labels_are_counted_after_the_merge(
 ) -> None:
     await report(client, many(32))
     before = stored_rows()
-    one_more = {"labels": {"one more": "x"}, "status": "closed", "note": "a"}
-    refused = await client.patch("/incidents/1", json=one_more)
+    refused = await change(client, {"one more": "x"}, status="closed", note="a")
     refused_too = await change(client, {"label 0": None, "one": "x", "two": "x"})
     # Another version is refused before its labels are counted.
-    outdated = await client.patch("/incidents/1", json=one_more, headers={"If-Match": '"2"'})
+    one_more, old = {"labels": {"one more": "x"}}, {"If-Match": '"2"'}
+    outdated = await client.patch("/incidents/1", json=one_more, headers=old)
     after = stored_rows()
     # Every label is removed, and as many are added.
     new = {f"new {number}": "y" for number in range(32)}
     response = await change(client, dict.fromkeys(many(32)) | new)
 
-    assert_problem(refused, 422)
-    assert_problem(refused_too, 422)
-    assert "32 labels" in refused.json()["detail"]
+    for problem in (refused, refused_too):
+        assert_problem(problem, 422)
+        assert "32 labels" in problem.json()["detail"]
     assert_problem(outdated, 412)
     assert after == before
     assert response.json()["labels"] == new
@@ -228,16 +215,12 @@ async def test_a_retry_has_the_same_labels_in_any_order_and_shows_them_as_they_a
 async def test_a_key_that_was_used_before_there_were_labels_is_still_known(
     client: httpx.AsyncClient, sql: Sql
 ) -> None:
-    await client.post("/incidents/", json=NEW_INCIDENT)
+    await client.post("/incidents/", json=NEW_INCIDENT, headers=KEY)
     sent = json.dumps([NEW_INCIDENT["description"], NEW_INCIDENT["source"]])
-    digest = hashlib.sha256(sent.encode()).digest()
-    columns = "actor, key, digest, made_id"
-    sql(f"INSERT INTO idempotency_keys ({columns}) VALUES ('anonymous', 'a key', %s, 1)", digest)
 
-    bodies: list[dict[str, Any]] = [{**NEW_INCIDENT}, {**NEW_INCIDENT, "labels": {}}]
-    for body in bodies:
-        again = await client.post("/incidents/", json=body, headers=KEY)
-        assert (again.json()["id"], again.headers["idempotent-replayed"]) == (1, "true")
+    assert sql("SELECT digest FROM idempotency_keys") == [(hashlib.sha256(sent.encode()).digest(),)]
+    again = await report(client, {}, headers=KEY)
+    assert again.headers["idempotent-replayed"] == "true"
     assert_problem(await report(client, {"team": "db"}, headers=KEY), 422)
 
 
