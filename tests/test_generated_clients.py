@@ -4,8 +4,8 @@ The packages of npm are installed into a folder of the test's own, and uv runs t
 apart from the project, so that neither is a dependency.
 """
 
-import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -41,9 +41,9 @@ new = NewIncident(description="Нет света", source=Source.OPERATOR)
 created = create_incident.sync(client=client, body=new, idempotency_key="one")
 assert created.status is Status.OPEN, created
 assert create_incident.sync(client=client, body=new, idempotency_key="one") == created
-listed = list_incidents.sync(client=client, limit=1, since=datetime.date(2024, 1, 15))
+query = {"status": [Status.OPEN], "limit": 1, "since": datetime.date(2024, 1, 15)}
+listed = list_incidents.sync(client=client, **query)
 assert listed == [created], listed
-assert list_incidents.sync(client=client, status=[Status.CLOSED], until=created.created_at) == []
 body = StatusChange(status=Status.IN_PROGRESS)
 changed = change_status.sync(created.id, client=client, body=body, if_match='"1"')
 assert (changed.status, changed.version) == (Status.IN_PROGRESS, 2), changed
@@ -122,26 +122,23 @@ def npm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # Both have one thing to say: /incidents/ ends with a slash. Here each path works with and without.
 @pytest.mark.parametrize(
-    ("command", "name", "rule"),
+    ("command", "rule"),
     [
-        ("redocly lint --extends recommended-strict", "ruleId", "no-path-trailing-slash"),
-        ("spectral lint --ruleset ruleset.yaml --quiet", "code", "path-keys-no-trailing-slash"),
+        ("redocly lint --extends recommended-strict", "no-path-trailing-slash"),
+        ("spectral lint --ruleset ruleset.yaml --quiet", "path-keys-no-trailing-slash"),
     ],
 )
 def test_a_linter_finds_nothing_but_the_trailing_slash(
-    npm_folder: Path, command: str, name: str, rule: str
+    npm_folder: Path, command: str, rule: str
 ) -> None:
     (npm_folder / "ruleset.yaml").write_text('extends: ["spectral:oas"]\n', "utf-8")
-    program, *arguments = command.split()
+    program, *options = f"{command} --format json".split()
     path = npm_folder / "node_modules/.bin" / program
     # Its exit code is 1 because it reports something.
-    printed = run(
-        path, *arguments, "--format", "json", DESCRIPTION, folder=npm_folder, may_fail=True
-    )
-    report = json.loads(printed)
-    problems = report["problems"] if program == "redocly" else report
+    printed = run(path, *options, DESCRIPTION, folder=npm_folder, may_fail=True)
 
-    assert [problem[name] for problem in problems] == [rule], problems
+    # Redocly calls the name of a rule its ruleId, and Spectral calls it code.
+    assert re.findall(r'"(?:ruleId|code)": ?"([^"]+)"', printed) == [rule], printed
 
 
 def test_a_generated_python_client_creates_lists_changes_and_reads(
