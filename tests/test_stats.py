@@ -7,6 +7,8 @@ import httpx
 import pytest
 from helpers import Sql, assert_problem
 
+from incidents import SOURCES, STATUSES
+
 pytestmark = [pytest.mark.anyio, pytest.mark.one_database]
 
 START = datetime(2024, 1, 15, 12, tzinfo=UTC)
@@ -14,18 +16,18 @@ START = datetime(2024, 1, 15, 12, tzinfo=UTC)
 
 # Six incidents, one for each day from 15 January on: the source, and how many seconds after its
 # creation each got which status. Only the first time in progress and the first time resolved count.
-SIX_INCIDENTS: list[tuple[str, list[tuple[int, str]]]] = [
-    ("operator", [(10, "in_progress"), (100, "resolved")]),
-    ("monitoring", [(20, "in_progress"), (200, "resolved"), (300, "closed")]),
-    ("monitoring", [(40, "in_progress")]),
+SIX_INCIDENTS: list[tuple[str, dict[int, str]]] = [
+    ("operator", {10: "in_progress", 100: "resolved"}),
+    ("monitoring", {20: "in_progress", 200: "resolved", 300: "closed"}),
+    ("monitoring", {40: "in_progress"}),
     (
         "partner",
-        [(80, "in_progress"), (90, "open"), (400, "in_progress"), (600, "resolved"), (700, "open"),
-         (800, "resolved"), (900, "open")],
+        {80: "in_progress", 90: "open", 400: "in_progress", 600: "resolved", 700: "open"}
+        | {800: "resolved", 900: "open"},
     ),
-    ("partner", [(5, "closed")]),
-    ("monitoring", []),
-]  # fmt: skip
+    ("partner", {5: "closed"}),
+    ("monitoring", {}),
+]
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def six_incidents(sql: Sql) -> None:
         at = START + timedelta(days=day)
         columns = "description, source, created_at"
         sql(f"INSERT INTO incidents ({columns}) VALUES ('a', %s, %s)", source, at)
-        for seconds, status in changes:
+        for seconds, status in changes.items():
             change = "UPDATE incidents SET status = %s, updated_at = %s WHERE id = %s"
             sql(change, status, at + timedelta(seconds=seconds), day + 1)
 
@@ -67,16 +69,11 @@ async def test_the_figures_are_those_calculated_by_hand(client: httpx.AsyncClien
 async def test_a_period_has_the_incidents_created_in_it(client: httpx.AsyncClient) -> None:
     # The incident of 16 January, 12:00 UTC is in the period; that of 18 January, 12:00 UTC is not.
     period = {"since": "2024-01-16T12:00:00Z", "until": "2024-01-18T15:00:00+03:00"}
+    stats = await get_stats(client, **period)
 
-    assert await get_stats(client, **period) == {
-        "incidents": 2,
-        "by_status": {"open": 0, "in_progress": 1, "resolved": 0, "closed": 1},
-        "by_source": {"operator": 0, "monitoring": 2, "partner": 0},
-        "seconds_to": {
-            "in_progress": {"count": 2, "mean": 30, "p50": 30, "p95": pytest.approx(39)},
-            "resolved": {"count": 1, "mean": 200, "p50": 200, "p95": 200},
-        },
-    }
+    assert stats["incidents"] == 2
+    assert stats["by_status"] == {"open": 0, "in_progress": 1, "resolved": 0, "closed": 1}
+    assert stats["seconds_to"]["in_progress"]["mean"] == 30
     assert (await get_stats(client, since="2024-01-19"))["incidents"] == 2
     assert (await get_stats(client, until="2024-01-17"))["incidents"] == 2
 
@@ -87,8 +84,8 @@ async def test_without_incidents_counts_are_zero_times_are_null_and_there_are_no
     nothing = {"count": 0, "mean": None, "p50": None, "p95": None}
     expected = {
         "incidents": 0,
-        "by_status": {"open": 0, "in_progress": 0, "resolved": 0, "closed": 0},
-        "by_source": {"operator": 0, "monitoring": 0, "partner": 0},
+        "by_status": dict.fromkeys(STATUSES, 0),
+        "by_source": dict.fromkeys(SOURCES, 0),
         "seconds_to": {"in_progress": nothing, "resolved": nothing},
     }
 
@@ -131,14 +128,12 @@ async def test_by_day_ends_with_today_and_goes_back_366_days_at_most(
     assert days[-1]["day"] in (today.date().isoformat(), datetime.now(UTC).date().isoformat())
 
 
-# Queries that are refused, by what the problem points to, and then by a word of its text.
 WRONG_QUERIES = [
-    ("since=yesterday", "#/since"),
-    ("since=2024-01-15&since=2024-01-16", "#/since"),
-    ("until=2024-01-15T10:00:00", "#/until"),
-    ("status=open", "#/status"),
+    ("since=yesterday&until=2024-01-15T10:00:00", "#/since", "#/until"),
+    ("since=2024-01-15&since=2024-01-16&status=open", "#/since", "#/status"),
     ("by=week&since=2024-01-15", "#/by"),
 ]
+# Periods of which the days are refused, and a word of the reason.
 WRONG_PERIODS = [
     ("", "since"),
     ("&until=2024-01-15", "since"),
@@ -150,8 +145,8 @@ WRONG_PERIODS = [
 
 
 async def test_a_wrong_period_is_refused(client: httpx.AsyncClient) -> None:
-    for query, pointer in WRONG_QUERIES:
-        assert_problem(await client.get(f"/stats?{query}"), 422, pointer)
+    for query, *pointers in WRONG_QUERIES:
+        assert_problem(await client.get(f"/stats?{query}"), 422, *pointers)
     for query, word in WRONG_PERIODS:
         response = await client.get(f"/stats?by=day{query}")
 
