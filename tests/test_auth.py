@@ -113,27 +113,24 @@ async def test_a_public_route_and_a_refused_method_need_no_token(client: AsyncCl
 async def test_the_timeline_shows_the_name_of_the_token_as_the_actor(client: AsyncClient) -> None:
     await client.post("/incidents/", json=NEW_INCIDENT, headers=WRITER)
     await client.patch("/incidents/2", json={"source": "partner"}, headers=SECOND_WRITER)
-    await client.patch("/incidents/2/status", json={"status": "closed"}, headers=WRITER)
     await client.post("/incidents/2/notes", json={"note": "text"}, headers=SECOND_WRITER)
     timeline = (await client.get("/incidents/2/timeline", headers=READER)).json()
 
-    assert [(entry["kind"], entry["actor"]) for entry in timeline] == [
-        ("created", "writer"), ("edited", "second"), ("status", "writer"), ("note", "second")
-    ]  # fmt: skip
+    actors = [(entry["kind"], entry["actor"]) for entry in timeline]
+    assert actors == [("created", "writer"), ("edited", "second"), ("note", "second")]
 
 
 @pytest.mark.usefixtures("with_tokens")
 async def test_two_actors_may_use_the_same_idempotency_key_for_different_requests(
     client: AsyncClient,
 ) -> None:
+    key = {"Idempotency-Key": "1"}
     responses = [
-        await client.post("/incidents/", json=NEW_INCIDENT, headers={"Idempotency-Key": "1"} | who)
-        for who in (WRITER, SECOND_WRITER, WRITER, SECOND_WRITER)
+        await client.post("/incidents/", json=NEW_INCIDENT, headers=key | actor)
+        for actor in (WRITER, SECOND_WRITER, WRITER, SECOND_WRITER)
     ]
 
     assert [response.json()["id"] for response in responses] == [2, 3, 2, 3]
-    replays = [response.headers.get("idempotent-replayed") for response in responses]
-    assert replays == [None, None, "true", "true"]
 
 
 # ── The start ─────────────────────────────────────────────────────────────────────────────────────
