@@ -79,9 +79,7 @@ async def test_a_request_with_a_token_is_allowed_on_every_route(client: AsyncCli
 
 
 @pytest.mark.usefixtures("with_tokens")
-async def test_a_limited_token_can_do_its_part_and_nothing_else(
-    client: AsyncClient, stored_rows: StoredRows
-) -> None:
+async def test_a_limited_token_has_its_limits(client: AsyncClient, stored_rows: StoredRows) -> None:
     reporter = {"Authorization": "Bearer s3cr3t-of-grafana"}
     for route in PRIVATE_ROUTES:
         for method in route.methods or ():
@@ -121,7 +119,7 @@ async def test_the_timeline_shows_the_name_of_the_token_as_the_actor(client: Asy
 
 
 @pytest.mark.usefixtures("with_tokens")
-async def test_two_actors_may_use_the_same_idempotency_key_for_different_requests(
+async def test_two_actors_may_use_the_same_idempotency_key(
     client: AsyncClient,
 ) -> None:
     key = {"Idempotency-Key": "1"}

@@ -166,9 +166,7 @@ incidents.main()
     [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)],
     ids=["dead", "silent"],
 )
-async def test_when_the_server_in_use_is_gone_the_other_is_used_and_the_log_names_it(
-    serve: Serve, database_url: str, number: int
-) -> None:
+async def test_another_server_takes_over(serve: Serve, database_url: str, number: int) -> None:
     parts = conninfo_to_dict(database_url)
     host, server_port = str(parts["host"]), str(parts.get("port", 5432))
     command = [sys.executable, "-c", RELAY, host, server_port]
@@ -210,9 +208,7 @@ def limited_role(new_database: NewDatabase, server_url: str) -> Iterator[tuple[s
     fetch(server_url, f"DROP ROLE {name}")
 
 
-def test_a_role_that_may_make_no_table_is_told_so(
-    limited_role: tuple[str, str], server_url: str
-) -> None:
+def test_who_may_make_no_table_is_told_so(limited_role: tuple[str, str], server_url: str) -> None:
     name, url = limited_role
     fetch(server_url, f"ALTER DATABASE {name} OWNER TO CURRENT_USER")
 
@@ -335,9 +331,7 @@ PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/s
 
 
 @pytest.mark.skipif(PGBOUNCER is None, reason="pgbouncer is not installed")
-async def test_behind_pgbouncer_in_session_mode_the_whole_api_works(
-    serve: Serve, database_url: str
-) -> None:
+async def test_behind_pgbouncer_in_session_mode_all_works(serve: Serve, database_url: str) -> None:
     port, parts = free_port(), conninfo_to_dict(database_url)
     names = ("host", "port", "user", "password")
     target = " ".join(f"{name}={parts[name]}" for name in names if name in parts)
@@ -381,7 +375,7 @@ async def test_connections_are_as_many_as_the_pool_may_have_and_have_the_name_of
     assert names == [("incidents",)] * 2
 
 
-async def test_prepared_statements_are_numbered_from_a_number_made_by_chance(
+async def test_prepared_statements_are_numbered_from_a_random_number(
     database_url: str,
 ) -> None:
     connection = await asyncpg.connect(database_url)
@@ -409,9 +403,7 @@ def read_only(url: str) -> Iterator[None]:
         session.execute(f"{alter} RESET default_transaction_read_only".encode())
 
 
-async def test_when_only_standbys_answer_a_start_that_wants_a_primary_says_so(
-    serve: Serve, database_url: str
-) -> None:
+async def test_a_start_that_finds_no_primary_says_so(serve: Serve, database_url: str) -> None:
     url = change_url(database_url, target_session_attrs="read-write")
     with read_only(database_url):
         server = serve(wait=False, DATABASE_URL=url)
@@ -444,7 +436,7 @@ async def test_on_a_standby_reads_work_and_whoever_needs_writes_replaces_the_ses
 
 
 @pytest.mark.slow
-async def test_the_service_is_not_ready_while_no_commit_ends_because_a_standby_is_missing(
+async def test_it_is_not_ready_while_no_commit_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(incidents.SQL.write_check, "seconds", 0.5)

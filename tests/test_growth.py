@@ -8,19 +8,17 @@ import asyncio
 import time
 from urllib.parse import urlsplit
 
-import httpx
 import psycopg
 import pytest
 from helpers import Sql, assert_problem, async_wait_until
+from httpx import AsyncClient, Response
 
 import incidents
 
 pytestmark = pytest.mark.anyio
 
 
-async def test_reports_run_one_at_a_time(
-    client: httpx.AsyncClient, database_url: str, sql: Sql
-) -> None:
+async def test_reports_run_one_at_a_time(client: AsyncClient, database_url: str, sql: Sql) -> None:
     where = "datname = current_database() AND wait_event_type = 'Lock'"
     count_running = f"SELECT count(*) FROM pg_stat_activity WHERE {where}"
     batcher = incidents.database.batchers["stats"]
@@ -62,7 +60,7 @@ RUNNING = """
        AND query LIKE '-- read, at most 3 s%'"""
 
 
-async def time_search(client: httpx.AsyncClient, text: str) -> tuple[float, httpx.Response]:
+async def time_search(client: AsyncClient, text: str) -> tuple[float, Response]:
     """Search, and give the seconds that the answer took."""
     started_at = time.monotonic()
     response = await client.get("/incidents/", params={"q": text, "limit": 5})
@@ -72,7 +70,7 @@ async def time_search(client: httpx.AsyncClient, text: str) -> tuple[float, http
 # With two slow searches, some of the workers are free; with six, none is for a second.
 @pytest.mark.parametrize(("count", "longest"), [(2, 0.3), (6, 1)])
 async def test_a_slow_search_ends_with_advice_and_a_quick_one_is_answered_meanwhile(
-    client: httpx.AsyncClient,
+    client: AsyncClient,
     sql: Sql,
     monkeypatch: pytest.MonkeyPatch,
     count: int,

@@ -22,9 +22,7 @@ def summarize(answers: list[Response]) -> tuple[set[int], set[int], int]:
     return statuses, {answer.json()["id"] for answer in answers}, replays.count("true")
 
 
-async def test_a_retry_is_answered_with_the_incident_that_the_first_request_made(
-    client: AsyncClient, sql: Sql
-) -> None:
+async def test_a_retry_gets_what_the_first_request_made(client: AsyncClient, sql: Sql) -> None:
     first = await client.post("/incidents/", json=NEW_INCIDENT, headers=KEY)
     # A client may write the same JSON in another way.
     content = json.dumps(dict(reversed(NEW_INCIDENT.items())), indent=1)
@@ -71,9 +69,7 @@ async def test_a_malformed_key_is_refused_and_makes_nothing(client: AsyncClient,
     assert sql("SELECT count(*) FROM idempotency_keys") == [(0,)]
 
 
-async def test_a_key_that_was_used_for_another_request_is_refused_and_makes_nothing(
-    client: AsyncClient, sql: Sql
-) -> None:
+async def test_a_key_of_another_request_is_refused(client: AsyncClient, sql: Sql) -> None:
     note, note_key = {"note": "заметка"}, {"Idempotency-Key": "note"}
     await client.post("/incidents/", json=OTHER_INCIDENT)
     await client.post("/incidents/", json=NEW_INCIDENT, headers=KEY)
@@ -143,9 +139,7 @@ async def test_simultaneous_posts_with_some_keys_make_one_for_each(
     assert sql("SELECT count(*) FROM timeline") == [(1 + 5,)]
 
 
-async def test_of_simultaneous_posts_of_two_bodies_with_one_key_one_body_wins(
-    client: AsyncClient, sql: Sql
-) -> None:
+async def test_of_two_bodies_with_one_key_one_body_wins(client: AsyncClient, sql: Sql) -> None:
     answers = await asyncio.gather(
         *(
             client.post("/incidents/", json=[NEW_INCIDENT, OTHER_INCIDENT][number % 2], headers=KEY)

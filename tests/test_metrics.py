@@ -111,9 +111,7 @@ WHOLE_BODY = POST % len(BODY) + BODY
 FOLLOW = b"GET /timeline HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n"
 
 
-def test_a_client_that_disconnects_in_the_middle_is_not_in_flight_any_more(
-    serve: Serve, database_url: str
-) -> None:
+def test_a_client_that_disconnects_is_not_in_flight(serve: Serve, database_url: str) -> None:
     server = serve(DATABASE_URL=database_url)
     address = ("127.0.0.1", urlsplit(server.url).port or 0)
 
@@ -184,7 +182,7 @@ async def test_waiting_calls_are_shown_by_statement_and_connections_by_their_use
     assert during[idle] + during[in_use] == open_ones == after[idle]
 
 
-async def test_requests_that_wait_for_entries_of_the_timeline_are_listeners(
+async def test_requests_that_wait_for_entries_are_listeners(
     client: AsyncClient,
 ) -> None:
     polls = [asyncio.create_task(client.get("/timeline?wait=30&after=latest")) for _ in range(3)]

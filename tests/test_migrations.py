@@ -55,7 +55,7 @@ def test_the_files_are_numbered_paired_ascii_and_limit_their_waits() -> None:
         assert re.match(start, texts[f"{name}.sql"].decode()), name
 
 
-def test_no_function_keeps_a_column_from_being_added(
+def test_no_function_keeps_columns_from_being_added(
     migrated: str, new_database: NewDatabase
 ) -> None:
     # PostgreSQL's minor releases of autumn 2026 refuse ADD COLUMN with a default while a function
@@ -126,9 +126,7 @@ def test_two_processes_may_migrate_one_empty_database_at_once(
     assert find_applied(url) == list(NAMES)
 
 
-def test_a_start_after_one_that_was_killed_in_a_migration_finishes_the_migration(
-    new_database: NewDatabase, serve: Serve
-) -> None:
+def test_a_killed_migration_is_finished_later(new_database: NewDatabase, serve: Serve) -> None:
     url = new_database()
     apply(url, *NAMES[:2])
     with psycopg.connect(url) as session:
@@ -145,9 +143,7 @@ def test_a_start_after_one_that_was_killed_in_a_migration_finishes_the_migration
     assert fetch(url, "SELECT pid FROM yoyo_lock") == []
 
 
-def test_the_service_does_not_start_on_a_read_only_database(
-    new_database: NewDatabase, serve: Serve
-) -> None:
+def test_a_read_only_database_ends_the_start(new_database: NewDatabase, serve: Serve) -> None:
     url = new_database()
     fetch(url, f"ALTER DATABASE {name_of(url)} SET default_transaction_read_only = on")
     server = serve(wait=False, DATABASE_URL=url)
@@ -227,9 +223,7 @@ async def test_old_incidents_are_taken_over_unchanged(replaced: str) -> None:
     ],
     ids=["as it is", "the sequence is behind", "all are deleted", "never used", "another name"],
 )
-async def test_the_next_id_follows_the_last_one_of_the_replaced_system(
-    replaced: str, change: str, next_id: int
-) -> None:
+async def test_the_next_id_follows_the_last_one(replaced: str, change: str, next_id: int) -> None:
     fetch(replaced, change)
 
     async with open_client(replaced) as client:
@@ -238,7 +232,7 @@ async def test_the_next_id_follows_the_last_one_of_the_replaced_system(
     assert [incident["id"] for incident in made] == [next_id, next_id + 1]
 
 
-async def test_old_incidents_that_break_todays_rules_can_be_changed_and_new_ones_must_keep_them(
+async def test_old_incidents_may_break_todays_rules_and_new_ones_may_not(
     replaced: str,
 ) -> None:
     async with open_client(replaced) as client:
@@ -258,7 +252,7 @@ async def test_old_incidents_that_break_todays_rules_can_be_changed_and_new_ones
             fetch(replaced, new, description)
 
 
-async def test_a_take_over_can_be_rolled_back_and_leaves_what_the_replaced_system_had(
+async def test_a_take_over_can_be_rolled_back_and_loses_nothing_old(
     replaced: str,
 ) -> None:
     fetch(replaced, "CREATE EXTENSION pg_trgm")
@@ -309,9 +303,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("found", "refusal"), REFUSED)
-def test_a_database_that_is_not_ours_is_refused_with_a_sentence_and_left_as_it_is(
-    new_database: NewDatabase, found: str, refusal: str
-) -> None:
+def test_a_foreign_database_is_refused(new_database: NewDatabase, found: str, refusal: str) -> None:
     url = new_database()
     fetch(url, found)
     before = describe_schema(url)
@@ -326,9 +318,7 @@ def test_a_database_that_is_not_ours_is_refused_with_a_sentence_and_left_as_it_i
 # ── The command line of yoyo ──────────────────────────────────────────────────────────────────────
 
 
-def test_the_yoyo_command_applies_the_migrations_and_makes_a_new_one(
-    new_database: NewDatabase, tmp_path: Path
-) -> None:
+def test_the_yoyo_command_knows_the_migrations(new_database: NewDatabase, tmp_path: Path) -> None:
     shutil.copy(ROOT / "yoyo.ini", tmp_path)
     shutil.copytree(ROOT / "migrations", tmp_path / "migrations")
     url = new_database()

@@ -269,9 +269,7 @@ ANYTHING = {
 
 
 @pytest.mark.parametrize(("query", "way", "count"), SEARCHES + COSTLY_SEARCHES)
-def test_a_search_takes_the_right_way_and_finds_what_a_plain_walk_finds(
-    session: Session, query: Query, way: str, count: int
-) -> None:
+def test_a_search_takes_the_right_way(session: Session, query: Query, way: str, count: int) -> None:
     call = call_of_page(query)
     values = dict(zip(call.statement.parameters, call.values, strict=True))
     # The parameters of choose_search() are named like those of the statement.
@@ -295,7 +293,7 @@ def test_a_search_takes_the_right_way_and_finds_what_a_plain_walk_finds(
 # ── Metrics and statistics ────────────────────────────────────────────────────────────────────────
 
 
-def test_unresolved_incidents_are_counted_in_one_index_without_the_closed_ones(
+def test_unresolved_incidents_are_counted_in_an_index_without_the_closed(
     session: Session,
 ) -> None:
     command = SQL("EXECUTE unresolved_incidents ({}, {})").format(
@@ -309,7 +307,7 @@ def test_unresolved_incidents_are_counted_in_one_index_without_the_closed_ones(
     assert buffers < 40  # so it does not look into the table
 
 
-def test_the_statistics_of_some_days_read_the_incidents_of_those_days_only(
+def test_statistics_of_some_days_read_the_incidents_of_those_days_only(
     session: Session,
 ) -> None:
     for days in (1, 7):
@@ -338,9 +336,7 @@ FEED_QUERIES: list[Query] = [
 
 
 @pytest.mark.parametrize("after", [0, INCIDENTS // 2, INCIDENTS, INCIDENTS + 2000])
-def test_a_page_of_the_feed_reads_few_buffers_whatever_the_filters(
-    session: Session, after: int
-) -> None:
+def test_a_page_of_the_feed_reads_few_buffers_with_any_filter(session: Session, after: int) -> None:
     # 'created' is left out where two thousand notes follow: it has no index, as it is frequent.
     queries = [
         query for query in FEED_QUERIES if after != INCIDENTS or query.get("kind") != "created"
@@ -375,7 +371,7 @@ COSTLY: list[tuple[Query, int]] = [
 ]
 
 
-def test_a_search_that_grows_with_the_table_reads_a_known_number_of_buffers(
+def test_a_search_that_grows_with_the_table_reads_a_known_part_of_it(
     session: Session,
 ) -> None:
     _, walk = explain(session, SQL("SELECT count(description) FROM incidents").format())

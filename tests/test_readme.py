@@ -110,9 +110,7 @@ def test_the_examples_print_what_the_page_says(
         assert texts[0] == texts[1], command
 
 
-def test_the_script_mails_each_entry_once_also_when_it_was_stopped_meanwhile(
-    serve: Serve, database_url: str, tmp_path: Path
-) -> None:
+def test_the_script_mails_each_entry_once(serve: Serve, database_url: str, tmp_path: Path) -> None:
     url = serve(DATABASE_URL=database_url).url
     script = find_block("bash", "mail -s").replace("http://127.0.0.1:8000", url)
     command = ["bash", "-c", f"mail() {{ cat >> mails.txt; }}; {script}"]
@@ -156,9 +154,7 @@ def test_a_dump_is_restored_by_the_commands_of_the_manual(
     assert [row["description"] for row in httpx.get(f"{url}/incidents/").json()] == ["Нет света"]
 
 
-def test_the_query_of_the_manual_finds_a_transaction_that_was_left_open(
-    sql: Sql, database_url: str
-) -> None:
+def test_the_query_of_the_manual_finds_an_open_transaction(sql: Sql, database_url: str) -> None:
     query = find_block("sql", "pg_stat_activity")
     with psycopg.connect(database_url) as session:
         session.execute("SELECT 'left open'")
@@ -168,9 +164,7 @@ def test_the_query_of_the_manual_finds_a_transaction_that_was_left_open(
     assert sql(query) == []
 
 
-def test_the_service_works_under_a_path_of_the_manuals_nginx(
-    serve: Serve, database_url: str, tmp_path: Path
-) -> None:
+def test_the_manuals_nginx_can_add_a_path(serve: Serve, database_url: str, tmp_path: Path) -> None:
     nginx = shutil.which("nginx", path="/usr/sbin:/usr/bin") or pytest.skip("there is no nginx")
     server, port = serve(DATABASE_URL=database_url), free_port()
     code = find_block("nginx", "location /inc/").replace("listen 80;", f"listen 127.0.0.1:{port};")
@@ -201,9 +195,7 @@ def test_the_service_works_under_a_path_of_the_manuals_nginx(
         ("ini", "[Service]", "systemd-analyze verify"),
     ],
 )
-def test_a_configuration_of_the_manual_is_accepted_by_its_program(
-    tmp_path: Path, language: str, words: str, command: str
-) -> None:
+def test_a_configuration_is_valid(tmp_path: Path, language: str, words: str, command: str) -> None:
     program, *arguments = command.split()
     if not shutil.which(program):
         pytest.skip(f"{program} is not installed")
@@ -324,9 +316,7 @@ def rows(text: str) -> list[str]:
 
 @pytest.mark.parametrize(("name", "russian_name"), RUSSIAN.items())
 @pytest.mark.filterwarnings("default")  # a warning tells what to translate, and nothing fails
-def test_the_russian_page_has_the_same_commands_headings_and_rows(
-    name: str, russian_name: str
-) -> None:
+def test_the_russian_page_has_the_same_commands_and_rows(name: str, russian_name: str) -> None:
     english, russian = PAGES[name], PAGES[russian_name]
     missing = [row for row in rows(english) if row not in rows(russian)]
     if missing:
@@ -370,9 +360,7 @@ def checkout() -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_the_first_command_of_the_readme_starts_the_service_with_the_system_python_alone(
-    checkout: Path, tmp_path: Path
-) -> None:
+def test_the_first_command_needs_only_the_systems_python(checkout: Path, tmp_path: Path) -> None:
     check = "import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))"
     python = shutil.which("python3", path="/usr/bin")
     if not python or subprocess.run([python, "-c", check], capture_output=True).returncode:

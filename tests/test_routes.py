@@ -126,7 +126,7 @@ async def test_an_unknown_query_parameter_is_refused_where_it_could_mean_somethi
     assert stored_rows() == before
 
 
-async def test_an_unknown_query_parameter_is_ignored_where_machines_add_some(
+async def test_an_unknown_query_parameter_of_a_machine_is_ignored(
     client: AsyncClient,
 ) -> None:
     assert (await client.get("/docs/swagger.js?version=1")).status_code == 200

@@ -200,9 +200,7 @@ def test_a_signal_ends_all_processes_and_the_data_remains(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [SIGINT, signal.SIGKILL])
-def test_after_a_signal_during_the_first_start_the_next_start_works(
-    serve: Serve, data_dir: Path, number: int
-) -> None:
+def test_a_start_works_after_one_that_was_ended(serve: Serve, data_dir: Path, number: int) -> None:
     server = serve(wait=False, DATA_DIR=str(data_dir))
     wait_until((data_dir / "base").exists)
     server.process.send_signal(number)
@@ -238,7 +236,7 @@ with incidents.embedded_postgres(pathlib.Path(sys.argv[1])) as url:
 """
 
 
-def test_processes_that_start_together_share_a_server_which_the_last_one_stops(
+def test_processes_that_start_together_share_a_server_that_the_last_stops(
     data_dir: Path,
 ) -> None:
     command, pipe = [sys.executable, "-c", RUN_EMBEDDED, str(data_dir)], subprocess.PIPE
@@ -262,7 +260,7 @@ def test_processes_that_start_together_share_a_server_which_the_last_one_stops(
     assert was_stopped_in_order(data_dir)
 
 
-def test_a_server_that_was_left_running_is_used_whatever_its_port_and_stopped(
+def test_a_server_that_was_left_running_is_used_on_any_port_and_stopped(
     data_dir: Path,
 ) -> None:
     with incidents.embedded_postgres(data_dir):
@@ -276,9 +274,7 @@ def test_a_server_that_was_left_running_is_used_whatever_its_port_and_stopped(
     assert find_processes(data_dir) == []
 
 
-def test_a_port_that_is_in_use_ends_the_start_with_a_line_that_names_its_setting(
-    serve: Serve, data_dir: Path
-) -> None:
+def test_a_port_in_use_ends_the_start_and_names_its_setting(serve: Serve, data_dir: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         server = serve(wait=False, port=port, DATA_DIR=str(data_dir))
@@ -292,9 +288,7 @@ def test_a_port_that_is_in_use_ends_the_start_with_a_line_that_names_its_setting
 
 
 @pytest.mark.parametrize("number", [SIGINT, signal.SIGHUP, signal.SIGQUIT])
-def test_a_start_that_waits_for_the_database_says_so_and_a_signal_ends_it_at_once(
-    serve: Serve, dead_url: str, number: int
-) -> None:
+def test_a_waiting_start_says_so_until_a_signal(serve: Serve, dead_url: str, number: int) -> None:
     server = serve(wait=False, DATABASE_URL=dead_url)
     wait_until(lambda: "Try 1 of 30" in server.printed(), seconds=10)
     exit_code = server.stop(number, seconds=1)
@@ -318,9 +312,7 @@ def test_after_the_last_try_the_exit_code_is_1(serve: Serve, dead_url: str) -> N
     assert not re.search('Secret123|  File "', server.printed())
 
 
-def test_requests_that_were_read_before_a_signal_are_answered(
-    serve: Serve, database_url: str, sql: Sql
-) -> None:
+def test_requests_before_a_signal_are_answered(serve: Serve, database_url: str, sql: Sql) -> None:
     server = serve(DATABASE_URL=database_url)
     report_incident(server)
     address = server.url.removeprefix("http://")
@@ -352,7 +344,7 @@ def test_requests_that_were_read_before_a_signal_are_answered(
 # ── Who may reach the embedded database ───────────────────────────────────────────────────────────
 
 
-def test_the_embedded_database_listens_only_on_a_socket_that_other_users_cannot_reach(
+def test_the_embedded_server_has_only_a_socket_that_others_cannot_reach(
     data_dir: Path,
 ) -> None:
     with incidents.embedded_postgres(data_dir) as url:
@@ -366,7 +358,7 @@ def test_the_embedded_database_listens_only_on_a_socket_that_other_users_cannot_
     assert stat.S_IMODE(data_dir.stat().st_mode) == 0o700
 
 
-def test_the_embedded_server_logs_errors_but_no_text_of_an_incident_and_no_statement(
+def test_the_embedded_server_logs_errors_but_no_text_and_no_statement(
     data_dir: Path,
 ) -> None:
     def read_log() -> str:
@@ -412,9 +404,7 @@ def test_as_root_the_service_opens_the_folders_above_its_files_for_passing_and_s
         (65534, 'cannot be used: initdb: directory "." exists but is not empty'),
     ],
 )
-def test_a_folder_with_other_files_is_refused_with_a_line_and_nothing_is_changed(
-    data_dir: Path, owner: int, reason: str
-) -> None:
+def test_a_folder_with_other_files_is_left_alone(data_dir: Path, owner: int, reason: str) -> None:
     data_dir.mkdir(mode=0o700)
     (data_dir / "file").touch()
     os.chown(data_dir, owner, owner)

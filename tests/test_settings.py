@@ -140,9 +140,7 @@ def test_the_env_file_is_the_one_beside_the_module_and_not_one_of_the_current_fo
         ('API_PORT=9001\nAPI_TOKENS="alice:0123456789abcdef\nDEBUG=1\n', 2),
     ],
 )
-def test_a_line_of_the_env_file_that_means_nothing_is_refused_by_its_number_only(
-    folder: Path, text: str, number: int
-) -> None:
+def test_a_wrong_line_of_the_env_file_is_numbered(folder: Path, text: str, number: int) -> None:
     (folder / ".env").write_bytes(text.encode())
 
     assert read_error() == f".env is refused: line {number} is not NAME=value"
@@ -270,9 +268,7 @@ WRONG = {
 @pytest.mark.parametrize(
     ("command", "exit_code"), [("incidents.py", 2), ("-m uvicorn incidents:app --port 0", 3)]
 )
-def test_a_start_with_wrong_settings_ends_with_an_exit_code_and_a_line_for_each(
-    command: str, exit_code: int
-) -> None:
+def test_a_start_with_wrong_settings_has_a_line_for_each(command: str, exit_code: int) -> None:
     done = subprocess.run(
         [sys.executable, *command.split()],
         cwd=ROOT,

@@ -3,9 +3,9 @@
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import httpx
 import pytest
 from helpers import Sql, assert_problem
+from httpx import AsyncClient
 
 from incidents import SOURCES, STATUSES
 
@@ -42,7 +42,7 @@ def six_incidents(sql: Sql) -> None:
             sql(change, status, at + timedelta(seconds=seconds), day + 1)
 
 
-async def get_stats(client: httpx.AsyncClient, **query: str) -> Any:
+async def get_stats(client: AsyncClient, **query: str) -> Any:
     """Give the statistics for a period."""
     response = await client.get("/stats", params=query)
     assert response.status_code == 200, response.text
@@ -50,7 +50,7 @@ async def get_stats(client: httpx.AsyncClient, **query: str) -> Any:
 
 
 @pytest.mark.usefixtures("six_incidents")
-async def test_the_figures_are_those_calculated_by_hand(client: httpx.AsyncClient) -> None:
+async def test_the_figures_are_those_calculated_by_hand(client: AsyncClient) -> None:
     # In progress after 10, 20, 40 and 80 s: the median is halfway between 20 and 40. The 95th
     # percentile is at position 0.95 · 3 = 2.85, which is 0.85 of the way from 40 to 80.
     # Resolved after 100, 200 and 600 s: position 0.95 · 2 = 1.9 is 0.9 of the way from 200 to 600.
@@ -66,7 +66,7 @@ async def test_the_figures_are_those_calculated_by_hand(client: httpx.AsyncClien
 
 
 @pytest.mark.usefixtures("six_incidents")
-async def test_a_period_has_the_incidents_created_in_it(client: httpx.AsyncClient) -> None:
+async def test_a_period_has_the_incidents_created_in_it(client: AsyncClient) -> None:
     # The incident of 16 January, 12:00 UTC is in the period; that of 18 January, 12:00 UTC is not.
     period = {"since": "2024-01-16T12:00:00Z", "until": "2024-01-18T15:00:00+03:00"}
     stats = await get_stats(client, **period)
@@ -78,8 +78,8 @@ async def test_a_period_has_the_incidents_created_in_it(client: httpx.AsyncClien
     assert (await get_stats(client, until="2024-01-17"))["incidents"] == 2
 
 
-async def test_without_incidents_counts_are_zero_times_are_null_and_there_are_no_days(
-    client: httpx.AsyncClient,
+async def test_without_incidents_there_are_zeros_nulls_and_no_days(
+    client: AsyncClient,
 ) -> None:
     nothing = {"count": 0, "mean": None, "p50": None, "p95": None}
     expected = {
@@ -100,7 +100,7 @@ async def test_without_incidents_counts_are_zero_times_are_null_and_there_are_no
 
 @pytest.mark.usefixtures("six_incidents")
 async def test_by_day_each_day_has_the_figures_of_a_period_of_that_day(
-    client: httpx.AsyncClient,
+    client: AsyncClient,
 ) -> None:
     # The last day ends before noon, so the incident of 18 January is not in it.
     period = {"since": "2024-01-14", "until": "2024-01-18T11:00:00Z"}
@@ -118,7 +118,7 @@ async def test_by_day_each_day_has_the_figures_of_a_period_of_that_day(
 
 
 async def test_by_day_ends_with_today_and_goes_back_366_days_at_most(
-    client: httpx.AsyncClient,
+    client: AsyncClient,
 ) -> None:
     today = datetime.now(UTC)
     long_ago = today - timedelta(days=366, seconds=-60)
@@ -144,7 +144,7 @@ WRONG_PERIODS = [
 ]
 
 
-async def test_a_wrong_period_is_refused(client: httpx.AsyncClient) -> None:
+async def test_a_wrong_period_is_refused(client: AsyncClient) -> None:
     for query, *pointers in WRONG_QUERIES:
         assert_problem(await client.get(f"/stats?{query}"), 422, *pointers)
     for query, word in WRONG_PERIODS:
