@@ -32,8 +32,6 @@ def with_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(incidents.get_settings(), "api_tokens", tokens)
 
 
-# ── Requests with and without a token ─────────────────────────────────────────────────────────────
-
 # The challenges of RFC 6750, section 3: a client that sent no token is not told of an error.
 CHALLENGE = 'Bearer realm="incidents"'
 INVALID_TOKEN = f'{CHALLENGE}, error="invalid_token"'
@@ -130,8 +128,6 @@ async def test_two_actors_may_use_the_same_idempotency_key(
 
     assert [response.json()["id"] for response in responses] == [2, 3, 2, 3]
 
-
-# ── The start ─────────────────────────────────────────────────────────────────────────────────────
 
 # API_HOST, API_TOKENS, and the levels of the lines that say so.
 LEVELS = [("0.0.0.0", "", ["WARNING"]), ("::", "", ["WARNING"]), ("127.0.0.1", "", ["INFO"])]

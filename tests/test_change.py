@@ -18,9 +18,6 @@ CHANGES = [("/incidents/1", {"source": "partner"}), ("/incidents/1/status", {"st
 both_routes = pytest.mark.parametrize(("path", "change"), CHANGES, ids=["incident", "status"])
 
 
-# ── Show ──────────────────────────────────────────────────────────────────────────────────────────
-
-
 async def test_an_incident_has_its_entity_tag(
     client: AsyncClient, incident: dict[str, Any]
 ) -> None:
@@ -123,9 +120,6 @@ async def test_a_change_to_the_same_values_changes_nothing_and_keeps_its_note(
     assert sql("SELECT kind, note FROM timeline ORDER BY id") == [("created", None), ("note", NOTE)]
     assert sql("SELECT noted_at >= updated_at FROM incidents") == [(True,)]
     assert find_inconsistencies(sql) == []
-
-
-# ── If-Match ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @both_routes

@@ -63,9 +63,6 @@ def end_sessions(url: str) -> None:
     fetch(url, f"{end} WHERE datname = current_database() AND pid <> pg_backend_pid()")
 
 
-# ── Clients ───────────────────────────────────────────────────────────────────────────────────────
-
-
 async def use_api(client: httpx.AsyncClient, count: int = 20) -> list[str]:
     """Create and change incidents at once; give the answers that failed or are of others."""
 
@@ -273,59 +270,52 @@ async def test_the_log_says_when_writes_fail_once_a_minute_and_when_one_has_succ
     monkeypatch.setattr(incidents, "time", clock)
     logged: list[tuple[float, str]] = []
 
-    async def note_lines(*methods: str) -> None:
+    async def send_at(at: float, *methods: str) -> None:
+        nonlocal now
+        now = at
         for method in methods:
             await client.request(method, "/incidents/", json=new_incident())
-            logged.extend((now, line) for line in caplog.messages)
-            caplog.clear()
+        logged.extend((at, line) for line in caplog.messages)
+        caplog.clear()
 
     with failing_writes(sql):
-        for seconds in (0, 30, 60, 61, 121, 122):
-            now = 1000 + seconds
-            await note_lines("GET", "POST", "GET")
-    now = 1123  # others may still fail
-    await note_lines("GET", "POST")
-    now = 1124
-    await note_lines("GET", "POST", "POST", "GET")
+        for at in (1000, 1030, 1060, 1061, 1121, 1122):
+            await send_at(at, "GET", "POST", "GET")
+    await send_at(1123, "GET", "POST")  # others may still fail
+    await send_at(1124, "GET", "POST", "POST", "GET")
     with failing_writes(sql):
-        await note_lines("POST", "POST")
+        await send_at(1124, "POST", "POST")
 
     assert [at for at, _ in logged] == [1000, 1061, 1122, 1124, 1124]
     assert ["serves again" in line for _, line in logged] == [False, False, False, True, False]
     assert ["cannot serve" in line for _, line in logged] == [True, True, True, False, True]
 
 
-@pytest.mark.parametrize(
-    ("sqlstate", "status"),
-    [
-        # Connection lost, login refused, serialization, disk full, lock, cancelled, read-only, no
-        # such database, a right is missing; and what a pooler makes of prepared statements.
-        *((state, 503) for state in ("08006", "28P01", "40001", "53100", "55P03", "57014")),
-        *((state, 503) for state in ("25006", "3D000", "42501", "26000", "42P05")),
-        ("22001", 422),  # a value is too long
-        ("42P01", 500),  # no such table
-    ],
-)
+# Connection lost, login refused, serialization, disk full, lock, cancelled, read-only, no such
+# database, a right is missing; and what a pooler makes of prepared statements.
+NOT_NOW = ["08006", "28P01", "40001", "53100", "55P03", "57014", "25006", "3D000", "42501"]
+NOT_NOW += ["26000", "42P05"]
+TOO_LONG, NO_SUCH_TABLE = "22001", "42P01"
+
+
 async def test_an_error_that_says_not_now_gets_503_and_is_no_bug(
-    client: httpx.AsyncClient,
-    sql: Sql,
-    caplog: pytest.LogCaptureFixture,
-    sqlstate: str,
-    status: int,
+    client: httpx.AsyncClient, sql: Sql, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with failing_writes(sql, sqlstate):
-        refused = await client.post("/incidents/", json=new_incident())
+    statuses = dict.fromkeys(NOT_NOW, 503) | {TOO_LONG: 422, NO_SUCH_TABLE: 500}
+    for sqlstate, status in statuses.items():
+        incidents.database.logged_at = float("-inf")
+        caplog.clear()
+        with failing_writes(sql, sqlstate):
+            refused = await client.post("/incidents/", json=new_incident())
 
-    assert_problem(refused, status)
-    assert ("retry-after" in refused.headers) == (status == 503)
-    printed = "\n".join(caplog.messages)
-    assert "Unlogged" not in printed
-    assert ("cannot serve: not now" in printed) == (status == 503)
-    assert ("failed: " in printed) == (status == 500)
-    assert (incidents.POOLER_REMEDY in printed) == (sqlstate in ("26000", "42P05"))
+        assert_problem(refused, status)
+        assert ("retry-after" in refused.headers) == (status == 503)
+        printed = "\n".join(caplog.messages)
+        assert "Unlogged" not in printed
+        assert ("cannot serve: not now" in printed) == (status == 503)
+        assert ("failed: " in printed) == (status == 500)
+        assert (incidents.POOLER_REMEDY in printed) == (sqlstate in ("26000", "42P05"))
 
-
-# ── PgBouncer ─────────────────────────────────────────────────────────────────────────────────────
 
 PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 
@@ -358,9 +348,6 @@ async def test_behind_pgbouncer_in_session_mode_all_works(serve: Serve, database
 
     assert failures == []
     assert not re.search("Traceback|ERROR|cannot serve", server.printed())
-
-
-# ── Names ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_connections_are_as_many_as_the_pool_may_have_and_have_the_name_of_the_service(

@@ -34,8 +34,6 @@ async def test_reports_run_one_at_a_time(client: AsyncClient, database_url: str,
     assert {response.status_code for response in responses} == {200}
 
 
-# ── Searches ──────────────────────────────────────────────────────────────────────────────────────
-
 # A search for one or two characters sleeps for 10 ms at each incident that it looks at.
 SLOW_CONTAINS_TEXT = """
     CREATE OR REPLACE FUNCTION contains_text(description text, pattern text, has_accents boolean)
@@ -111,9 +109,6 @@ async def test_only_a_text_with_trigrams_uses_their_index(sql: Sql) -> None:
             has_accents,
         )
         assert tuple(found) == ways, text
-
-
-# ── The session ───────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(("of_role", "expected"), [("", "35s"), ("7s", "7s"), ("50s", "50s")])

@@ -187,9 +187,6 @@ async def test_labels_changed_at_the_same_time_are_kept(client: AsyncClient, sql
     assert find_inconsistencies(sql) == []
 
 
-# ── Idempotency keys ──────────────────────────────────────────────────────────────────────────────
-
-
 async def test_a_retry_has_the_same_labels_in_any_order(client: AsyncClient, sql: Sql) -> None:
     labels = {"b": "1", "a": "2", "команда": "🔥"}
     await report(client, labels, headers=KEY)
@@ -212,9 +209,6 @@ async def test_a_key_from_before_there_were_labels_works(client: AsyncClient, sq
     again = await report(client, {}, headers=KEY)
     assert again.headers["idempotent-replayed"] == "true"
     assert_problem(await report(client, {"team": "db"}, headers=KEY), 422)
-
-
-# ── Filters ───────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_commas_mean_or_and_repeated_filters_mean_and(client: AsyncClient) -> None:

@@ -315,9 +315,6 @@ def test_a_foreign_database_is_refused(new_database: NewDatabase, found: str, re
     assert find_applied(url) == []
 
 
-# ── The command line of yoyo ──────────────────────────────────────────────────────────────────────
-
-
 def test_the_yoyo_command_knows_the_migrations(new_database: NewDatabase, tmp_path: Path) -> None:
     shutil.copy(ROOT / "yoyo.ini", tmp_path)
     shutil.copytree(ROOT / "migrations", tmp_path / "migrations")

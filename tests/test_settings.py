@@ -256,8 +256,6 @@ def test_logs_name_a_database_by_host_and_port(url: str, names: list[str]) -> No
     assert list(incidents.list_servers(normalize_database_url(url))) == names
 
 
-# ── When the service starts ───────────────────────────────────────────────────────────────────────
-
 WRONG = {
     "API_PORT": "eighty",
     "CORS_ORIGINS": "*.example.com",

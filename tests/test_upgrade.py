@@ -98,8 +98,6 @@ async def use_api_in_process(url: str) -> list[str]:
         return await use_api(client)
 
 
-# ── A database of the version before ──────────────────────────────────────────────────────────────
-
 ROWS_BEFORE = """
     INSERT INTO incidents (description, source, created_at, updated_at)
     SELECT 'Nr. ' || n, 'partner', timestamptz '2026-01-01Z', timestamptz '2026-01-01Z'
@@ -174,9 +172,6 @@ def test_a_database_between_two_versions_is_left_as_it_is(
     assert (describe_schema(url), find_applied(url)) == before
 
 
-# ── A column more ─────────────────────────────────────────────────────────────────────────────────
-
-
 def add_migration(folder: Path, statements: str, undo: str = "") -> str:
     """Copy the migrations into a folder, add one, and give its name."""
     name = "0099.add-what-the-test-needs"
@@ -205,9 +200,6 @@ async def test_each_table_can_get_a_column(create_database: NewDatabase, tmp_pat
     assert describe_schema(url) == before
 
 
-# ── Waiting for a lock ────────────────────────────────────────────────────────────────────────────
-
-
 async def test_a_migration_gives_up_after_its_last_try_or_goes_on_when_the_reader_has_ended(
     database_url: str,
     tmp_path: Path,
@@ -231,9 +223,6 @@ async def test_a_migration_gives_up_after_its_last_try_or_goes_on_when_the_reade
     assert given_up == (1, NAMES[-1])
     assert find_applied(database_url)[-1] == name
     assert caplog.messages[2] == "Try 2 of 100: a migration waits for a table in use"
-
-
-# ── A rolling upgrade ─────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
