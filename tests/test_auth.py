@@ -20,7 +20,10 @@ from httpx import AsyncClient
 
 import incidents
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_incident"), pytest.mark.one_database]
+pytestmark = [
+    *(pytest.mark.anyio, pytest.mark.one_database),
+    pytest.mark.usefixtures("one_incident", "with_tokens"),
+]
 
 StoredRows = Callable[[], list[Rows]]
 
@@ -40,7 +43,6 @@ UNKNOWN_TOKEN = ["s3cr3t-of-write", "s3cr3t-of-writer0", "S3CR3T-OF-WRITER", "wr
 UNKNOWN_TOKEN += ["writer:s3cr3t-of-writer", "s3cr3t-of-writer s3cr3t-of-reader"]
 
 
-@pytest.mark.usefixtures("with_tokens")
 async def test_a_client_without_a_known_token_is_told_how_to_send_one(client: AsyncClient) -> None:
     unknown = [(f"Bearer {token}", INVALID_TOKEN) for token in UNKNOWN_TOKEN]
     for header, challenge in [*((header, CHALLENGE) for header in NO_TOKEN), *unknown]:
@@ -52,7 +54,6 @@ async def test_a_client_without_a_known_token_is_told_how_to_send_one(client: As
         assert b"s3cr3t" not in response.content
 
 
-@pytest.mark.usefixtures("with_tokens")
 async def test_a_request_without_a_known_token_is_refused_everywhere_and_changes_nothing(
     client: AsyncClient, stored_rows: StoredRows
 ) -> None:
@@ -67,7 +68,6 @@ async def test_a_request_without_a_known_token_is_refused_everywhere_and_changes
     assert stored_rows() == before
 
 
-@pytest.mark.usefixtures("with_tokens")
 async def test_a_request_with_a_token_is_allowed_on_every_route(client: AsyncClient) -> None:
     for scheme in ("Bearer", "bearer", "BEARER "):
         headers = {"Authorization": f"{scheme} s3cr3t-of-writer"}
@@ -76,7 +76,6 @@ async def test_a_request_with_a_token_is_allowed_on_every_route(client: AsyncCli
         assert [response.text for response in responses if not response.is_success] == []
 
 
-@pytest.mark.usefixtures("with_tokens")
 async def test_a_limited_token_has_its_limits(client: AsyncClient, stored_rows: StoredRows) -> None:
     reporter = {"Authorization": "Bearer s3cr3t-of-grafana"}
     for route in PRIVATE_ROUTES:
@@ -94,7 +93,6 @@ async def test_a_limited_token_has_its_limits(client: AsyncClient, stored_rows: 
                     assert stored_rows() == before
 
 
-@pytest.mark.usefixtures("with_tokens")
 async def test_a_public_route_and_a_refused_method_need_no_token(client: AsyncClient) -> None:
     for headers in ({}, READER, {"Authorization": "Basic YTpi"}):
         responses = [await call_route(client, route, headers=headers) for route in PUBLIC_ROUTES]
@@ -105,7 +103,6 @@ async def test_a_public_route_and_a_refused_method_need_no_token(client: AsyncCl
             assert_problem(await client.delete(path, headers=headers), 405)
 
 
-@pytest.mark.usefixtures("with_tokens")
 async def test_the_timeline_shows_the_name_of_the_token_as_the_actor(client: AsyncClient) -> None:
     await client.post("/incidents/", json=NEW_INCIDENT, headers=WRITER)
     await client.patch("/incidents/2", json={"source": "partner"}, headers=SECOND_WRITER)
@@ -116,7 +113,6 @@ async def test_the_timeline_shows_the_name_of_the_token_as_the_actor(client: Asy
     assert actors == [("created", "writer"), ("edited", "second"), ("note", "second")]
 
 
-@pytest.mark.usefixtures("with_tokens")
 async def test_two_actors_may_use_the_same_idempotency_key(
     client: AsyncClient,
 ) -> None:

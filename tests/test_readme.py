@@ -337,12 +337,8 @@ def test_ci_runs_the_test_commands_of_the_readme() -> None:
     assert [command for command in code.splitlines() if f"\n{command}" not in ci] == []
 
 
-# What a shell needs besides PATH: where packages come from, and where files may be kept.
-INHERITED = re.compile(
-    r"HOME|USER|LANG|LC_\w+|TMPDIR|PIP_\w+|UV_\w*(INDEX|LINKS|CACHE|CONFIG)\w*|SSL_\w+"
-    r"|REQUESTS_CA_BUNDLE|\w+_proxy",
-    re.IGNORECASE,
-)
+# What the shell of a user does not have: settings, and what the tests' own Python sets.
+NOT_INHERITED = re.compile(f"{'|'.join(SETTING_NAMES)}|PYTHON.*|VIRTUAL_ENV|UV_PROJECT.*")
 
 
 @pytest.fixture
@@ -367,8 +363,8 @@ def test_the_first_command_needs_only_the_systems_python(checkout: Path, tmp_pat
         pytest.skip("/usr/bin/python3 is missing, older than 3.11, or without python3-venv")
     _, command = blocks(section("Run it"))[0]
     port, log = free_port(), tmp_path / "first-command.log"
-    inherited = {name: text for name, text in os.environ.items() if INHERITED.fullmatch(name)}
-    environment = inherited | {"PATH": "/usr/bin:/bin", "API_PORT": str(port)}
+    environment = {k: v for k, v in os.environ.items() if not NOT_INHERITED.fullmatch(k)}
+    environment |= {"PATH": "/usr/bin:/bin", "API_PORT": str(port)}
     options: dict[str, Any] = {"cwd": checkout, "env": environment, "stderr": subprocess.STDOUT}
     with log.open("wb") as output:
         # A session of its own, like a terminal's, so that its Ctrl-C reaches all processes in it.
