@@ -113,9 +113,7 @@ async def test_the_timeline_shows_the_name_of_the_token_as_the_actor(client: Asy
     assert actors == [("created", "writer"), ("edited", "second"), ("note", "second")]
 
 
-async def test_two_actors_may_use_the_same_idempotency_key(
-    client: AsyncClient,
-) -> None:
+async def test_two_actors_may_use_the_same_idempotency_key(client: AsyncClient) -> None:
     key = {"Idempotency-Key": "1"}
     responses = [
         await client.post("/incidents/", json=NEW_INCIDENT, headers=key | actor)

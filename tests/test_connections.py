@@ -362,9 +362,7 @@ async def test_connections_are_as_many_as_the_pool_may_have_and_have_the_name_of
     assert names == [("incidents",)] * 2
 
 
-async def test_prepared_statements_are_numbered_from_a_random_number(
-    database_url: str,
-) -> None:
+async def test_prepared_statements_are_numbered_from_a_random_number(database_url: str) -> None:
     connection = await asyncpg.connect(database_url)
     name = (await connection.prepare("SELECT 1")).get_name()
     await connection.close()
@@ -423,9 +421,7 @@ async def test_on_a_standby_reads_work_and_whoever_needs_writes_replaces_the_ses
 
 
 @pytest.mark.slow
-async def test_it_is_not_ready_while_no_commit_ends(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_it_is_not_ready_while_no_commit_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(incidents.SQL.write_check, "seconds", 0.5)
     with (
         tempfile.TemporaryDirectory() as folder,

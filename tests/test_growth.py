@@ -68,11 +68,7 @@ async def time_search(client: AsyncClient, text: str) -> tuple[float, Response]:
 # With two slow searches, some of the workers are free; with six, none is for a second.
 @pytest.mark.parametrize(("count", "longest"), [(2, 0.3), (6, 1)])
 async def test_a_slow_search_ends_with_advice_and_a_quick_one_is_answered_meanwhile(
-    client: AsyncClient,
-    sql: Sql,
-    monkeypatch: pytest.MonkeyPatch,
-    count: int,
-    longest: float,
+    client: AsyncClient, sql: Sql, monkeypatch: pytest.MonkeyPatch, count: int, longest: float
 ) -> None:
     sql(SLOW_CONTAINS_TEXT)
     sql(INSERT_INCIDENTS, "сервер ")

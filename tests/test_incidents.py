@@ -34,9 +34,7 @@ async def test_the_example_request_creates_an_incident(client: AsyncClient, sql:
     assert sql(entries) == [(1, "created", "anonymous", moment)]
 
 
-async def test_each_incident_gets_the_next_id_and_its_own_location(
-    client: AsyncClient,
-) -> None:
+async def test_each_incident_gets_the_next_id_and_its_own_location(client: AsyncClient) -> None:
     responses = [
         await client.post(path, json=NEW_INCIDENT | {"source": source})
         for path, source in zip(["/incidents/", "/incidents", "/incidents/"], SOURCES, strict=True)

@@ -82,9 +82,7 @@ async def test_every_text_can_be_a_name_and_a_value(client: AsyncClient, sql: Sq
     assert await find_ids(client, f"value:{','.join(TEXTS)}") == list(range(len(TEXTS), 0, -1))
 
 
-async def test_an_incident_can_have_the_most_and_longest_labels(
-    client: AsyncClient,
-) -> None:
+async def test_an_incident_can_have_the_most_and_longest_labels(client: AsyncClient) -> None:
     labels = {f"{number:02}{'🔥' * 98}": "я" * 1000 for number in range(32)}
     reported = await report(client, labels)
 

@@ -182,9 +182,7 @@ async def test_waiting_calls_are_shown_by_statement_and_connections_by_their_use
     assert during[idle] + during[in_use] == open_ones == after[idle]
 
 
-async def test_requests_that_wait_for_entries_are_listeners(
-    client: AsyncClient,
-) -> None:
+async def test_requests_that_wait_for_entries_are_listeners(client: AsyncClient) -> None:
     polls = [asyncio.create_task(client.get("/timeline?wait=30&after=latest")) for _ in range(3)]
     during = await wait_for_value(client, LISTENERS, 3)
     await client.post("/incidents/", json=NEW_INCIDENT)

@@ -107,9 +107,7 @@ def test_each_migration_can_be_rolled_back_and_run_twice(
 # ── Several at once, and killed in the middle ─────────────────────────────────────────────────────
 
 
-def test_two_processes_may_migrate_one_empty_database_at_once(
-    new_database: NewDatabase,
-) -> None:
+def test_two_processes_may_migrate_one_empty_database_at_once(new_database: NewDatabase) -> None:
     url = new_database()
     waiting = f"{SESSIONS} AND query LIKE 'SELECT pg_try_advisory_lock%'"
     with psycopg.connect(url, autocommit=True) as session:
@@ -232,9 +230,7 @@ async def test_the_next_id_follows_the_last_one(replaced: str, change: str, next
     assert [incident["id"] for incident in made] == [next_id, next_id + 1]
 
 
-async def test_old_incidents_may_break_todays_rules_and_new_ones_may_not(
-    replaced: str,
-) -> None:
+async def test_old_incidents_may_break_todays_rules_and_new_ones_may_not(replaced: str) -> None:
     async with open_client(replaced) as client:
         for row in REPLACED[1:4]:
             path, description = f"/incidents/{row[0]}", row[1]
@@ -252,9 +248,7 @@ async def test_old_incidents_may_break_todays_rules_and_new_ones_may_not(
             fetch(replaced, new, description)
 
 
-async def test_a_take_over_can_be_rolled_back_and_loses_nothing_old(
-    replaced: str,
-) -> None:
+async def test_a_take_over_can_be_rolled_back_and_loses_nothing_old(replaced: str) -> None:
     fetch(replaced, "CREATE EXTENSION pg_trgm")
     before = describe_schema(replaced)
     async with open_client(replaced) as client:

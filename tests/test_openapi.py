@@ -265,9 +265,7 @@ async def test_a_route_refuses_as_described_and_only_so(
     assert (401 in statuses) == ({"token": []} in OPERATIONS[route.name]["security"])
 
 
-async def test_answers_that_show_everything_are_as_described(
-    client: httpx.AsyncClient,
-) -> None:
+async def test_answers_that_show_everything_are_as_described(client: httpx.AsyncClient) -> None:
     event = {"event_action": "trigger", "dedup_key": "a", "payload": {"summary": "Диск"}}
     changes = {"description": "text", "source": "partner", "status": "closed"}
     change = changes | {"labels": {"severity": "critical"}, "note": "text"}

@@ -290,9 +290,7 @@ def test_a_search_takes_the_right_way(session: Session, query: Query, way: str, 
 # ── Metrics and statistics ────────────────────────────────────────────────────────────────────────
 
 
-def test_unresolved_incidents_are_counted_in_an_index_without_the_closed(
-    session: Session,
-) -> None:
+def test_unresolved_incidents_are_counted_in_an_index_without_the_closed(session: Session) -> None:
     command = SQL("EXECUTE unresolved_incidents ({}, {})").format(
         Literal(["open", "in_progress"]), Literal(list(incidents.SOURCES))
     )
@@ -304,9 +302,7 @@ def test_unresolved_incidents_are_counted_in_an_index_without_the_closed(
     assert buffers < 40  # so it does not look into the table
 
 
-def test_statistics_of_some_days_read_the_incidents_of_those_days_only(
-    session: Session,
-) -> None:
+def test_statistics_of_some_days_read_the_incidents_of_those_days_only(session: Session) -> None:
     for days in (1, 7):
         command = SQL("EXECUTE stats ('2024-01-10Z', {}, false)").format(
             Literal(f"2024-01-{10 + days}Z")
@@ -365,9 +361,7 @@ COSTLY: list[tuple[Query, int]] = [
 ]
 
 
-def test_a_search_that_grows_with_the_table_reads_a_known_part_of_it(
-    session: Session,
-) -> None:
+def test_a_search_that_grows_with_the_table_reads_a_known_part_of_it(session: Session) -> None:
     _, walk = explain(session, SQL("SELECT count(description) FROM incidents").format())
     two_letters: list[Query] = [{"q": "цц"}, {"q": "цц", "status": "open"}]
     bounds = [(query, 1500) for query in GROWING] + COSTLY

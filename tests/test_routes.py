@@ -126,9 +126,7 @@ async def test_an_unknown_query_parameter_is_refused_where_it_could_mean_somethi
     assert stored_rows() == before
 
 
-async def test_an_unknown_query_parameter_of_a_machine_is_ignored(
-    client: AsyncClient,
-) -> None:
+async def test_an_unknown_query_parameter_of_a_machine_is_ignored(client: AsyncClient) -> None:
     assert (await client.get("/docs/swagger.js?version=1")).status_code == 200
     for route in [*PAGE_ROUTES[:3], *(route for route in ROUTES if route.path in IGNORING)]:
         for query in ("uptime_kuma_cachebuster=a1b2c3", "1719500000", "cluster=prod&cluster=b"):

@@ -161,11 +161,7 @@ def test_the_first_start_makes_a_database_whatever_the_folder_and_the_environmen
 
 @pytest.mark.parametrize(
     ("command_line", "number"),
-    [
-        (MAIN, SIGINT),
-        (UVICORN, SIGTERM),
-        pytest.param(WORKERS, SIGINT, marks=pytest.mark.slow),
-    ],
+    [(MAIN, SIGINT), (UVICORN, SIGTERM), pytest.param(WORKERS, SIGINT, marks=pytest.mark.slow)],
 )
 def test_a_signal_ends_all_processes_and_the_data_remains(
     serve: Serve, data_dir: Path, command_line: str, number: int
@@ -236,9 +232,7 @@ with incidents.embedded_postgres(pathlib.Path(sys.argv[1])) as url:
 """
 
 
-def test_processes_that_start_together_share_a_server_that_the_last_stops(
-    data_dir: Path,
-) -> None:
+def test_processes_that_start_together_share_a_server_that_the_last_stops(data_dir: Path) -> None:
     command, pipe = [sys.executable, "-c", RUN_EMBEDDED, str(data_dir)], subprocess.PIPE
     killed, first, last = processes = [
         subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
@@ -260,9 +254,7 @@ def test_processes_that_start_together_share_a_server_that_the_last_stops(
     assert was_stopped_in_order(data_dir)
 
 
-def test_a_server_that_was_left_running_is_used_on_any_port_and_stopped(
-    data_dir: Path,
-) -> None:
+def test_a_server_that_was_left_running_is_used_on_any_port_and_stopped(data_dir: Path) -> None:
     with incidents.embedded_postgres(data_dir):
         pass
     options = f"{incidents.EMBEDDED_SETTINGS} -p 6543"
@@ -344,9 +336,7 @@ def test_requests_before_a_signal_are_answered(serve: Serve, database_url: str, 
 # ── Who may reach the embedded database ───────────────────────────────────────────────────────────
 
 
-def test_the_embedded_server_has_only_a_socket_that_others_cannot_reach(
-    data_dir: Path,
-) -> None:
+def test_the_embedded_server_has_only_a_socket_that_others_cannot_reach(data_dir: Path) -> None:
     with incidents.embedded_postgres(data_dir) as url:
         processes = find_processes(data_dir)
         internet = [process.net_connections("inet") for process in processes]
@@ -358,9 +348,7 @@ def test_the_embedded_server_has_only_a_socket_that_others_cannot_reach(
     assert stat.S_IMODE(data_dir.stat().st_mode) == 0o700
 
 
-def test_the_embedded_server_logs_errors_but_no_text_and_no_statement(
-    data_dir: Path,
-) -> None:
+def test_the_embedded_server_logs_errors_but_no_text_and_no_statement(data_dir: Path) -> None:
     def read_log() -> str:
         return "".join(file.read_text("utf-8") for file in (data_dir / "logs").iterdir())
 

@@ -103,11 +103,7 @@ def test_a_setting_is_read_from_the_environment_as_people_and_tools_write_it(
     ],
 )
 def test_the_environment_comes_before_the_env_file(
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    text: str,
-    environment: dict[str, str],
-    port: int,
+    folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, environment: dict[str, str], port: int
 ) -> None:
     (folder / ".env").write_bytes(text.encode())
     for name, value in environment.items():

@@ -62,9 +62,7 @@ def test_a_batched_statement_takes_arrays_and_a_read_leaves_the_tables_alone() -
             assert all(kind.endswith("[]") for _, kind in PARAMETER.findall(text)), name
 
 
-async def test_the_server_takes_a_statement_with_the_types_of_its_header(
-    connection: Any,
-) -> None:
+async def test_the_server_takes_a_statement_with_the_types_of_its_header(connection: Any) -> None:
     declared, taken = {}, {}
     for name, text in TEXTS.items():
         statement = await connection.prepare(text)

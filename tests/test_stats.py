@@ -78,9 +78,7 @@ async def test_a_period_has_the_incidents_created_in_it(client: AsyncClient) -> 
     assert (await get_stats(client, until="2024-01-17"))["incidents"] == 2
 
 
-async def test_without_incidents_there_are_zeros_nulls_and_no_days(
-    client: AsyncClient,
-) -> None:
+async def test_without_incidents_there_are_zeros_nulls_and_no_days(client: AsyncClient) -> None:
     nothing = {"count": 0, "mean": None, "p50": None, "p95": None}
     expected = {
         "incidents": 0,
@@ -99,9 +97,7 @@ async def test_without_incidents_there_are_zeros_nulls_and_no_days(
 
 
 @pytest.mark.usefixtures("six_incidents")
-async def test_by_day_each_day_has_the_figures_of_a_period_of_that_day(
-    client: AsyncClient,
-) -> None:
+async def test_by_day_each_day_has_the_figures_of_a_period_of_that_day(client: AsyncClient) -> None:
     # The last day ends before noon, so the incident of 18 January is not in it.
     period = {"since": "2024-01-14", "until": "2024-01-18T11:00:00Z"}
     stats = await get_stats(client, by="day", **period)
@@ -117,9 +113,7 @@ async def test_by_day_each_day_has_the_figures_of_a_period_of_that_day(
     assert [day["incidents"] for day in expected] == [0, 1, 1, 1, 0]
 
 
-async def test_by_day_ends_with_today_and_goes_back_366_days_at_most(
-    client: AsyncClient,
-) -> None:
+async def test_by_day_ends_with_today_and_goes_back_366_days_at_most(client: AsyncClient) -> None:
     today = datetime.now(UTC)
     long_ago = today - timedelta(days=366, seconds=-60)
     days = (await get_stats(client, by="day", since=long_ago.isoformat()))["days"]

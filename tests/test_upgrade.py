@@ -25,14 +25,7 @@ from helpers import (
     open_client,
     wait_until,
 )
-from schemas import (
-    apply,
-    describe_schema,
-    fetch,
-    find_applied,
-    roll_back,
-    run_debian_postgres,
-)
+from schemas import apply, describe_schema, fetch, find_applied, roll_back, run_debian_postgres
 
 import incidents
 
@@ -156,9 +149,7 @@ async def test_a_database_of_the_version_before_loses_nothing_and_gets_todays_sc
     assert await use_api_in_process(upgraded) == []
 
 
-def test_a_database_between_two_versions_is_left_as_it_is(
-    new_database: NewDatabase,
-) -> None:
+def test_a_database_between_two_versions_is_left_as_it_is(new_database: NewDatabase) -> None:
     url = new_database()
     fetch(url, SCHEMA_BEFORE)
     fetch(url, "DROP TABLE dedup_keys")
