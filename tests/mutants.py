@@ -34,20 +34,11 @@ MOST_TESTS = 60
 FILES_OF_PYTHON = ("settings", "problems", "routes", "openapi", "sockets", "running", "connections")
 FILES_OF_MIGRATIONS = ("migrations", "sql", "plans", "labels", "upgrade", "events", "idempotency")
 
-PYTHON_TURNED: dict[type[ast.AST], type[Any]] = {
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-    ast.And: ast.Or,
-    ast.Or: ast.And,
-}
+PAIRS: list[tuple[type[Any], type[Any]]] = [
+    *((ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq)),
+    *((ast.Is, ast.IsNot), (ast.In, ast.NotIn), (ast.And, ast.Or)),
+]
+PYTHON_TURNED = dict(PAIRS) | {second: first for first, second in PAIRS}
 # Log lines, what only Windows uses, and what is only a text.
 SKIPPED = re.compile(r"\blog\.|print\(|__name__|win32|TypeVar|Histogram\(|Gauge\(|gc\.|^import ")
 SQL_CHANGES = [

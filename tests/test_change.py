@@ -33,9 +33,6 @@ async def test_a_client_that_has_it_gets_304(client: AsyncClient, incident: dict
         assert_problem(await client.get("/incidents/2", headers={"If-None-Match": any_tag}), 404)
 
 
-# ── Change ────────────────────────────────────────────────────────────────────────────────────────
-
-
 async def test_any_status_may_follow_any_other_and_each_change_is_on_the_timeline(
     client: AsyncClient, sql: Sql, incident: dict[str, Any]
 ) -> None:
@@ -128,9 +125,6 @@ async def test_a_change_is_made_only_when_if_match_has_the_current_version(
 
         assert response.status_code == 200, tags
         assert response.headers["etag"] == f'"{version + 1}"'
-
-
-# ── At the same time ──────────────────────────────────────────────────────────────────────────────
 
 
 async def test_changes_and_notes_at_the_same_time_are_made(client: AsyncClient, sql: Sql) -> None:

@@ -36,6 +36,7 @@ from helpers import (
 from psycopg.conninfo import conninfo_to_dict
 from schemas import fetch, name_of
 from test_faults import get_status, new_incident, wait_until_ready
+from test_running import open_folder
 
 import incidents
 
@@ -63,7 +64,7 @@ def end_sessions(url: str) -> None:
     fetch(url, f"{end} WHERE datname = current_database() AND pid <> pg_backend_pid()")
 
 
-async def use_api(client: httpx.AsyncClient, count: int = 20) -> list[str]:
+async def use_api(client: httpx.AsyncClient) -> list[str]:
     """Create and change incidents at once; give the answers that failed or are of others."""
 
     async def use(name: str) -> str:
@@ -73,13 +74,13 @@ async def use_api(client: httpx.AsyncClient, count: int = 20) -> list[str]:
         is_right = changed.is_success and changed.json()["description"] == name
         return "" if is_right else created.text + changed.text
 
-    return [*filter(None, await asyncio.gather(*(use(f"{number}") for number in range(count))))]
+    return [*filter(None, await asyncio.gather(*(use(f"{number}") for number in range(50))))]
 
 
-async def use_server(server: Server, count: int = 20) -> list[str]:
+async def use_server(server: Server) -> list[str]:
     """Do what `use_api` does, over HTTP."""
     async with httpx.AsyncClient(base_url=server.url, timeout=20) as client:
-        return await use_api(client, count)
+        return await use_api(client)
 
 
 def find_lines(server: Server, text: str) -> list[str]:
@@ -205,12 +206,16 @@ def limited_role(new_database: NewDatabase, server_url: str) -> Iterator[tuple[s
     fetch(server_url, f"DROP ROLE {name}")
 
 
-def test_who_may_make_no_table_is_told_so(limited_role: tuple[str, str], server_url: str) -> None:
+def test_a_role_that_may_make_no_table_ends_the_start_and_is_told_so(
+    serve: Serve, limited_role: tuple[str, str], server_url: str
+) -> None:
     name, url = limited_role
     fetch(server_url, f"ALTER DATABASE {name} OWNER TO CURRENT_USER")
+    server = serve(wait=False, DATABASE_URL=url)
 
-    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="permission denied for schema"):
-        incidents.migrate(url)
+    assert server.process.wait(30) == 1
+    assert "a migration failed: permission denied for schema" in server.printed()
+    assert 'File "' not in server.printed()
 
 
 @pytest.fixture(autouse=True)
@@ -340,7 +345,7 @@ async def test_behind_pgbouncer_in_session_mode_all_works(serve: Serve, database
             url = change_url(database_url, host="127.0.0.1", port=port)
             # It tries again until PgBouncer listens.
             server = await asyncio.to_thread(serve, DATABASE_URL=url)
-            failures = await use_server(server, 100)
+            failures = await use_server(server)
             server.stop()
         finally:
             process.kill()
@@ -355,7 +360,7 @@ async def test_connections_are_as_many_as_the_pool_may_have_and_have_the_name_of
 ) -> None:
     monkeypatch.setattr(incidents.get_settings(), "db_pool_size", 2)
     async with open_client(database_url) as client:
-        assert await use_api(client, 100) == []
+        assert await use_api(client) == []
         others = "datname = current_database() AND pid <> pg_backend_pid()"
         names = sql(f"SELECT application_name FROM pg_stat_activity WHERE {others}")
 
@@ -423,10 +428,7 @@ async def test_on_a_standby_reads_work_and_whoever_needs_writes_replaces_the_ses
 @pytest.mark.slow
 async def test_it_is_not_ready_while_no_commit_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(incidents.SQL.write_check, "seconds", 0.5)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        incidents.embedded_postgres(Path(folder).resolve() / "data") as url,
-    ):
+    with open_folder() as folder, incidents.embedded_postgres(folder / "data") as url:
 
         def set_standby(action: str) -> None:
             fetch(url, f"ALTER SYSTEM {action}")

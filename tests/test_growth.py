@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import psycopg
 import pytest
-from helpers import Sql, assert_problem, async_wait_until
+from helpers import Sql, assert_problem, async_wait_until, insert_incidents
 from httpx import AsyncClient, Response
 
 import incidents
@@ -47,10 +47,6 @@ SLOW_CONTAINS_TEXT = """
     END
     $$"""
 
-INSERT_INCIDENTS = """
-    INSERT INTO incidents (description, source)
-    SELECT %s || number, 'partner' FROM generate_series(1, 2000) AS number"""
-
 RUNNING = """
     SELECT coalesce(max(extract(epoch FROM clock_timestamp() - query_start)), 0)::float
       FROM pg_stat_activity
@@ -71,13 +67,13 @@ async def test_a_slow_search_ends_with_advice_and_a_quick_one_is_answered_meanwh
     client: AsyncClient, sql: Sql, monkeypatch: pytest.MonkeyPatch, count: int, longest: float
 ) -> None:
     sql(SLOW_CONTAINS_TEXT)
-    sql(INSERT_INCIDENTS, "сервер ")
+    insert_incidents(sql, 2000)
     monkeypatch.setattr(incidents.SQL.incident_search, "seconds", 1)
-    await time_search(client, "сервер 77")
+    await time_search(client, "number 77")
     texts = ["ъ", "🦄", "ъъ", "ыъ", "щъ", "эъ"][:count]
     slow = [asyncio.create_task(time_search(client, text)) for text in texts]
     await async_wait_until(lambda: sql(RUNNING)[0][0] > 0.4)
-    seconds, quick = await time_search(client, "сервер 77")
+    seconds, quick = await time_search(client, "number 77")
     results = await asyncio.gather(*slow)
     # They have ended in PostgreSQL too.
     await async_wait_until(lambda: sql(RUNNING)[0][0] == 0, seconds=1)
@@ -92,7 +88,7 @@ async def test_a_slow_search_ends_with_advice_and_a_quick_one_is_answered_meanwh
 
 
 async def test_only_a_text_with_trigrams_uses_their_index(sql: Sql) -> None:
-    sql(INSERT_INCIDENTS, "number ")
+    insert_incidents(sql, 2000)
     short = ["ъ", "аб", "🔥", "🔥🔥🔥", "של", "%%%", "__", "\\\\\\", "ъ%", "è"]
     expected = dict.fromkeys(short, ("list", "chosen"))
     expected |= dict.fromkeys(["провод", "10.0.0.1", "я я"], ("texts", "texts"))

@@ -141,16 +141,6 @@ def test_a_killed_migration_is_finished_later(new_database: NewDatabase, serve: 
     assert fetch(url, "SELECT pid FROM yoyo_lock") == []
 
 
-def test_a_read_only_database_ends_the_start(new_database: NewDatabase, serve: Serve) -> None:
-    url = new_database()
-    fetch(url, f"ALTER DATABASE {name_of(url)} SET default_transaction_read_only = on")
-    server = serve(wait=False, DATABASE_URL=url)
-
-    assert server.process.wait(30) == 1
-    assert re.search("a migration failed: .*read-only transaction", server.printed())
-    assert 'File "' not in server.printed()
-
-
 # ── The replaced system's database ────────────────────────────────────────────────────────────────
 
 NOON = datetime(2024, 1, 15, 12, tzinfo=UTC)

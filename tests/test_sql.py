@@ -217,19 +217,6 @@ def test_the_texts_to_search_follow_the_incidents_also_after_changes_by_hand(sql
     assert sql(texts + " LIMIT 1") == [("again", {})]
 
 
-def test_an_actor_has_each_key_once_and_another_actor_can_have_it_too(sql: Sql) -> None:
-    for number in (1, 2):
-        insert(sql, "incidents", INCIDENT | {"id": number})
-    for table, row, other in (
-        ("dedup_keys", DEDUP_KEY | {"key": "🔥" * 255}, {"incident_id": 2}),
-        ("idempotency_keys", KEY, {"made_id": 2}),
-    ):
-        insert(sql, table, row)
-        insert(sql, table, row | {"actor": "another"})
-        with pytest.raises(psycopg.errors.UniqueViolation):
-            insert(sql, table, row | other)
-
-
 def test_not_even_its_owner_can_change_the_timeline(sql: Sql) -> None:
     insert(sql, "timeline", NOTE)
     owner = "SELECT tableowner = current_user FROM pg_tables WHERE tablename = 'timeline'"
