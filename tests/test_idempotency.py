@@ -58,15 +58,14 @@ async def test_each_key_makes_one_incident_and_no_key_one_each(client: AsyncClie
 
 
 async def test_a_malformed_key_is_refused_and_makes_nothing(client: AsyncClient, sql: Sql) -> None:
-    await client.post("/incidents/", json=NEW_INCIDENT)
     keys = [b"", b'""', b"k" * 256, b'"' + b"k" * 256 + b'"', b"a\tb", b"a\x7fb"]
     for key in [*keys, "é".encode("latin-1"), "🔥".encode()]:
-        for path, body in (("/incidents/", NEW_INCIDENT), ("/incidents/1/notes", {"note": "a"})):
-            answer = await client.post(path, json=body, headers=[(b"Idempotency-Key", key)])
-            assert_problem(answer, 422)
-            assert "Idempotency-Key" in answer.json()["detail"]
-    assert sql("SELECT kind FROM timeline") == [("created",)]
-    assert sql("SELECT count(*) FROM idempotency_keys") == [(0,)]
+        headers = [(b"Idempotency-Key", key)]
+        answer = await client.post("/incidents/", json=NEW_INCIDENT, headers=headers)
+
+        assert_problem(answer, 422)
+        assert "Idempotency-Key" in answer.json()["detail"]
+    assert sql("SELECT count(*) FROM incidents") == [(0,)]
 
 
 async def test_a_key_of_another_request_is_refused(client: AsyncClient, sql: Sql) -> None:

@@ -47,8 +47,6 @@ def many(count: int) -> Labels:
     return {f"label {number}": "x" for number in range(count)}
 
 
-# ── Report ────────────────────────────────────────────────────────────────────────────────────────
-
 # Each of these is tried as a name and as a value. A name may have anything but a colon.
 TEXTS = [
     "команда", "Ёж №7", "👩🏽‍🚒", "שלום", "حريق في الخادم", "\u202eright-to-left\u202c", "日本語",
@@ -118,9 +116,6 @@ async def test_invalid_labels_are_refused_and_the_pointer_names_the_label(
     assert_problem(await report(client, {"team": None}), 422, "#/labels/team")
     assert_problem(await report(client, many(33)), 422, "#/labels")
     assert stored_rows() == before
-
-
-# ── Change: a JSON merge patch ────────────────────────────────────────────────────────────────────
 
 
 async def test_a_change_sets_some_labels_and_removes_some(client: AsyncClient, sql: Sql) -> None:

@@ -104,8 +104,7 @@ def report_incident(server: Server) -> dict[str, object]:
 def was_stopped_in_order(data_dir: Path) -> bool:
     """Tell whether PostgreSQL had the time to write down everything before it ended."""
     command = [str(incidents.find_programs() / "pg_controldata"), "-D", str(data_dir)]
-    environment = os.environ | {"LC_ALL": "C"}
-    output = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+    output = subprocess.check_output(command, env=os.environ | {"LC_ALL": "C"}, text=True)
     return bool(re.search(r"cluster state: +shut down\n", output))
 
 

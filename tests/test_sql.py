@@ -217,6 +217,16 @@ def test_the_texts_to_search_follow_the_incidents_also_after_changes_by_hand(sql
     assert sql(texts + " LIMIT 1") == [("again", {})]
 
 
+def test_an_actor_has_each_key_once(sql: Sql) -> None:
+    insert(sql, "incidents", INCIDENT)
+    for table, row in (("dedup_keys", DEDUP_KEY), ("idempotency_keys", KEY)):
+        insert(sql, table, row)
+        with pytest.raises(psycopg.errors.UniqueViolation) as error:
+            insert(sql, table, row)
+
+        assert error.value.diag.constraint_name == f"{table}_pkey"
+
+
 def test_not_even_its_owner_can_change_the_timeline(sql: Sql) -> None:
     insert(sql, "timeline", NOTE)
     owner = "SELECT tableowner = current_user FROM pg_tables WHERE tablename = 'timeline'"

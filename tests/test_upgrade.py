@@ -77,7 +77,6 @@ async def use_api(client: httpx.AsyncClient) -> list[str]:
         await client.post(f"{path}/notes", json={"note": "a"}),
         await client.post("/v2/enqueue", json=BODIES["POST /v2/enqueue"]),
         await client.get("/timeline?limit=5&include=incident"),
-        await client.get("/stats"),
         await client.get(f"/incidents/?limit=5&label=team:web&q=сеть {key}"),
     ]
     assert answers[1].headers["location"] == made.headers["location"]
