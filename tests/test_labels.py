@@ -17,7 +17,6 @@ from httpx import AsyncClient, Response
 
 pytestmark = [pytest.mark.anyio, pytest.mark.one_database]
 
-Labels = dict[str, str]
 KEY = {"Idempotency-Key": "a key"}
 
 
@@ -43,7 +42,7 @@ def read_edits(sql: Sql) -> Rows:
     return sql("SELECT field, from_value, to_value FROM timeline WHERE kind = 'edited' ORDER BY id")
 
 
-def many(count: int) -> Labels:
+def many(count: int) -> dict[str, str]:
     return {f"label {number}": "x" for number in range(count)}
 
 

@@ -72,8 +72,6 @@ def writes_wait(database_url: str) -> Iterator[None]:
         yield
 
 
-# ── Requests ──────────────────────────────────────────────────────────────────────────────────────
-
 INCIDENT = "/incidents/{incident_id}"
 # Requests, and as what they are counted: route, method and status.
 COUNTED = [
@@ -129,9 +127,6 @@ def test_a_client_that_disconnects_is_not_in_flight(serve: Serve, database_url: 
     assert samples[LISTENERS] == 0
     assert [series for series in samples if "None" in series] == []
     assert "Traceback" not in server.printed() and "ERROR" not in server.printed()
-
-
-# ── The database and the feed ─────────────────────────────────────────────────────────────────────
 
 
 async def test_a_batch_is_observed_with_the_number_of_its_calls(client: AsyncClient) -> None:

@@ -183,7 +183,7 @@ WRONG_FILE = "postgresql://u:Secret123@db/i?sslrootcert=/none.pem"
         ("DATABASE_URL", WRONG_FILE, "sslrootcert names a file that "),
     ],
 )
-def test_a_wrong_setting_is_refused_with_a_reason_and_its_value_unless_that_is_secret(
+def test_a_wrong_setting_is_refused_with_a_reason_and_no_secret(
     name: str, value: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
