@@ -2,7 +2,7 @@
 
     uv run tests/mutants.py                  # all mutants, with the tests of HEAD
     uv run tests/mutants.py --tests main~5   # the same mutants, with older tests
-    uv run tests/mutants.py --only 17        # one mutant, with its diff and what pytest says
+    uv run tests/mutants.py --only 17        # one mutant, with what pytest says
 
 A mutant is one change in the code of HEAD, chosen at random, always the same. First all tests run
 once, to record which lines each executes. Then each mutant gets the tests that execute its line,
@@ -13,7 +13,6 @@ pytest's own process is tried by whole files. All of this happens in copies of t
 import argparse
 import ast
 import contextlib
-import difflib
 import random
 import re
 import signal
@@ -35,20 +34,11 @@ MOST_TESTS = 60
 FILES_OF_PYTHON = ("settings", "problems", "routes", "openapi", "sockets", "running", "connections")
 FILES_OF_MIGRATIONS = ("migrations", "sql", "plans", "labels", "upgrade", "events", "idempotency")
 
-PYTHON_TURNED: dict[type[ast.AST], type[Any]] = {
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-    ast.And: ast.Or,
-    ast.Or: ast.And,
-}
+PAIRS: list[tuple[type[Any], type[Any]]] = [
+    *((ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq)),
+    *((ast.Is, ast.IsNot), (ast.In, ast.NotIn), (ast.And, ast.Or)),
+]
+PYTHON_TURNED = dict(PAIRS) | {second: first for first, second in PAIRS}
 # Log lines, what only Windows uses, and what is only a text.
 SKIPPED = re.compile(r"\blog\.|print\(|__name__|win32|TypeVar|Histogram\(|Gauge\(|gc\.|^import ")
 SQL_CHANGES = [
@@ -140,15 +130,8 @@ def choose_mutants(found: Iterable[Mutant], count: int) -> list[Mutant]:
     return sorted(list(by_line.values())[:count])
 
 
-class Record(NamedTuple):
-    """Which tests execute each line of the module, and how many lines a test executes."""
-
-    tests: dict[int, set[str]]
-    sizes: Counter[str]
-
-
-def choose_tests(mutant: Mutant, module: str, record: Record) -> list[str]:
-    """Choose the tests that execute a mutant; files where that is not known."""
+def choose_tests(mutant: Mutant, module: str, tests: dict[int, set[str]]) -> list[str]:
+    """Choose tests from those that execute each line of the module; files if there are none."""
     lines = [mutant.line]
     if mutant.file.startswith("sql/"):
         name = rf"SQL\.{Path(mutant.file).stem}\b"
@@ -156,15 +139,15 @@ def choose_tests(mutant: Mutant, module: str, record: Record) -> list[str]:
         lines = [number for number, line in enumerate(code, 1) if re.search(name, line)]
     if mutant.file.startswith("migrations/"):
         return [f"tests/test_{name}.py" for name in FILES_OF_MIGRATIONS]
-    found = {test for line in lines for test in record.tests.get(line, ())}
-    chosen = sorted(found, key=lambda test: (record.sizes[test], test))[:MOST_TESTS]
+    sizes = Counter(test for names in tests.values() for test in names)
+    found = {test for line in lines for test in tests.get(line, ())}
+    chosen = sorted(found, key=lambda test: (sizes[test], test))[:MOST_TESTS]
     return chosen or [f"tests/test_{name}.py" for name in FILES_OF_PYTHON]
 
 
 def git(*arguments: str) -> str:
     """Run git in the checkout, and give its output."""
-    command = ["git", *arguments]
-    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return subprocess.check_output(["git", *arguments], cwd=ROOT, text=True)
 
 
 def copy_checkout(copy: Path, revision: str) -> Path:
@@ -194,17 +177,16 @@ def run_pytest(copy: Path, *options: str, seconds: int | None = None) -> tuple[i
     return code, log.read_text("utf-8", "replace")
 
 
-def record_tests(copy: Path) -> Record:
-    """Run all tests, and record what each executes."""
+def record_tests(copy: Path) -> dict[int, set[str]]:
+    """Run all tests, and give those that execute each line of the module."""
     print("Recording which lines each test executes", flush=True)
     run_pytest(copy, "--cov", "--cov-context=test", "--cov-report=", "--cov-fail-under=0")
     data = coverage.CoverageData(str(copy / ".coverage"))
     data.read()
-    tests = {
+    return {
         line: {context.partition("|")[0] for context in contexts if "::" in context}
         for line, contexts in data.contexts_by_lineno(str(copy / "incidents.py")).items()
     }
-    return Record(tests, Counter(test for names in tests.values() for test in names))
 
 
 def try_mutant(copy: Path, mutant: Mutant, tests: list[str]) -> tuple[str, str]:
@@ -222,7 +204,6 @@ def main() -> None:
     """Run the mutants, print a line for each, and how many were caught."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tests", default="HEAD", help="the revision whose tests run")
-    parser.add_argument("--jobs", type=int, default=2, help="how many copies run at once")
     parser.add_argument("--only", type=int, help="the number of the mutant to run")
     options = parser.parse_args()
     names = git("ls-tree", "-r", "--name-only", "HEAD", "sql", "migrations").split()
@@ -239,23 +220,20 @@ def main() -> None:
         for number in numbers:  # Each thread takes the next one.
             mutant = mutants[number - 1]
             text = texts.get(mutant.file, module)
-            caught_by, output = try_mutant(copy, mutant, choose_tests(mutant, module, record))
+            caught_by, output = try_mutant(copy, mutant, choose_tests(mutant, module, tests))
             results["caught" if caught_by else "survived"] += 1
             old = text[mutant.start : mutant.end]
             result = f"caught by {caught_by}" if caught_by else "SURVIVED"
             place = f"{number} {mutant.file}:{mutant.line}"
             print(f"{place} {old[:60]!r} -> {mutant.new[:60]!r}: {result}", flush=True)
             if options.only:
-                new = text[: mutant.start] + mutant.new + text[mutant.end :]
-                print(
-                    *difflib.unified_diff(text.split("\n"), new.split("\n"), n=0), output, sep="\n"
-                )
+                print(output)
 
     with tempfile.TemporaryDirectory(prefix="mutants-") as name:
         folder = Path(name)
-        record = record_tests(copy_checkout(folder / "record", options.tests))
+        tests = record_tests(copy_checkout(folder / "record", options.tests))
         with ThreadPoolExecutor() as pool:
-            list(pool.map(run_waiting, range(options.jobs)))
+            list(pool.map(run_waiting, range(2)))
     print(options.tests, dict(results))
 
 

@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-from helpers import INCIDENT_FIELDS, NEW_INCIDENT, Sql, assert_problem, find_inconsistencies
+from helpers import NEW_INCIDENT, Sql, assert_problem, find_inconsistencies
 from httpx import AsyncClient, Response
 
 from incidents import STATUSES
@@ -18,28 +18,7 @@ CHANGES = [("/incidents/1", {"source": "partner"}), ("/incidents/1/status", {"st
 both_routes = pytest.mark.parametrize(("path", "change"), CHANGES, ids=["incident", "status"])
 
 
-# ── Show ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-async def test_an_incident_is_shown_with_its_version_as_the_entity_tag(
-    client: AsyncClient, incident: dict[str, Any]
-) -> None:
-    shown = await client.get("/incidents/1")
-    changed = await client.patch("/incidents/1", json={"source": "partner"})
-    after = await client.get("/incidents/1/")
-
-    assert shown.status_code == 200
-    assert shown.json() == incident
-    assert list(incident) == INCIDENT_FIELDS
-    assert shown.headers["content-type"] == "application/json; charset=utf-8"
-    etags = [response.headers["etag"] for response in (shown, changed, after)]
-    assert etags == ['"1"', '"2"', '"2"']
-    assert after.json() == changed.json()
-
-
-async def test_an_incident_is_not_sent_to_a_client_that_has_it(
-    client: AsyncClient, incident: dict[str, Any]
-) -> None:
+async def test_a_client_that_has_it_gets_304(client: AsyncClient, incident: dict[str, Any]) -> None:
     for same in ['"1"', 'W/"1"', "*", '"7" ,W/"1","9"', 'W/"7",\t"1"', '"a b", "1"', ' "1"\t']:
         response = await client.get("/incidents/1", headers={"If-None-Match": same})
 
@@ -54,14 +33,10 @@ async def test_an_incident_is_not_sent_to_a_client_that_has_it(
         assert_problem(await client.get("/incidents/2", headers={"If-None-Match": any_tag}), 404)
 
 
-# ── Change ────────────────────────────────────────────────────────────────────────────────────────
-
-
 async def test_any_status_may_follow_any_other_and_each_change_is_on_the_timeline(
     client: AsyncClient, sql: Sql, incident: dict[str, Any]
 ) -> None:
-    other = (await client.post("/incidents/", json=NEW_INCIDENT)).json()
-    entries, before = [], incident
+    other, before = (await client.post("/incidents/", json=NEW_INCIDENT)).json(), incident
     # From each status to each, and on to the next pair.
     for status in [status for old in STATUSES for new in STATUSES for status in (old, new)]:
         changed = (await client.patch("/incidents/1/status", json={"status": status})).json()
@@ -72,15 +47,12 @@ async def test_any_status_may_follow_any_other_and_each_change_is_on_the_timelin
         now, version = changed["updated_at"], before["version"] + 1
         assert datetime.fromisoformat(now) > datetime.fromisoformat(before["updated_at"])
         assert changed == before | {"status": status, "version": version, "updated_at": now}
-        entries.append((1, "status", None, before["status"], status, None, "anonymous"))
         before = changed
 
-    assert len(set(entries)) == 12
-    columns = "incident_id, kind, field, from_value, to_value, note, actor"
-    stored = sql(f"SELECT {columns} FROM timeline WHERE kind <> 'created' ORDER BY id")
-    assert stored == entries
     assert (await client.get("/incidents/1")).json() == before
     assert (await client.get("/incidents/2")).json() == other
+    # Also that each entry begins with the status with which the entry before it ended.
+    assert find_inconsistencies(sql) == []
 
 
 async def test_a_change_sets_the_sent_fields_and_keeps_the_others(
@@ -132,25 +104,6 @@ async def test_a_change_to_the_same_values_changes_nothing_and_keeps_its_note(
 
 
 @both_routes
-async def test_a_change_and_its_note_are_both_on_the_timeline(
-    client: AsyncClient, sql: Sql, path: str, change: dict[str, str]
-) -> None:
-    response = await client.patch(path, json=change | {"note": NOTE})
-    [(kind, _, changed_at), (*note, noted_at)] = sql(
-        "SELECT kind, note, created_at FROM timeline WHERE kind <> 'created' ORDER BY id"
-    )
-
-    assert response.json()["version"] == 2
-    assert "note" not in response.json()
-    assert kind == ("status" if "status" in change else "edited")
-    assert (note, noted_at) == (["note", NOTE], changed_at)
-    assert find_inconsistencies(sql) == []
-
-
-# ── If-Match ──────────────────────────────────────────────────────────────────────────────────────
-
-
-@both_routes
 async def test_a_change_is_made_only_when_if_match_has_the_current_version(
     client: AsyncClient, sql: Sql, path: str, change: dict[str, str]
 ) -> None:
@@ -164,6 +117,8 @@ async def test_a_change_is_made_only_when_if_match_has_the_current_version(
             assert response.headers["etag"] == '"2"'
     assert (await client.get("/incidents/1")).json() == current.json()
     assert sql("SELECT count(*) FROM timeline") == [(2,)]
+    unknown = path.replace("1", "2")
+    assert_problem(await client.patch(unknown, json=change, headers={"If-Match": "*"}), 404)
     for version, tags in enumerate(['"2"', "*", '"7", "4"', '"7" ,\t"5","9"', 'W/"6", "6" '], 2):
         body = {"status": STATUSES[version % 4]}
         response = await client.patch(path, json=body, headers={"If-Match": tags})
@@ -172,48 +127,28 @@ async def test_a_change_is_made_only_when_if_match_has_the_current_version(
         assert response.headers["etag"] == f'"{version + 1}"'
 
 
-@both_routes
-async def test_an_unknown_incident_cannot_be_changed(
-    client: AsyncClient, sql: Sql, path: str, change: dict[str, str]
-) -> None:
-    for headers in [{}, {"If-Match": "*"}, {"If-Match": '"1"'}]:
-        body = change | {"note": NOTE}
-        assert_problem(await client.patch(path.replace("1", "2"), json=body, headers=headers), 404)
-    assert sql("SELECT kind FROM timeline") == [("created",)]
-
-
-# ── At the same time ──────────────────────────────────────────────────────────────────────────────
-
-
-async def test_changes_and_notes_at_the_same_time_are_all_made_and_leave_no_gap(
-    client: AsyncClient, sql: Sql
-) -> None:
+async def test_changes_and_notes_at_the_same_time_are_made(client: AsyncClient, sql: Sql) -> None:
     async def change(number: int) -> Response:
         body = {"status": STATUSES[number % 4], "note": f"{number}"}
         return await client.patch("/incidents/1/status", json=body)
 
-    async def edit_and_note(number: int) -> tuple[Response, Response]:
-        edited = await client.patch("/incidents/1", json={"description": f"версия {number}"})
+    async def edit_and_note(number: int) -> Response:
         note = {"note": f"{100 + number}"}
-        return edited, await client.post("/incidents/1/notes", json=note)
+        assert (await client.post("/incidents/1/notes", json=note)).status_code == 201
+        return await client.patch("/incidents/1", json={"description": f"версия {number}"})
 
     edits = asyncio.gather(*map(edit_and_note, range(32)))
     changed = await asyncio.gather(*map(change, range(32)))
-    edited, noted = zip(*await edits, strict=True)
+    edited = await edits
 
-    assert {response.status_code for response in noted} == {201}
     assert [r.json()["status"] for r in changed] == [STATUSES[n % 4] for n in range(32)]
     assert [r.json()["description"] for r in edited] == [f"версия {n}" for n in range(32)]
     notes = sql("SELECT note FROM timeline WHERE kind = 'note' ORDER BY note::integer")
     assert notes == [(f"{number}",) for number in [*range(32), *range(100, 132)]]
-    # Also that each entry begins with the value with which the entry before it ended, and that the
-    # version is the number of changes.
     assert find_inconsistencies(sql) == []
 
 
-async def test_one_of_many_changes_to_the_same_version_succeeds(
-    client: AsyncClient, sql: Sql
-) -> None:
+async def test_one_of_many_changes_to_a_version_succeeds(client: AsyncClient, sql: Sql) -> None:
     # None of these statuses is the present one, so every request would change something.
     bodies = [{"status": status} for status in ("closed", "resolved", "in_progress")] * 7
     headers = {"If-Match": '"1"'}

@@ -1,11 +1,11 @@
-"""Clients that are generated from docs/openapi.json work with the service, and linters accept it.
+"""A client that is generated from docs/openapi.json works, and linters accept it.
 
 The packages of npm are installed into a folder of the test's own, and uv runs the Python generator
 apart from the project, so that neither is a dependency.
 """
 
-import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,8 +16,7 @@ from helpers import ROOT, Serve
 pytestmark = pytest.mark.slow
 
 DESCRIPTION = ROOT / "docs/openapi.json"
-NPM_PACKAGES = "@redocly/cli@2 @stoplight/spectral-cli@6 openapi-fetch@0.17"
-NPM_PACKAGES += " openapi-typescript@7 typescript@5"
+NPM_PACKAGES = "@redocly/cli@2 @stoplight/spectral-cli@6"
 TOKEN = "fedcba9876543210"
 ENVIRONMENT = os.environ | {
     "REDOCLY_TELEMETRY": "off",
@@ -25,73 +24,34 @@ ENVIRONMENT = os.environ | {
     "npm_config_update_notifier": "false",
 }
 
-# Each client creates, lists, changes and reads, and is refused once. Python checks the types of
-# what it gets; tsc checks those of TypeScript.
+# It creates, lists, changes and reads, and is refused once. It checks the types of what it gets.
 PYTHON_CLIENT = """
 import datetime
 import sys
 from client import AuthenticatedClient
 from client.api.incidents import change_incident, change_status, create_incident, list_incidents
-from client.api.statistics import get_stats
-from client.api.timeline import add_note, get_timeline
-from client.models import IncidentChange, NewIncident, NewNote, Source, Status, StatusChange
+from client.api.timeline import get_timeline
+from client.models import IncidentChange, NewIncident, Source, Status, StatusChange
 
 client = AuthenticatedClient(sys.argv[1], token=sys.argv[2], raise_on_unexpected_status=True)
 new = NewIncident(description="Нет света", source=Source.OPERATOR)
 created = create_incident.sync(client=client, body=new, idempotency_key="one")
 assert created.status is Status.OPEN, created
 assert create_incident.sync(client=client, body=new, idempotency_key="one") == created
-listed = list_incidents.sync(client=client, limit=1, since=datetime.date(2024, 1, 15))
+query = {"status": [Status.OPEN], "limit": 1, "since": datetime.date(2024, 1, 15)}
+listed = list_incidents.sync(client=client, **query)
 assert listed == [created], listed
-assert list_incidents.sync(client=client, status=[Status.CLOSED], until=created.created_at) == []
 body = StatusChange(status=Status.IN_PROGRESS)
 changed = change_status.sync(created.id, client=client, body=body, if_match='"1"')
 assert (changed.status, changed.version) == (Status.IN_PROGRESS, 2), changed
 body = IncidentChange(source=Source.PARTNER)
 refused = change_incident.sync(created.id, client=client, body=body, if_match='"1"')
 assert refused.status == 412 and refused.detail, refused
-note = add_note.sync(created.id, client=client, body=NewNote(note="Чиним"))
-assert get_timeline.sync(created.id, client=client)[-1] == note
-stats = get_stats.sync(client=client)
-assert (stats.by_status.in_progress, stats.seconds_to.resolved.mean) == (1, None), stats
+timeline = get_timeline.sync(created.id, client=client)
+assert [entry.kind for entry in timeline] == ["created", "status"], timeline
 wrong = NewIncident(description=" ", source=Source.OPERATOR)
 problem = create_incident.sync(client=client, body=wrong)
 assert [error.pointer for error in problem.errors] == ["#/description"], problem
-"""
-TYPESCRIPT_CLIENT = """
-import createClient from "openapi-fetch";
-import type { components, paths } from "./schema.js";
-
-declare const process: { argv: string[] };
-function assert(condition: unknown, found: unknown): asserts condition {
-  if (!condition) throw new Error(JSON.stringify(found));
-}
-
-const [baseUrl, token] = process.argv.slice(2);
-const client = createClient<paths>({ baseUrl, headers: { Authorization: `Bearer ${token}` } });
-
-const body = { description: "Нет света", source: "operator" } as const;
-const created = await client.POST("/incidents/", { body });
-assert(created.data?.status === "open", created);
-const incident: components["schemas"]["Incident"] = created.data;
-const path = { incident_id: incident.id };
-
-const query = { status: ["open", "closed"] as ("open" | "closed")[], limit: 1 };
-const listed = await client.GET("/incidents/", { params: { query } });
-assert(Array.isArray(listed.data) && listed.data[0].id === incident.id, listed);
-const changed = await client.PATCH("/incidents/{incident_id}/status", {
-  params: { path, header: { "If-Match": '"1"' } },
-  body: { status: "resolved" },
-});
-assert(changed.data?.version === 2, changed);
-const params = { path };
-const note = await client.POST("/incidents/{incident_id}/notes", { params, body: { note: "Да" } });
-const timeline = await client.GET("/incidents/{incident_id}/timeline", { params });
-assert(timeline.data?.length === 3 && timeline.data[2].note === note.data?.note, timeline);
-const stats = await client.GET("/stats");
-assert(stats.data?.by_status.resolved === 1, stats);
-const wrong = await client.POST("/incidents/", { body: { ...body, description: " " } });
-assert(wrong.error?.errors?.[0].pointer === "#/description", wrong);
 """
 
 
@@ -102,12 +62,6 @@ def run(*command: str | Path, folder: Path, may_fail: bool = False) -> str:
     )
     assert may_fail or ended.returncode == 0, f"{command}\n{ended.stdout}\n{ended.stderr}"
     return ended.stdout
-
-
-@pytest.fixture
-def service_url(serve: Serve, database_url: str) -> str:
-    """Start the service with a token, and give its URL."""
-    return serve(DATABASE_URL=database_url, API_TOKENS=f"client:{TOKEN}").url
 
 
 @pytest.fixture(scope="module")
@@ -122,48 +76,30 @@ def npm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # Both have one thing to say: /incidents/ ends with a slash. Here each path works with and without.
 @pytest.mark.parametrize(
-    ("command", "name", "rule"),
+    ("command", "rule"),
     [
-        ("redocly lint --extends recommended-strict", "ruleId", "no-path-trailing-slash"),
-        ("spectral lint --ruleset ruleset.yaml --quiet", "code", "path-keys-no-trailing-slash"),
+        ("redocly lint --extends recommended-strict", "no-path-trailing-slash"),
+        ("spectral lint --ruleset ruleset.yaml --quiet", "path-keys-no-trailing-slash"),
     ],
 )
-def test_a_linter_finds_nothing_but_the_trailing_slash(
-    npm_folder: Path, command: str, name: str, rule: str
-) -> None:
+def test_a_linter_finds_only_the_trailing_slash(npm_folder: Path, command: str, rule: str) -> None:
     (npm_folder / "ruleset.yaml").write_text('extends: ["spectral:oas"]\n', "utf-8")
-    program, *arguments = command.split()
+    program, *options = f"{command} --format json".split()
     path = npm_folder / "node_modules/.bin" / program
     # Its exit code is 1 because it reports something.
-    printed = run(
-        path, *arguments, "--format", "json", DESCRIPTION, folder=npm_folder, may_fail=True
-    )
-    report = json.loads(printed)
-    problems = report["problems"] if program == "redocly" else report
+    printed = run(path, *options, DESCRIPTION, folder=npm_folder, may_fail=True)
 
-    assert [problem[name] for problem in problems] == [rule], problems
+    # Redocly calls the name of a rule its ruleId, and Spectral calls it code.
+    assert re.findall(r'"(?:ruleId|code)": ?"([^"]+)"', printed) == [rule], printed
 
 
-def test_a_generated_python_client_creates_lists_changes_and_reads(
-    service_url: str, tmp_path: Path
-) -> None:
+def test_a_generated_python_client_works(serve: Serve, database_url: str, tmp_path: Path) -> None:
     uv = shutil.which("uv") or pytest.skip("uv is not installed: pip install uv")
     with_generator = ("run", "--no-project", "--with", "openapi-python-client~=0.29.1")
     generate = ("openapi-python-client", "generate", "--meta", "none", "--output-path", "client")
     (tmp_path / "use.py").write_text(PYTHON_CLIENT, "utf-8")
+    url = serve(DATABASE_URL=database_url, API_TOKENS=f"client:{TOKEN}").url
 
     generated = run(uv, *with_generator, *generate, "--path", DESCRIPTION, folder=tmp_path)
     assert "warning" not in generated.lower()
-    run(uv, *with_generator, "python", "use.py", service_url, TOKEN, folder=tmp_path)
-
-
-def test_a_generated_typescript_client_creates_lists_changes_and_reads(
-    service_url: str, npm_folder: Path
-) -> None:
-    commands = npm_folder / "node_modules/.bin"
-    (npm_folder / "use.ts").write_text(TYPESCRIPT_CLIENT, "utf-8")
-    options = ("--strict", "--target", "es2022", "--module", "nodenext", "--skipLibCheck")
-
-    run(commands / "openapi-typescript", DESCRIPTION, "-o", "schema.ts", folder=npm_folder)
-    run(commands / "tsc", *options, "use.ts", folder=npm_folder)
-    run("node", "use.js", service_url, TOKEN, folder=npm_folder)
+    run(uv, *with_generator, "python", "use.py", url, TOKEN, folder=tmp_path)

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
+from urllib.parse import urlencode
 
 import psycopg
 import pytest
@@ -19,9 +20,11 @@ from helpers import (
     NewDatabase,
     Rows,
     Serve,
+    insert_incident,
     open_client,
     wait_until,
 )
+from psycopg.conninfo import conninfo_to_dict
 from schemas import apply, describe_schema, fetch, find_applied, name_of, roll_back
 
 import incidents
@@ -32,10 +35,8 @@ NAMES = incidents.MIGRATIONS
 MIGRATE = "import sys, incidents; incidents.migrate(sys.argv[1])"
 LOCK = "hashtext('migrations of incidents')"
 REPLACED_SCHEMA = (ROOT / "tests/replaced_schema.sql").read_text("utf-8")
-WAITING = (
-    "SELECT pid FROM pg_stat_activity"
-    " WHERE datname = current_database() AND wait_event_type = 'Lock'"
-)
+ROWS = "SELECT i, t FROM incidents AS i FULL JOIN timeline AS t ON incident_id = i.id"
+SESSIONS = "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
 
 
 # ── The files ─────────────────────────────────────────────────────────────────────────────────────
@@ -54,7 +55,7 @@ def test_the_files_are_numbered_paired_ascii_and_limit_their_waits() -> None:
         assert re.match(start, texts[f"{name}.sql"].decode()), name
 
 
-def test_no_function_keeps_a_column_from_being_added(
+def test_no_function_keeps_columns_from_being_added(
     migrated: str, new_database: NewDatabase
 ) -> None:
     # PostgreSQL's minor releases of autumn 2026 refuse ADD COLUMN with a default while a function
@@ -91,42 +92,24 @@ def test_each_migration_can_be_rolled_back_and_run_twice(
         apply(url, name)
         assert describe_schema(url) == after, name
         before = after
+    insert_incident(lambda *statement: fetch(url, *statement))
+    rows = fetch(url, ROWS)
+    fetch(url, "DELETE FROM _yoyo_migration")
+    incidents.migrate(url)
+
+    assert describe_schema(url) == after
+    assert fetch(url, ROWS) == rows
     assert find_applied(url) == list(NAMES)
     roll_back(url, *NAMES)
     assert describe_schema(url) == first
 
 
-@pytest.mark.parametrize(
-    ("database", "first_lost"),
-    [("database_url", NAMES[0]), ("database_url", NAMES[-1]), ("replaced", NAMES[0])],
-)
-async def test_a_migrated_database_stays_as_it_is_when_yoyos_notes_are_lost(
-    request: pytest.FixtureRequest, database: str, first_lost: str
-) -> None:
-    url: str = request.getfixturevalue(database)
-    rows = "SELECT i, t FROM incidents AS i FULL JOIN timeline AS t ON incident_id = i.id"
-    async with open_client(url) as client:
-        await client.post("/incidents/", json=NEW_INCIDENT)
-    before = describe_schema(url), fetch(url, rows)
-    fetch(url, "DELETE FROM _yoyo_migration WHERE migration_id >= %s", first_lost)
-
-    incidents.migrate(url)
-
-    assert (describe_schema(url), fetch(url, rows)) == before
-    assert find_applied(url) == list(NAMES)
-
-
 # ── Several at once, and killed in the middle ─────────────────────────────────────────────────────
 
 
-def test_two_processes_may_migrate_one_empty_database_at_once(
-    new_database: NewDatabase,
-) -> None:
+def test_two_processes_may_migrate_one_empty_database_at_once(new_database: NewDatabase) -> None:
     url = new_database()
-    waiting = (
-        "SELECT pid FROM pg_stat_activity"
-        " WHERE datname = current_database() AND query LIKE 'SELECT pg_try_advisory_lock%'"
-    )
+    waiting = f"{SESSIONS} AND query LIKE 'SELECT pg_try_advisory_lock%'"
     with psycopg.connect(url, autocommit=True) as session:
         session.execute(f"SELECT pg_advisory_lock({LOCK})")
         command = [sys.executable, "-c", MIGRATE, url]
@@ -141,15 +124,13 @@ def test_two_processes_may_migrate_one_empty_database_at_once(
     assert find_applied(url) == list(NAMES)
 
 
-def test_a_start_after_one_that_was_killed_in_a_migration_finishes_the_migration(
-    new_database: NewDatabase, serve: Serve
-) -> None:
+def test_a_killed_migration_is_finished_later(new_database: NewDatabase, serve: Serve) -> None:
     url = new_database()
     apply(url, *NAMES[:2])
     with psycopg.connect(url) as session:
         session.execute("LOCK TABLE timeline IN ROW EXCLUSIVE MODE")  # 0002 waits for this table
         server = serve(wait=False, DATABASE_URL=url)
-        wait_until(lambda: fetch(url, WAITING))
+        wait_until(lambda: fetch(url, f"{SESSIONS} AND wait_event_type = 'Lock'"))
         server.process.kill()
         server.process.wait(10)
         left = fetch(url, "SELECT pid FROM yoyo_lock")
@@ -158,18 +139,6 @@ def test_a_start_after_one_that_was_killed_in_a_migration_finishes_the_migration
     incidents.migrate(url)
     assert find_applied(url) == list(NAMES)
     assert fetch(url, "SELECT pid FROM yoyo_lock") == []
-
-
-def test_the_service_does_not_start_on_a_read_only_database(
-    new_database: NewDatabase, serve: Serve
-) -> None:
-    url = new_database()
-    fetch(url, f"ALTER DATABASE {name_of(url)} SET default_transaction_read_only = on")
-    server = serve(wait=False, DATABASE_URL=url)
-
-    assert server.process.wait(30) == 1
-    assert re.search("a migration failed: .*read-only transaction", server.printed())
-    assert 'File "' not in server.printed()
 
 
 # ── The replaced system's database ────────────────────────────────────────────────────────────────
@@ -190,6 +159,11 @@ REPLACED_ROWS = """SELECT id, description, status::text, source::text, created_a
                 FROM {} ORDER BY id"""
 
 
+def in_utc(rows: Rows) -> Rows:
+    """Give the rows with their times in UTC without a zone, as REPLACED_ROWS does."""
+    return [(*row[:4], row[4].astimezone(UTC).replace(tzinfo=None)) for row in rows]
+
+
 @pytest.fixture
 def replaced(new_database: NewDatabase) -> str:
     """Give a database of the replaced system with the strangest incidents that it accepted."""
@@ -200,11 +174,6 @@ def replaced(new_database: NewDatabase) -> str:
             session.execute("INSERT INTO incidents VALUES (%s, %s, %s, %s, %s)", row)
         session.execute("SELECT setval('incidents_id_seq', max(id)) FROM incidents")
     return url
-
-
-def in_utc(moment: datetime) -> datetime:
-    """Give a time in UTC without its zone, as PostgreSQL does with AT TIME ZONE."""
-    return moment.astimezone(UTC).replace(tzinfo=None)
 
 
 async def test_old_incidents_are_taken_over_unchanged(replaced: str) -> None:
@@ -226,12 +195,8 @@ async def test_old_incidents_are_taken_over_unchanged(replaced: str) -> None:
     assert [(entry["incident_id"], entry["kind"], entry["actor"]) for entry in feed] == [
         (row[0], "created", "replaced system") for row in REPLACED
     ]
-    assert {(entry["incident_id"], entry["created_at"]) for entry in feed} == {
-        (row[0], moment) for row, moment in zip(newest_first, moments, strict=True)
-    }
-    assert fetch(replaced, REPLACED_ROWS.format("incidents_replaced")) == [
-        (*row[:4], in_utc(row[4])) for row in REPLACED
-    ]
+    assert sorted(entry["created_at"] for entry in feed) == sorted(moments)
+    assert fetch(replaced, REPLACED_ROWS.format("incidents_replaced")) == in_utc(REPLACED)
     assert fetch(replaced, "SELECT version_num FROM alembic_version") == [("accf7da576c7",)]
 
 
@@ -246,9 +211,7 @@ async def test_old_incidents_are_taken_over_unchanged(replaced: str) -> None:
     ],
     ids=["as it is", "the sequence is behind", "all are deleted", "never used", "another name"],
 )
-async def test_the_next_id_follows_the_last_one_of_the_replaced_system(
-    replaced: str, change: str, next_id: int
-) -> None:
+async def test_the_next_id_follows_the_last_one(replaced: str, change: str, next_id: int) -> None:
     fetch(replaced, change)
 
     async with open_client(replaced) as client:
@@ -257,9 +220,7 @@ async def test_the_next_id_follows_the_last_one_of_the_replaced_system(
     assert [incident["id"] for incident in made] == [next_id, next_id + 1]
 
 
-async def test_old_incidents_that_break_todays_rules_can_be_changed_and_new_ones_must_keep_them(
-    replaced: str,
-) -> None:
+async def test_old_incidents_may_break_todays_rules_and_new_ones_may_not(replaced: str) -> None:
     async with open_client(replaced) as client:
         for row in REPLACED[1:4]:
             path, description = f"/incidents/{row[0]}", row[1]
@@ -277,7 +238,7 @@ async def test_old_incidents_that_break_todays_rules_can_be_changed_and_new_ones
             fetch(replaced, new, description)
 
 
-async def test_a_take_over_can_be_rolled_back_and_done_again(replaced: str) -> None:
+async def test_a_take_over_can_be_rolled_back_and_loses_nothing_old(replaced: str) -> None:
     fetch(replaced, "CREATE EXTENSION pg_trgm")
     before = describe_schema(replaced)
     async with open_client(replaced) as client:
@@ -286,15 +247,9 @@ async def test_a_take_over_can_be_rolled_back_and_done_again(replaced: str) -> N
         await client.patch("/incidents/2/status", json={"status": "closed"})
 
     roll_back(replaced, *NAMES)
-    schema, rows = describe_schema(replaced), fetch(replaced, REPLACED_ROWS.format("incidents"))
-    incidents.migrate(replaced)
 
-    assert schema == before
-    assert rows == [(*row[:4], in_utc(row[4])) for row in REPLACED]
-    assert fetch(replaced, "SELECT id, lower(status) FROM incidents ORDER BY id") == [
-        (row[0], row[2].lower()) for row in REPLACED
-    ]
-    assert fetch(replaced, "SELECT count(*) FROM timeline") == [(len(REPLACED),)]
+    assert describe_schema(replaced) == before
+    assert fetch(replaced, REPLACED_ROWS.format("incidents")) == in_utc(REPLACED)
 
 
 # ── Databases that are refused, and left as they are ──────────────────────────────────────────────
@@ -313,9 +268,10 @@ REFUSED = [
     (f"{ALTER_REPLACED} DROP created_at", FOREIGN.format("incidents")),
     (f"{ALTER_REPLACED} ALTER description TYPE text", FOREIGN.format("incidents")),
     (f"{REPLACED_SCHEMA}; CREATE TABLE timeline ()", FOREIGN.format("timeline")),
-    ("CREATE TABLE incident_texts ()", FOREIGN.format("incident_texts")),
-    ("CREATE TABLE idempotency_keys ()", FOREIGN.format("idempotency_keys")),
-    ("CREATE TABLE dedup_keys ()", FOREIGN.format("dedup_keys")),
+    *(
+        (f"CREATE TABLE {name} ()", FOREIGN.format(name))
+        for name in ("incident_texts", "idempotency_keys", "dedup_keys")
+    ),
     (
         REPLACED_SCHEMA.replace("'CLOSED')", "'CLOSED', 'REOPENED')")
         + "; INSERT INTO incidents (description, status, source)"
@@ -331,9 +287,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("found", "refusal"), REFUSED)
-def test_a_database_that_is_not_ours_is_refused_with_a_sentence_and_left_as_it_is(
-    new_database: NewDatabase, found: str, refusal: str
-) -> None:
+def test_a_foreign_database_is_refused(new_database: NewDatabase, found: str, refusal: str) -> None:
     url = new_database()
     fetch(url, found)
     before = describe_schema(url)
@@ -345,41 +299,19 @@ def test_a_database_that_is_not_ours_is_refused_with_a_sentence_and_left_as_it_i
     assert find_applied(url) == []
 
 
-# ── The command line of yoyo ──────────────────────────────────────────────────────────────────────
-
-
-def test_yoyo_applies_lists_rolls_back_and_makes_migrations(
-    new_database: NewDatabase, tmp_path: Path
-) -> None:
+def test_the_yoyo_command_knows_the_migrations(new_database: NewDatabase, tmp_path: Path) -> None:
     shutil.copy(ROOT / "yoyo.ini", tmp_path)
     shutil.copytree(ROOT / "migrations", tmp_path / "migrations")
     url = new_database()
-    parts = urlsplit(url)
-    address = parts._replace(scheme="postgresql+psycopg").geturl()
-    if "host=" in parts.query:  # as the manual writes the URL of a socket
-        address = f"postgresql+psycopg://{parts.path}?{parts.query}&user={parts.username}"
-
-    def run_yoyo(arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "yoyo", *arguments.split()],
-            cwd=tmp_path,
-            env=os.environ | {"DATABASE_URL": address},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
+    # As the manual writes the URL of a socket.
+    parts = urlencode(conninfo_to_dict(url))
+    environment = os.environ | {"DATABASE_URL": f"postgresql+psycopg:///?{parts}"}
+    for arguments in ("apply", "new --sql -m what-it-does --batch"):
+        command = [sys.executable, "-m", "yoyo", *arguments.split()]
+        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, **options)
         assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    run_yoyo("apply")
-    applied = find_applied(url)
-    listed = run_yoyo("list")
-    run_yoyo(f"rollback --revision {NAMES[-1]}")
-    one_back = find_applied(url)
-    run_yoyo("new --sql -m what-it-does --batch")
     [made] = (tmp_path / "migrations").glob("*what-it-does.sql")
 
-    assert applied == list(NAMES)
-    assert re.findall(r"^A +(\S+) ", listed, re.MULTILINE) == list(NAMES)
-    assert one_back == list(NAMES[:-1])
+    assert find_applied(url) == list(NAMES)
     assert f"-- depends: {NAMES[-1]}" in made.read_text("utf-8")

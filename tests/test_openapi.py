@@ -6,11 +6,12 @@ import json
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, get_args
+from typing import Any
 
 import httpx
 import openapi
 import openapi_spec_validator
+import pydantic
 import pytest
 from helpers import BODIES, READER, TOKENS, WRITER, route_label
 from openapi_schema_validator import OAS31Validator
@@ -89,36 +90,29 @@ def test_a_new_route_is_described_and_has_an_example() -> None:
 async def test_the_description_is_valid_openapi_3_1(client: httpx.AsyncClient) -> None:
     answer = await client.get("/openapi.json")
 
-    assert answer.headers["content-type"] == "application/json; charset=utf-8"
     assert answer.json() == DESCRIPTION
-    assert answer.json()["openapi"].startswith("3.1.")
-    openapi_spec_validator.validate(answer.json(), cls=OpenAPIV31SpecValidator)
+    openapi_spec_validator.validate(DESCRIPTION, cls=OpenAPIV31SpecValidator)
 
 
-async def count_incidents(request: Any) -> Any:
-    """Count incidents."""
+PAGE = pydantic.create_model("Page", page=(int, 1))
 
 
-class Page(incidents.RequestModel):
-    page: int = 1
-
-
-def replace_route(new: incidents.ApiRoute) -> list[incidents.ApiRoute]:
+def replace_route(path: str, endpoint: Any, query: Any = None) -> list[incidents.ApiRoute]:
     """Give the routes with a new one, instead of the one with the same handler."""
+    new = incidents.ApiRoute("GET", path, endpoint, query=query)
     return [*(route for route in incidents.ROUTES if route.name != new.name), new]
-
-
-NEW_ROUTE = incidents.ApiRoute("GET", "/count", count_incidents)
-NEW_PARAMETER = incidents.ApiRoute("GET", "/notes/{note_id}", incidents.get_stats)
-NEW_QUERY = incidents.ApiRoute("GET", "/stats", incidents.get_stats, query=Page)
 
 
 @pytest.mark.parametrize(
     ("routes", "message"),
     [
-        (replace_route(NEW_ROUTE), r"docs/openapi\.py.*count_incidents.*to OPERATIONS"),
-        (replace_route(NEW_QUERY), r"docs/openapi\.py.*page.*to QUERY"),
-        (replace_route(NEW_PARAMETER), r"docs/openapi\.py.*note_id.*to PARAMETERS"),
+        # docs/openapi.py has no words for this handler, as it describes no page.
+        (replace_route("/page", incidents.show_page), r"docs/openapi\.py.*show_page.*OPERATIONS"),
+        (replace_route("/stats", incidents.get_stats, PAGE), r"docs/openapi\.py.*page.*to QUERY"),
+        (
+            replace_route("/notes/{note_id}", incidents.get_stats),
+            r"docs/openapi\.py.*note_id.*to PARAMETERS",
+        ),
         (incidents.ROUTES[1:], r"create_incident.*docs/openapi\.py"),
     ],
 )
@@ -129,15 +123,6 @@ def test_missing_words_and_words_too_many_fail_with_a_sentence_that_names_the_fi
 
     with pytest.raises(LookupError, match=message):
         openapi.build_description()
-
-
-def test_every_tag_and_component_is_used_and_no_other() -> None:
-    kinds = ("schemas", "parameters", "headers", "responses")
-    components = {f"#/components/{kind}/{name}" for kind in kinds for name in COMPONENTS[kind]}
-    tags = {tag for tags in find_values("tags", DESCRIPTION["paths"]) for tag in tags}
-
-    assert set(find_values("$ref", DESCRIPTION)) == components
-    assert tags == {tag["name"] for tag in DESCRIPTION["tags"]}
 
 
 def test_every_example_is_a_value_of_its_schema() -> None:
@@ -274,9 +259,7 @@ async def test_a_route_refuses_as_described_and_only_so(
     assert (401 in statuses) == ({"token": []} in OPERATIONS[route.name]["security"])
 
 
-async def test_answers_that_show_everything_have_the_fields_and_headers_described(
-    client: httpx.AsyncClient,
-) -> None:
+async def test_answers_that_show_everything_are_as_described(client: httpx.AsyncClient) -> None:
     event = {"event_action": "trigger", "dedup_key": "a", "payload": {"summary": "Диск"}}
     changes = {"description": "text", "source": "partner", "status": "closed"}
     change = changes | {"labels": {"severity": "critical"}, "note": "text"}
@@ -294,57 +277,11 @@ async def test_answers_that_show_everything_have_the_fields_and_headers_describe
         answers["create_incident"] = await send_example(
             client, ROUTES["create_incident"], headers={"Idempotency-Key": "5f1e"}
         )
-    csv = await send_example(client, ROUTES["list_incidents"], headers={"Accept": "text/csv"})
 
     for name, answer in answers.items():
         assert_described(ROUTES[name], answer)
-    assert answers["get_alerts"].json() != []
-    assert answers["get_stats"].json()["days"] != []
+        assert answer.json() != []
     fields = {name for entry in answers["list_timeline"].json() for name in entry}
     assert fields == COMPONENTS["schemas"]["FeedEntry"]["properties"].keys()
     assert answers["create_incident"].headers["idempotent-replayed"] == "true"
     assert "next" in answers["list_incidents"].links
-    contents = OPERATIONS["list_incidents"]["responses"]["200"]["content"]
-    header = contents["text/csv"]["example"].splitlines(keepends=True)[0]
-    assert csv.text.startswith("\ufeff" + header)
-
-
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("status", [*get_args(incidents.Status), "done", "OPEN", "", "open,closed", "open,done"]),
-        ("source", [*get_args(incidents.Source), "customer"]),
-        ("limit", ["-1", "0", "1", "1000", "1001", "9" * 30]),
-        ("q", ["", " ", "x", "x" * 200, "x" * 201]),
-        ("since", ["2026-01-15", "2026-01-15T10:30:00Z", "2026", "now", ""]),
-    ],
-)
-async def test_a_filter_takes_what_its_schema_takes(
-    client: httpx.AsyncClient, name: str, values: list[str]
-) -> None:
-    parameters = map(resolve, OPERATIONS["list_incidents"]["parameters"])
-    [schema] = [each["schema"] for each in parameters if each["name"] == name]
-    read: dict[str, Callable[[str], Any]] = {"array": lambda text: text.split(","), "integer": int}
-    for value in values:
-        answer = await client.get("/incidents/", params={name: value})
-
-        sent = read.get(schema.get("type", ""), str)(value)
-        assert answer.is_success == (find_errors(sent, schema) == []), value
-
-
-async def test_a_body_is_taken_when_its_schema_takes_it(client: httpx.AsyncClient) -> None:
-    bodies: list[dict[str, Any]] = [
-        *({"status": "open"}, {"source": "partner"}, {}, {"description": "text"}),
-        *({"note": text} for text in ("text", "", " \n")),
-        *({"description": text, "source": "partner"} for text in ("text", "", " ", 1)),
-        *({"description": "x" * size, "source": "partner"} for size in (5000, 5001)),
-        *({"description": "text", "status": None}, {"description": "text", "source": "customer"}),
-        {"description": "text", "source": "partner", "statsu": "open"},
-    ]
-    for route in ROUTES.values():
-        for body in bodies if route.body else ():
-            path = route.path.replace("{incident_id}", "1")
-            answer = await client.request(route.method, path, json=body)
-
-            schema = {"$ref": f"#/components/schemas/{getattr(route.body, '__name__', '')}"}
-            assert answer.is_success == (find_errors(body, schema) == []), (route.path, body)

@@ -10,20 +10,29 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
-import psutil
 import psycopg
 import pytest
-from helpers import ROOT, TIMESTAMP, NewDatabase, Serve, Sql, free_port, wait_until
+from helpers import (
+    ROOT,
+    SETTING_NAMES,
+    TIMESTAMP,
+    NewDatabase,
+    Serve,
+    Sql,
+    free_port,
+    insert_incident,
+    wait_until,
+)
 from psycopg.conninfo import conninfo_to_dict
+from schemas import name_of
+from test_running import find_processes, open_folder
 
 import incidents
 
@@ -101,9 +110,7 @@ def test_the_examples_print_what_the_page_says(
         assert texts[0] == texts[1], command
 
 
-def test_the_script_mails_each_entry_once_also_when_it_was_stopped_meanwhile(
-    serve: Serve, database_url: str, tmp_path: Path
-) -> None:
+def test_the_script_mails_each_entry_once(serve: Serve, database_url: str, tmp_path: Path) -> None:
     url = serve(DATABASE_URL=database_url).url
     script = find_block("bash", "mail -s").replace("http://127.0.0.1:8000", url)
     command = ["bash", "-c", f"mail() {{ cat >> mails.txt; }}; {script}"]
@@ -131,9 +138,9 @@ def test_the_script_mails_each_entry_once_also_when_it_was_stopped_meanwhile(
 def test_a_dump_is_restored_by_the_commands_of_the_manual(
     serve: Serve, sql: Sql, database_url: str, new_database: NewDatabase, tmp_path: Path
 ) -> None:
-    sql("INSERT INTO incidents (description, source) VALUES ('Нет света', 'operator')")
+    insert_incident(sql)
     restored = new_database()
-    name, options = urlsplit(restored).path[1:], conninfo_to_dict(database_url)
+    name, options = name_of(restored), conninfo_to_dict(database_url)
     sql(f"DROP DATABASE {name}")  # the script creates it
     script = find_block("bash", "pg_dump -Fc -f incidents.dump postgresql:")
     script = script.replace("-O user incidents_restored", f"-O {options['user']} {name}")
@@ -147,9 +154,7 @@ def test_a_dump_is_restored_by_the_commands_of_the_manual(
     assert [row["description"] for row in httpx.get(f"{url}/incidents/").json()] == ["Нет света"]
 
 
-def test_the_query_of_the_manual_finds_a_transaction_that_was_left_open(
-    sql: Sql, database_url: str
-) -> None:
+def test_the_query_of_the_manual_finds_an_open_transaction(sql: Sql, database_url: str) -> None:
     query = find_block("sql", "pg_stat_activity")
     with psycopg.connect(database_url) as session:
         session.execute("SELECT 'left open'")
@@ -159,9 +164,7 @@ def test_the_query_of_the_manual_finds_a_transaction_that_was_left_open(
     assert sql(query) == []
 
 
-def test_the_service_works_under_a_path_of_the_manuals_nginx(
-    serve: Serve, database_url: str, tmp_path: Path
-) -> None:
+def test_the_manuals_nginx_can_add_a_path(serve: Serve, database_url: str, tmp_path: Path) -> None:
     nginx = shutil.which("nginx", path="/usr/sbin:/usr/bin") or pytest.skip("there is no nginx")
     server, port = serve(DATABASE_URL=database_url), free_port()
     code = find_block("nginx", "location /inc/").replace("listen 80;", f"listen 127.0.0.1:{port};")
@@ -192,9 +195,7 @@ def test_the_service_works_under_a_path_of_the_manuals_nginx(
         ("ini", "[Service]", "systemd-analyze verify"),
     ],
 )
-def test_a_configuration_of_the_manual_is_accepted_by_its_program(
-    tmp_path: Path, language: str, words: str, command: str
-) -> None:
+def test_a_configuration_is_valid(tmp_path: Path, language: str, words: str, command: str) -> None:
     program, *arguments = command.split()
     if not shutil.which(program):
         pytest.skip(f"{program} is not installed")
@@ -219,19 +220,13 @@ async def test_the_metrics_of_the_manual_are_there(client: httpx.AsyncClient) ->
     assert sorted(name for name in kinds - used if not name.endswith("_created")) == []
 
 
-# The settings of the service, and those that only docker-compose.yml reads.
-SERVICE_SETTINGS = {name.upper() for name in incidents.Settings.model_fields}
-COMPOSE_SETTINGS = set(re.findall(r"\${(\w+)", (ROOT / "docker-compose.yml").read_text("utf-8")))
-SETTINGS = sorted(SERVICE_SETTINGS | COMPOSE_SETTINGS)
-
-
 def test_the_pages_show_settings_values_and_probes_that_the_service_takes() -> None:
     manifest = find_block("yaml", "kind: Deployment")
     probes = re.findall(r"path: (\S+),", manifest)
     text = "\n".join(PAGES.values())
     values = re.findall("^(API_TOKENS|DATABASE_URL)=(.+)$", text, re.MULTILINE)
 
-    assert set(re.findall("^  ([A-Z_]+): ", manifest, re.MULTILINE)) <= SERVICE_SETTINGS
+    assert set(re.findall("^  ([A-Z_]+): ", manifest, re.MULTILINE)) <= SETTING_NAMES
     assert probes and set(probes) <= {route.path for route in incidents.ROUTES}
     assert len({name for name, _ in values}) == 2
     for name, value in values:
@@ -273,11 +268,13 @@ def test_a_route_is_added_by_the_steps_of_the_readme(checkout: Path, server_url:
 
 
 def test_every_setting_is_in_the_readme_and_in_the_example_file() -> None:
+    compose = (ROOT / "docker-compose.yml").read_text("utf-8")
+    settings = SETTING_NAMES | set(re.findall(r"\${(\w+)", compose))
     [table] = [rows for rows in tables(README) if any("`DATABASE_URL`" in row for row in rows)]
     example = (ROOT / ".env.example").read_text("utf-8")
 
-    assert sorted(re.findall(r"`([A-Z_]+)`", "\n".join(table))) == SETTINGS, "add to README.md"
-    assert [name for name in SETTINGS if f"\n{name}=" not in example] == [], "add to .env.example"
+    assert set(re.findall(r"`([A-Z_]+)`", "\n".join(table))) == settings, "add to README.md"
+    assert [name for name in settings if f"\n{name}=" not in example] == [], "add to .env.example"
 
 
 def test_every_route_is_in_the_readme() -> None:
@@ -319,9 +316,7 @@ def rows(text: str) -> list[str]:
 
 @pytest.mark.parametrize(("name", "russian_name"), RUSSIAN.items())
 @pytest.mark.filterwarnings("default")  # a warning tells what to translate, and nothing fails
-def test_the_russian_page_has_the_same_commands_headings_and_rows(
-    name: str, russian_name: str
-) -> None:
+def test_the_russian_page_has_the_same_commands_and_rows(name: str, russian_name: str) -> None:
     english, russian = PAGES[name], PAGES[russian_name]
     missing = [row for row in rows(english) if row not in rows(russian)]
     if missing:
@@ -342,12 +337,8 @@ def test_ci_runs_the_test_commands_of_the_readme() -> None:
     assert [command for command in code.splitlines() if f"\n{command}" not in ci] == []
 
 
-# What a shell needs besides PATH: where packages come from, and where files may be kept.
-INHERITED = re.compile(
-    r"HOME|USER|LANG|LC_\w+|TMPDIR|PIP_\w+|UV_\w*(INDEX|LINKS|CACHE|CONFIG)\w*|SSL_\w+"
-    r"|REQUESTS_CA_BUNDLE|\w+_proxy",
-    re.IGNORECASE,
-)
+# What the shell of a user does not have: settings, and what the tests' own Python sets.
+NOT_INHERITED = re.compile(f"{'|'.join(SETTING_NAMES)}|PYTHON.*|VIRTUAL_ENV|UV_PROJECT.*")
 
 
 @pytest.fixture
@@ -359,41 +350,21 @@ def checkout() -> Iterator[Path]:
     listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(listing, cwd=ROOT, capture_output=True, check=True, text=True).stdout
     names = [name for name in listed.splitlines() if (ROOT / name).is_file()]
-    with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent).resolve() / "incidents"
-        folder.mkdir()
+    with open_folder() as folder:
         subprocess.run(["cp", "--parents", *names, folder], cwd=ROOT, check=True)
         yield folder
-        left = find_processes(folder)
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(left, timeout=5)
-
-
-def find_processes(folder: Path) -> list[psutil.Process]:
-    """Find the processes that run in a folder: the shell, uv, the service and its PostgreSQL."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            is_over = process.status() == psutil.STATUS_ZOMBIE
-            if not is_over and Path(process.cwd()).is_relative_to(folder):
-                found.append(process)
-    return found
 
 
 @pytest.mark.slow
-def test_the_first_command_of_the_readme_starts_the_service_with_the_system_python_alone(
-    checkout: Path, tmp_path: Path
-) -> None:
+def test_the_first_command_needs_only_the_systems_python(checkout: Path, tmp_path: Path) -> None:
     check = "import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))"
     python = shutil.which("python3", path="/usr/bin")
     if not python or subprocess.run([python, "-c", check], capture_output=True).returncode:
         pytest.skip("/usr/bin/python3 is missing, older than 3.11, or without python3-venv")
     _, command = blocks(section("Run it"))[0]
     port, log = free_port(), tmp_path / "first-command.log"
-    inherited = {name: text for name, text in os.environ.items() if INHERITED.fullmatch(name)}
-    environment = inherited | {"PATH": "/usr/bin:/bin", "API_PORT": str(port)}
+    environment = {k: v for k, v in os.environ.items() if not NOT_INHERITED.fullmatch(k)}
+    environment |= {"PATH": "/usr/bin:/bin", "API_PORT": str(port)}
     options: dict[str, Any] = {"cwd": checkout, "env": environment, "stderr": subprocess.STDOUT}
     with log.open("wb") as output:
         # A session of its own, like a terminal's, so that its Ctrl-C reaches all processes in it.

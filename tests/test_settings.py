@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
-import psycopg
 import pytest
 from helpers import ROOT, SETTING_NAMES
 from psycopg.conninfo import conninfo_to_dict
+from schemas import fetch
 
 import incidents
 from incidents import get_settings, make_asyncpg_url, normalize_database_url
@@ -55,6 +55,14 @@ def test_without_settings_the_service_is_local_and_has_a_database_of_its_own() -
     }
 
 
+TOKEN = "s3cr3t-of-16-chr"  # as short as it may be
+THREE_TOKENS = [
+    ("a", TOKEN.encode(), None),
+    ("b-1@x.org", f"{TOKEN}x".encode(), "read"),
+    ("c_", f"{TOKEN}y".encode(), "report"),
+]
+
+
 @pytest.mark.parametrize(
     ("name", "given", "read"),
     [
@@ -66,7 +74,7 @@ def test_without_settings_the_service_is_local_and_has_a_database_of_its_own() -
         ("API_PORT", "65535\n", 65535),
         ("DEBUG", "true", True),
         ("ACCESS_LOG", "1", True),
-        ("API_TOKENS", "ci:fedcba9876543210:read\n", [("ci", b"fedcba9876543210", "read")]),
+        ("API_TOKENS", f" a:{TOKEN} , b-1@x.org:{TOKEN}x:read,c_:{TOKEN}y:report,", THREE_TOKENS),
         ("DB_POOL_SIZE", "1", 1),
         # Origins are as a browser sends them.
         ("CORS_ORIGINS", " HTTPS://A.Org/ ,https://b.org", ["https://a.org", "https://b.org"]),
@@ -85,27 +93,19 @@ def test_a_setting_is_read_from_the_environment_as_people_and_tools_write_it(
 
 
 @pytest.mark.parametrize(
-    ("text", "environment", "port"),
+    ("text", "value", "port"),
     [
-        ("API_PORT=9001", {"API_PORT": "9002"}, 9002),
-        ("API_PORT=9001", {"API_PORT": ""}, 9001),
-        ("\n  # a port\nexport API_PORT = '9001' # is this\nPOSTGRES_DB=i\n\n", {}, 9001),
-        ("\ufeffAPI_PORT=9001\r\nAPI_HOST=::1\r\n\r\n# the end\r\n", {}, 9001),
-        ('GREETING="two\nlines"\nAPI_PORT="9001"', {}, 9001),
+        ("API_PORT=9001", "9002", 9002),
+        ("\ufeffAPI_PORT=9001\r\nAPI_HOST=::1\r\n\r\n# the end\r\n", "", 9001),
         # Kubernetes sets this beside a Service that is named `api`.
-        ("API_PORT=9001", {"API_PORT": "tcp://10.96.0.12:8000"}, 9001),
+        ("API_PORT=9001", "tcp://10.96.0.12:8000", 9001),
     ],
 )
 def test_the_environment_comes_before_the_env_file(
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    text: str,
-    environment: dict[str, str],
-    port: int,
+    folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, value: str, port: int
 ) -> None:
     (folder / ".env").write_bytes(text.encode())
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("API_PORT", value)
 
     assert get_settings().api_port == port
 
@@ -134,9 +134,7 @@ def test_the_env_file_is_the_one_beside_the_module_and_not_one_of_the_current_fo
         ('API_PORT=9001\nAPI_TOKENS="alice:0123456789abcdef\nDEBUG=1\n', 2),
     ],
 )
-def test_a_line_of_the_env_file_that_means_nothing_is_refused_by_its_number_only(
-    folder: Path, text: str, number: int
-) -> None:
+def test_a_wrong_line_of_the_env_file_is_numbered(folder: Path, text: str, number: int) -> None:
     (folder / ".env").write_bytes(text.encode())
 
     assert read_error() == f".env is refused: line {number} is not NAME=value"
@@ -144,38 +142,57 @@ def test_a_line_of_the_env_file_that_means_nothing_is_refused_by_its_number_only
 
 def test_an_env_file_that_is_not_utf_8_text_is_refused(folder: Path) -> None:
     (folder / ".env").write_text("API_PORT=9001\n", "utf-16")
-    assert re.fullmatch(r"\.env is refused: it cannot be read as UTF-8 text: .*", read_error())
 
-    (folder / ".env").unlink()
-    (folder / ".env").mkdir()
-    assert re.fullmatch(r"\.env is refused: it cannot be read .*director.*", read_error())
+    assert read_error().startswith(".env is refused: it cannot be read as UTF-8 text: ")
 
 
 WRONG_ORIGINS = [
     *("*", "https://*.example.com", ",", "https://", "localhost:3000", "https://a.org:443"),
     *("http://a.org:80", "https://a.org/app", "https://alice@a.org", "https://a.org http://b.org"),
 ]
+# Neither ambiguous nor weak tokens are taken.
+WRONG_TOKENS = [
+    *(",", f"a:{TOKEN[:15]}", f"a:{TOKEN},a:{TOKEN}x", f"a:{TOKEN},b:{TOKEN}:read", TOKEN),
+    *(f":{TOKEN}", f"a b:{TOKEN}", "a:s3cr3t of 16 chars", f"a:{TOKEN}:write", f"a:{TOKEN}é"),
+    *(f"a:{TOKEN}:READ", f"a:{TOKEN}:read:read", f"a:{TOKEN};b:{TOKEN}x"),
+    f"a:{TOKEN},b:s3cr3t",  # only the second one is wrong
+]
+URL_FORM = "a URL like postgresql://user:password@host:5432/database is needed; "
+WRONG_URLS = [
+    *("mysql://i:Secret123@db/i", "i:Secret123@db", "postgresql://i:Secret123"),
+    *("postgresql://i:Secret123%@db/i", "postgresql://i:Begin@Secret123@db/i"),
+    *("postgresql://i:Secret123/end@db/i", "postgresql://i:Secret123?end=1@db/i"),
+    *("postgresql://i:Secret123@db:0/i", "postgresql://i:Secret123@one:5432,two:99999/i"),
+    *("postgresql://db/i?password=Begin&Secret123=end", "postgresql://i:Secret123@db?options=a=b"),
+]
+WRONG_OPTION = "postgresql://u:Secret123@db/i?pgbouncer=true"
+WRONG_FILE = "postgresql://u:Secret123@db/i?sslrootcert=/none.pem"
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "allowed"),
+    ("name", "value", "reason"),
     [
         ("API_PORT", "0", "greater than or equal to 1"),
         ("API_PORT", "65536", "less than or equal to 65535"),
         ("DB_POOL_SIZE", "101", "less than or equal to 100"),
         ("DEBUG", "maybe", "valid boolean"),
         *(("CORS_ORIGINS", text, "like https://ops.example.com or") for text in WRONG_ORIGINS),
+        *(("API_TOKENS", tokens, "") for tokens in WRONG_TOKENS),
+        *(("DATABASE_URL", url, URL_FORM) for url in WRONG_URLS),
+        ("DATABASE_URL", WRONG_OPTION, 'PostgreSQL has no option "pgbouncer"'),
+        ("DATABASE_URL", WRONG_FILE, "sslrootcert names a file that "),
     ],
 )
-def test_a_wrong_setting_is_refused_with_its_name_its_value_and_what_is_allowed(
-    name: str, value: str, allowed: str, monkeypatch: pytest.MonkeyPatch
+def test_a_wrong_setting_is_refused_with_a_reason_and_no_secret(
+    name: str, value: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
     message = read_error()
 
-    assert message.startswith(f"{name}='{value}' is refused: ")
-    assert allowed in message
-    assert "\n" not in message
+    shown = "…" if name in ("API_TOKENS", "DATABASE_URL") else repr(value)
+    assert message.startswith(f"{name}={shown} is refused: ")
+    assert reason in message
+    assert not re.search("\n|Secret123|s3cr3t", message)
 
 
 # ── Database URLs ─────────────────────────────────────────────────────────────────────────────────
@@ -202,35 +219,6 @@ def test_a_database_url_is_accepted_in_all_common_forms(given: str, normalized: 
     assert conninfo_to_dict(make_asyncpg_url(scheme + expected))
 
 
-FORM = "a URL like postgresql://user:password@host:5432/database is needed; "
-NO_URLS = [
-    *("mysql://i:Secret123@db/i", "i:Secret123@db", "postgresql://i:Secret123"),
-    *("postgresql://i:Secret123%@db/i", "postgresql://i:Begin@Secret123@db/i"),
-    *("postgresql://i:Secret123/end@db/i", "postgresql://i:Secret123?end=1@db/i"),
-    *("postgresql://i:Secret123@db:0/i", "postgresql://i:Secret123@one:5432,two:99999/i"),
-    *("postgresql://db/i?password=Begin&Secret123=end", "postgresql://i:Secret123@db?options=a=b"),
-]
-
-
-@pytest.mark.parametrize(
-    ("url", "reason"),
-    [
-        *((url, FORM) for url in NO_URLS),
-        ("postgresql://u:Secret123@db/i?pgbouncer=true", 'PostgreSQL has no option "pgbouncer"'),
-        ("postgresql://u:Secret123@db/i?sslrootcert=/none.pem", "sslrootcert names a file that "),
-    ],
-)
-def test_a_wrong_database_url_is_refused_without_showing_its_password(
-    url: str, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DATABASE_URL", url)
-    message = read_error()
-
-    assert message.startswith(f"DATABASE_URL=… is refused: {reason}")
-    assert "\n" not in message
-    assert "Secret123" not in message
-
-
 @pytest.mark.anyio
 async def test_options_that_asyncpg_does_not_know_are_only_for_psycopg(database_url: str) -> None:
     options = (
@@ -240,15 +228,13 @@ async def test_options_that_asyncpg_does_not_know_are_only_for_psycopg(database_
     separator = "&" if "?" in database_url else "?"
     url = normalize_database_url(f"{database_url}{separator}{options}")
     parts = conninfo_to_dict(url)
+    place = {name: parts.get(name) for name in ("host", "port")}
     show = "SELECT current_setting('search_path') || current_setting('application_name')"
-    connection = await asyncpg.connect(
-        make_asyncpg_url(url), host=parts.get("host"), port=parts.get("port")
-    )
-
-    assert await connection.fetchval(show) == "pg_tempa+b"
+    connection = await asyncpg.connect(make_asyncpg_url(url), **place)
+    shown = await connection.fetchval(show)
     await connection.close()
-    with psycopg.connect(url) as session:
-        assert session.execute(show).fetchone() == ("pg_tempa+b",)
+
+    assert [(shown,)] == fetch(url, show) == [("pg_tempa+b",)]
 
 
 @pytest.mark.parametrize(
@@ -264,8 +250,6 @@ def test_logs_name_a_database_by_host_and_port(url: str, names: list[str]) -> No
     assert list(incidents.list_servers(normalize_database_url(url))) == names
 
 
-# ── When the service starts ───────────────────────────────────────────────────────────────────────
-
 WRONG = {
     "API_PORT": "eighty",
     "CORS_ORIGINS": "*.example.com",
@@ -276,9 +260,7 @@ WRONG = {
 @pytest.mark.parametrize(
     ("command", "exit_code"), [("incidents.py", 2), ("-m uvicorn incidents:app --port 0", 3)]
 )
-def test_a_start_with_wrong_settings_ends_with_an_exit_code_and_a_line_for_each(
-    command: str, exit_code: int
-) -> None:
+def test_a_start_with_wrong_settings_has_a_line_for_each(command: str, exit_code: int) -> None:
     done = subprocess.run(
         [sys.executable, *command.split()],
         cwd=ROOT,

@@ -1,11 +1,9 @@
 """Upgrades: of a database of the version before, by a column more, and beside other sessions."""
 
 import asyncio
-import contextlib
 import shutil
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,14 +25,7 @@ from helpers import (
     open_client,
     wait_until,
 )
-from schemas import (
-    apply,
-    describe_schema,
-    fetch,
-    find_applied,
-    roll_back,
-    run_debian_postgres,
-)
+from schemas import apply, describe_schema, fetch, find_applied, roll_back, run_debian_postgres
 
 import incidents
 
@@ -52,26 +43,28 @@ def new_debian_database() -> Iterator[NewDatabase]:
     """Create a database on the newest PostgreSQL that Debian offers, and give its URL."""
     if not shutil.which("apt-get"):
         pytest.skip("there is no apt-get: this is not Debian")
-    with run_debian_postgres() as url, psycopg.connect(url, autocommit=True) as session:
+    with run_debian_postgres() as url:
 
         def create() -> str:
             name = f"incidents_{uuid.uuid4().hex[:12]}"
-            session.execute(f"CREATE DATABASE {name}".encode())
+            fetch(url, f"CREATE DATABASE {name}")
             return in_database(url, name)
 
         yield create
 
 
-@pytest.fixture(params=["embedded", pytest.param("debian", marks=pytest.mark.slow)])
+@pytest.fixture(
+    params=["new_database", pytest.param("new_debian_database", marks=pytest.mark.slow)]
+)
 def create_database(request: pytest.FixtureRequest) -> NewDatabase:
     """Create an empty database on the server of the other tests, or on Debian's PostgreSQL."""
-    fixture = {"embedded": "new_database", "debian": "new_debian_database"}[request.param]
-    create: NewDatabase = request.getfixturevalue(fixture)
+    create: NewDatabase = request.getfixturevalue(request.param)
     return create
 
 
-async def use_api(client: httpx.AsyncClient, key: str) -> list[str]:
+async def use_api(client: httpx.AsyncClient) -> list[str]:
     """Send requests that read and write all tables, and give the answers that are no successes."""
+    key = uuid.uuid4().hex
     labelled = NEW_INCIDENT | {"labels": {"team": "db"}}
     report: dict[str, Any] = {"json": labelled, "headers": {"Idempotency-Key": key}}
     made = await client.post("/incidents/", **report)
@@ -81,26 +74,21 @@ async def use_api(client: httpx.AsyncClient, key: str) -> list[str]:
         made,
         await client.post("/incidents/", **report),
         await client.patch(path, json=change),
-        await client.patch("/incidents/1/status", json={"status": "resolved"}),
         await client.post(f"{path}/notes", json={"note": "a"}),
         await client.post("/v2/enqueue", json=BODIES["POST /v2/enqueue"]),
-        await client.get(f"/incidents/?limit=5&label=team:web&q=сеть {key}"),
         await client.get("/timeline?limit=5&include=incident"),
-        await client.get(f"{path}/timeline"),
-        await client.get("/stats"),
+        await client.get(f"/incidents/?limit=5&label=team:web&q=сеть {key}"),
     ]
     assert answers[1].headers["location"] == made.headers["location"]
-    assert f"сеть {key}" in answers[6].text
+    assert f"сеть {key}" in answers[-1].text
     return [each.text for each in answers if not each.is_success]
 
 
 async def use_api_in_process(url: str) -> list[str]:
     """Do what `use_api` does with the application in this process, on this database."""
     async with open_client(url) as client:
-        return await use_api(client, uuid.uuid4().hex)
+        return await use_api(client)
 
-
-# ── A database of the version before ──────────────────────────────────────────────────────────────
 
 ROWS_BEFORE = """
     INSERT INTO incidents (description, source, created_at, updated_at)
@@ -138,20 +126,17 @@ async def test_a_database_of_the_version_before_loses_nothing_and_gets_todays_sc
 ) -> None:
     today, upgraded = create_database(), create_database()
     if is_taken_over:
-        for statement in (REPLACED_SCHEMA, REPLACED_ROWS):
-            fetch(today, statement)
-            fetch(upgraded, statement)
+        for url in (today, upgraded):
+            fetch(url, REPLACED_SCHEMA + REPLACED_ROWS)
         fetch(upgraded, SET_ASIDE_BEFORE)
     for statement in (SCHEMA_BEFORE, ROWS_BEFORE, *([RULE_BEFORE] if is_taken_over else [])):
         fetch(upgraded, statement)
     incidents.migrate(today)
     before = [fetch(upgraded, f"SELECT * FROM {table}") for table in TABLES]
-    # dedup_keys, the last of the tables, gets four columns: what the key said is not known.
-    before[-1] = [(*row, None, None, None, None) for row in before[-1]]
 
     incidents.migrate(upgraded)
 
-    # A column that is new stands behind those that were there, and is null.
+    # A column that is new stands behind those that were there.
     after = [fetch(upgraded, f"SELECT * FROM {table}") for table in TABLES]
     assert [
         [row[: len(old)] for row, old in zip(rows, old_rows, strict=True)]
@@ -163,9 +148,7 @@ async def test_a_database_of_the_version_before_loses_nothing_and_gets_todays_sc
     assert await use_api_in_process(upgraded) == []
 
 
-def test_a_database_between_two_versions_is_refused_with_a_sentence_and_left_as_it_is(
-    new_database: NewDatabase,
-) -> None:
+def test_a_database_between_two_versions_is_left_as_it_is(new_database: NewDatabase) -> None:
     url = new_database()
     fetch(url, SCHEMA_BEFORE)
     fetch(url, "DROP TABLE dedup_keys")
@@ -179,9 +162,6 @@ def test_a_database_between_two_versions_is_refused_with_a_sentence_and_left_as_
     assert (describe_schema(url), find_applied(url)) == before
 
 
-# ── A column more ─────────────────────────────────────────────────────────────────────────────────
-
-
 def add_migration(folder: Path, statements: str, undo: str = "") -> str:
     """Copy the migrations into a folder, add one, and give its name."""
     name = "0099.add-what-the-test-needs"
@@ -191,9 +171,7 @@ def add_migration(folder: Path, statements: str, undo: str = "") -> str:
     return name
 
 
-async def test_each_table_can_get_a_column_with_a_default_and_lose_it_again(
-    create_database: NewDatabase, tmp_path: Path
-) -> None:
+async def test_each_table_can_get_a_column(create_database: NewDatabase, tmp_path: Path) -> None:
     url = create_database()
     incidents.migrate(url)
     name = add_migration(
@@ -212,35 +190,6 @@ async def test_each_table_can_get_a_column_with_a_default_and_lose_it_again(
     assert describe_schema(url) == before
 
 
-# ── Waiting for a lock ────────────────────────────────────────────────────────────────────────────
-
-
-@contextlib.contextmanager
-def long_reader(url: str) -> Iterator[psycopg.Connection[Any]]:
-    """Keep a transaction open that has read the incidents, as pg_dump does."""
-    with psycopg.connect(url) as session:
-        session.execute("SELECT count(*) FROM incidents")
-        yield session
-
-
-async def test_readers_wait_three_seconds_at_most_for_a_migration_that_waits(
-    new_database: NewDatabase,
-) -> None:
-    url = new_database()
-    fetch(url, SCHEMA_BEFORE)
-    seconds = []
-    with long_reader(url):
-        task = asyncio.create_task(asyncio.to_thread(incidents.migrate, url, tries=1))
-        while not task.done():
-            started_at = time.monotonic()
-            await asyncio.to_thread(fetch, url, "SELECT count(*) FROM incidents")
-            seconds.append(time.monotonic() - started_at)
-        with pytest.raises(psycopg.errors.LockNotAvailable):
-            await task
-
-    assert 2 < max(seconds) < 4
-
-
 async def test_a_migration_gives_up_after_its_last_try_or_goes_on_when_the_reader_has_ended(
     database_url: str,
     tmp_path: Path,
@@ -250,7 +199,8 @@ async def test_a_migration_gives_up_after_its_last_try_or_goes_on_when_the_reade
     statement = "SET lock_timeout = '200ms'; ALTER TABLE incidents ADD COLUMN extra integer;"
     name = add_migration(tmp_path, statement)
     monkeypatch.setattr(incidents, "HERE", tmp_path)
-    with long_reader(database_url) as reader:
+    with psycopg.connect(database_url) as reader:
+        reader.execute("SELECT count(*) FROM incidents")  # in an open transaction, as of pg_dump
         with pytest.raises(psycopg.errors.LockNotAvailable):
             incidents.migrate(database_url, tries=2, pause=0.01)
         given_up = len(caplog.messages), find_applied(database_url)[-1]
@@ -265,20 +215,14 @@ async def test_a_migration_gives_up_after_its_last_try_or_goes_on_when_the_reade
     assert caplog.messages[2] == "Try 2 of 100: a migration waits for a table in use"
 
 
-# ── A rolling upgrade ─────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.fixture
 def service_before(tmp_path: Path) -> str:
     """Give the program of the version before, from the repository's history."""
-    git = shutil.which("git")
-    if not git:
-        pytest.skip("git is not there, which has the version before")
     archive = tmp_path / "before.tar"
     # Git refuses the checkout of another user unless it is told that this is meant.
-    command = [git, "-c", "safe.directory=*", "archive", "-o", str(archive), VERSION_BEFORE]
-    if subprocess.run(command, cwd=ROOT, capture_output=True).returncode:
-        pytest.skip(f"the commit {VERSION_BEFORE} is not in this checkout (it may be shallow)")
+    command = f"git -c safe.directory='*' archive -o {archive} {VERSION_BEFORE}"
+    if subprocess.run(command, shell=True, cwd=ROOT, capture_output=True).returncode:
+        pytest.skip(f"there is no git, or no commit {VERSION_BEFORE} (the checkout may be shallow)")
     shutil.unpack_archive(archive, tmp_path / "before", filter="data")
     return str(tmp_path / "before/incidents.py")
 
@@ -294,7 +238,7 @@ async def test_the_version_before_serves_without_a_failure_while_a_new_process_m
     async def use(name: str, server: Server) -> None:
         async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
             while not stopped.is_set():
-                failures.extend(await use_api(client, uuid.uuid4().hex))
+                failures.extend(await use_api(client))
                 rounds[name] += 1
 
     fetch(url, SCHEMA_BEFORE)
