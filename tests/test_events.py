@@ -32,7 +32,6 @@ StoredRows = Callable[[], list[Rows]]
 
 SUMMARY = f"{SECRET_MARKER}: диск полон"
 REPORTER = {"Authorization": "Bearer s3cr3t-of-grafana"}
-CHALLENGE = 'Bearer realm="incidents"'
 JSON = {"Content-Type": "application/json"}
 EVENTS, ALERTS = "/v2/enqueue", "/webhooks/alertmanager"
 
@@ -241,17 +240,21 @@ async def test_a_key_that_opens_another_incident_is_counted_and_compared_anew(
     await change(client, 1, status="closed")
     again = make_event(summary="снова", severity="info")
     number = await send(client, again)
-    [alert] = await list_alerts(client, 2)
+    times = await count_times(client, 2)
     await send(client, again)
     await send(client, make_event("resolve", timestamp="2026-01-15T08:59:59Z"))  # too late
     incident = await show(client, 2)
+    [alert] = await list_alerts(client, 2)
+    last_seen_at, changed_at = alert.pop("last_seen_at"), alert.pop("changed_at")
 
-    assert number == 2
-    assert (alert["times"], alert["description"]) == (1, "снова")
-    assert alert["labels"] == {"severity": "info", "source": "db1"}
-    assert alert["started_at"] == "2026-01-15T09:00:00Z"  # no later time has been told
+    assert (number, times, await count_times(client, 1)) == (2, {"disk": 1}, {})
     assert (incident["status"], incident["version"]) == ("open", 1)
-    assert (await count_times(client, 1), await count_times(client, 2)) == ({}, {"disk": 2})
+    assert alert == {
+        "dedup_key": "disk", "actor": "anonymous", "times": 2, "description": "снова",
+        "labels": {"severity": "info", "source": "db1"},
+        "started_at": "2026-01-15T09:00:00Z",  # no later time has been told
+    }  # fmt: skip
+    assert re.fullmatch(TIMESTAMP, last_seen_at) and changed_at < last_seen_at
 
 
 async def test_a_key_of_an_older_version_is_compared_from_its_next_trigger_on(
@@ -411,8 +414,7 @@ NULLS = dict.fromkeys([f"field{number}" for number in range(998)])
 SAID: list[tuple[dict[str, Any], str, dict[str, str]]] = [
     # The description
     (alert_of({"summary": "a", "description": "b"}), "a\nb", {}),
-    (alert_of({"message": "Pod restarts"}, {"pod": "api-1"}), "Pod restarts", {"pod": "api-1"}),
-    (alert_of({"Error": "no data source", "summary": "a"}), "a\nno data source", {}),
+    (alert_of({"Error": "c", "message": "b", "summary": "a"}), "a\nb\nc", {}),
     (alert_of({"summary": "a", "description": "a"}), "a", {}),
     (alert_of({"impact": "no shop"}, {"app": "x"}), "impact=no shop, app=x",
      {"impact": "no shop", "app": "x"}),
@@ -440,9 +442,6 @@ SAID: list[tuple[dict[str, Any], str, dict[str, str]]] = [
      {"link 1": URL, "image 1": "5"}),
     (alert_of({"summary": "a", "severity": "x", "__values__": "{}"}, {"severity": "y"}), "a",
      {"severity": "y"}),
-    (alert_of({"summary": "a"}, None, generatorURL=URL, silenceURL="s", dashboardURL="", panelURL=
-              "p", imageURL=None, ruleUID="af1", values={"A": 1}, valueString="[ value=1 ]"), "a",
-     {"generatorURL": URL, "silenceURL": "s", "panelURL": "p", "ruleUID": "af1"}),
     (event_of({"summary": "a", "custom_details": False}), "a", {"custom_details": "false"}),
     (alert_of({"summary": "a", "runbook": URL}, MANY | KEPT), "a", FIRST | KEPT),
     # Only a thousand values are read.
@@ -599,49 +598,25 @@ async def test_the_list_shows_the_newest_incident_of_a_key(client: AsyncClient) 
         assert_problem(refused, 422, "#/dedup_key")
 
 
-async def test_the_alerts_of_an_incident_show_what_its_key_said_last(client: AsyncClient) -> None:
-    at = "2026-01-15T10:30:00Z"
-    await send(client, make_event(timestamp=at))
-    await change(client, 1, description="Другое", labels={"severity": None})
-    await send(client, make_event(severity="info", timestamp=at))
-    await send(client, make_event(severity="info", timestamp=at))
-    await client.post("/incidents/", json={"description": "a", "source": "operator"})
-    [alert] = await list_alerts(client, 1)
-    last_seen_at, changed_at = alert.pop("last_seen_at"), alert.pop("changed_at")
-
-    assert alert == {
-        "dedup_key": "disk", "actor": "anonymous", "times": 3, "description": SUMMARY,
-        "labels": {"severity": "info", "source": "db1"}, "started_at": at,
-    }  # fmt: skip
-    assert re.fullmatch(TIMESTAMP, last_seen_at) and changed_at < last_seen_at
-    assert await list_alerts(client, 2) == []
-
-
 # ── Tokens ────────────────────────────────────────────────────────────────────────────────────────
 
 KEYS = {name: f"s3cr3t-of-{name}" for name in ("reader", "writer", "grafana", "unknown")}
 
 
 async def test_the_token_of_an_event_is_in_the_header_or_else_in_the_routing_key(
-    client: AsyncClient, with_tokens: None, sql: Sql, stored_rows: StoredRows
+    client: AsyncClient, with_tokens: None, sql: Sql
 ) -> None:
     for header, routing_key in itertools.product(["", *KEYS], repeat=2):
-        before = stored_rows()
         headers = {"Authorization": f"Bearer {KEYS[header]}"} if header else {}
         event = make_event(key=f"{header} {routing_key}") | {"routing_key": KEYS.get(routing_key)}
         response = await client.post(EVENTS, json=event, headers=headers)
         sender = header or routing_key
 
-        assert response.headers["cache-control"] == "no-store"
         if sender in ("writer", "grafana"):
             assert response.status_code == 202, response.text
             assert sql("SELECT actor FROM timeline ORDER BY id DESC LIMIT 1") == [(sender,)]
-            continue
-        assert stored_rows() == before
-        error = "insufficient_scope" if sender == "reader" else "invalid_token"
-        assert_problem(response, 403 if sender == "reader" else 401)
-        challenge = CHALLENGE + (f', error="{error}"' if sender else "")
-        assert response.headers["www-authenticate"] == challenge
+        else:
+            assert_problem(response, 403 if sender == "reader" else 401)
 
 
 async def test_each_token_has_keys_of_its_own(client: AsyncClient, with_tokens: None) -> None:
@@ -650,13 +625,10 @@ async def test_each_token_has_keys_of_its_own(client: AsyncClient, with_tokens: 
         await client.post(EVENTS, json=make_event(key="1"), headers=headers)
     answer = await client.post(EVENTS, json=make_event("resolve", "1"), headers=WRITER)
     listed = (await client.get("/incidents/?dedup_key=1", headers=READER)).json()
-    page = await client.get("/incidents/?dedup_key=1&limit=1", headers=READER)
-    rest = await client.get(f"/incidents/{page.links['next']['url']}", headers=READER)
     [by_grafana] = await list_alerts(client, 1, headers=READER)
     [by_writer] = await list_alerts(client, 2, headers=READER)
 
     assert answer.json()["incident_id"] == 2
     assert [(each["id"], each["status"]) for each in listed] == [(2, "resolved"), (1, "open")]
-    assert page.json() + rest.json() == listed
     assert (by_grafana["actor"], by_grafana["times"]) == ("grafana", 2)
     assert (by_writer["actor"], by_writer["times"]) == ("writer", 1)
