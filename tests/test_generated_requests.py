@@ -17,9 +17,8 @@ from urllib.parse import quote, quote_from_bytes
 
 import httpx
 import openapi
-import psycopg
 import pytest
-from helpers import ROOT, SECRET_MARKER, Sql, find_inconsistencies, read_event_refusal, route_label
+from helpers import ROOT, SECRET_MARKER, Sql, find_inconsistencies, read_event_refusal
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
@@ -52,12 +51,6 @@ def one_in(count: int) -> st.SearchStrategy[bool]:
     return st.sampled_from([False] * (count - 1) + [True])
 
 
-def some_text(*texts: str, start: str = "", without: str = "\0") -> st.SearchStrategy[str]:
-    """Give one of these texts, or any short one with this start and without these letters."""
-    characters = st.characters(codec="utf-8", exclude_characters=without)
-    return st.one_of(st.sampled_from(texts), st.text(characters, max_size=12).map(start.__add__))
-
-
 SPECIAL_TEXTS = [
     *("", " ", "0", "1", "null", "{}", "9" * 400, "x" * 200, "x" * 201, "x" * 5000, "x" * 5001),
     *("\0", f"{SECRET_MARKER}\0", "\ufeff", "\u200b\u2800", "\n", "\u0301", "\ud800"),
@@ -67,49 +60,40 @@ SPECIAL_TEXTS = [
 ANY_TEXT = st.one_of(  # with lone surrogates too
     st.sampled_from(SPECIAL_TEXTS), st.text(st.characters(exclude_categories=()), max_size=12)
 )
-VALID_TEXT = some_text("Проблема с сервером", "🔥 حريق", "x" * 5000, start=SECRET_MARKER)
+LETTERS = st.characters(codec="utf-8", exclude_characters="\0:")
+VALID_TEXT = st.text(LETTERS, max_size=12).map(SECRET_MARKER.__add__)
 ANY_SCALAR = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), ANY_TEXT)
 DETAILS = st.dictionaries(ANY_TEXT, ANY_SCALAR, max_size=3)
 LISTS = st.lists(ANY_SCALAR, max_size=3)
 ANY_VALUE = st.one_of(ANY_SCALAR, DETAILS, LISTS, st.dictionaries(ANY_TEXT, LISTS, max_size=2))
-LABEL_NAMES = some_text(
-    *("team", "severity", "команда", 'a"b\\c.d$', "🔥", "x" * 100), start="n", without="\0:"
-)
-LABEL_VALUES = some_text("db", "сеть", "critical,error", "", "x" * 1000)
-FIELDS: dict[str, st.SearchStrategy[Any]] = {
-    "description": VALID_TEXT,
-    "note": VALID_TEXT,
-    "source": st.sampled_from(SOURCES),
-    "status": st.sampled_from(STATUSES),
-    "labels": st.dictionaries(LABEL_NAMES, LABEL_VALUES, max_size=3),
-}
+LABEL_NAMES = st.one_of(st.sampled_from(["team", 'a"b\\c.d$', "x" * 100]), VALID_TEXT)
+LABEL_VALUES = st.one_of(st.sampled_from(["db", "critical,error", "", "x" * 1000]), VALID_TEXT)
+LABELS = st.dictionaries(LABEL_NAMES, LABEL_VALUES, max_size=3)
 LABEL_PATCHES = st.dictionaries(LABEL_NAMES, st.one_of(st.none(), LABEL_VALUES), max_size=3)
+SOURCE, STATUS = st.sampled_from(SOURCES), st.sampled_from(STATUSES)
+CHANGES = {"description": VALID_TEXT, "source": SOURCE, "status": STATUS, "note": VALID_TEXT}
 DEDUP_KEYS = st.sampled_from(["disk-db1", "ключ 🔥", "x" * 255])
 objects = st.fixed_dictionaries
-EVENT = {
-    "event_action": st.sampled_from(["trigger", "acknowledge", "resolve"]),
-    "dedup_key": DEDUP_KEYS,
-    "payload": objects(
-        {}, optional={"summary": ANY_TEXT, "severity": ANY_TEXT, "custom_details": DETAILS}
-    ),
-}
+PAYLOADS = objects({}, optional={"summary": ANY_TEXT, "class": ANY_TEXT, "custom_details": DETAILS})
+ACTIONS = st.sampled_from(["trigger", "acknowledge", "resolve"])
 ALERT = objects(
     {"status": st.sampled_from(["firing", "resolved"]), "fingerprint": DEDUP_KEYS},
     optional={"labels": DETAILS, "annotations": DETAILS, "generatorURL": ANY_TEXT},
 )
-
-
-def pick(*names: str) -> dict[str, st.SearchStrategy[Any]]:
-    """Give some of the fields."""
-    return {name: FIELDS[name] for name in names}
-
-
 VALID_BODIES: dict[Operation, st.SearchStrategy[dict[str, Any]]] = {
-    ("POST", "/incidents/"): objects(pick("description", "source", "labels")),
-    ("PATCH", "/incidents/{incident_id}"): objects({}, optional=FIELDS | {"labels": LABEL_PATCHES}),
-    ("PATCH", "/incidents/{incident_id}/status"): objects(pick("status"), optional=pick("note")),
-    ("POST", "/incidents/{incident_id}/notes"): objects(pick("note")),
-    ("POST", "/v2/enqueue"): objects(EVENT),
+    ("POST", "/incidents/"): objects(
+        {"description": VALID_TEXT, "source": SOURCE, "labels": LABELS}
+    ),
+    ("PATCH", "/incidents/{incident_id}"): objects(
+        {}, optional=CHANGES | {"labels": LABEL_PATCHES}
+    ),
+    ("PATCH", "/incidents/{incident_id}/status"): objects(
+        {"status": STATUS}, optional={"note": VALID_TEXT}
+    ),
+    ("POST", "/incidents/{incident_id}/notes"): objects({"note": VALID_TEXT}),
+    ("POST", "/v2/enqueue"): objects(
+        {"event_action": ACTIONS, "dedup_key": DEDUP_KEYS, "payload": PAYLOADS}
+    ),
     ("POST", "/webhooks/alertmanager"): objects({"alerts": st.lists(ALERT, max_size=3)}),
 }
 UNUSUAL_BODIES = [
@@ -119,7 +103,7 @@ UNUSUAL_BODIES = [
     b" " * (incidents.MAX_BODY_BYTES + 1),
 ]
 BODY_FORMS = [*["valid"] * 3, "wrong value", "field more", "field less", "any JSON", "unusual"]
-ANY_NAME = st.one_of(st.sampled_from(sorted(FIELDS)), ANY_TEXT)
+ANY_NAME = st.one_of(st.sampled_from(sorted(CHANGES)), ANY_TEXT)
 OTHER_BODY = st.just({"description": SECRET_MARKER, "source": "partner"})
 
 
@@ -294,21 +278,6 @@ def runner(module_database_url: str) -> Iterator[asyncio.Runner]:
         runner.run(lifespan.__aexit__(None, None, None))
 
 
-@pytest.fixture
-def database_url(emptied_database_url: str) -> str:
-    """Give the one database of this file with a few incidents of each source, and no others."""
-    with psycopg.connect(emptied_database_url, autocommit=True) as session:
-        session.execute(
-            "INSERT INTO incidents (description, source, labels)"
-            " SELECT 'number ' || n, (ARRAY['operator', 'monitoring', 'partner'])[1 + n % 3],"
-            """ (ARRAY['{}', '{"team": "db"}', '{"team": "сеть"}']::jsonb[])[1 + n % 3]"""
-            " FROM generate_series(1, 8) AS n;"
-            "INSERT INTO timeline (incident_id, kind, actor)"
-            " SELECT id, 'created', 'a' FROM incidents ORDER BY id"
-        )
-    return emptied_database_url
-
-
 def find_operation(request: GeneratedRequest) -> dict[str, Any] | None:
     """Find the description of the operation that a request calls.
 
@@ -344,12 +313,8 @@ def check_response(request: GeneratedRequest, response: httpx.Response, has_writ
         assert PROBLEM.validate_json(json.dumps(problem), strict=True).status == status
         assert status != 412 or b"if-match" in sent
     elif status == 304:
-        assert response.content == b""
         assert b"if-none-match" in sent or request.path.startswith("/docs/")
-    elif status == 307:
-        accepted = b",".join(value for name, value in request.headers if name == b"accept")
-        assert request.path.rstrip("/") == "" and b"text/" in accepted.lower()
-    elif operation:
+    elif operation and status < 300:
         media_type = response.headers["content-type"].partition(";")[0]
         assert media_type in operation["responses"][str(status)]["content"]
         check_success(request, response, has_written, operation["operationId"])
@@ -381,22 +346,24 @@ def check_success(
 
 
 def test_every_body_and_query_parameter_can_be_generated() -> None:
-    taking = [route for route in incidents.ROUTES if route.body]
-    bodies = [
-        route_label(route) for route in taking if (route.method, route.path) not in VALID_BODIES
-    ]
+    taking = {(route.method, route.path) for route in incidents.ROUTES if route.body}
     names = {name for route in incidents.ROUTES for name in route.query.model_fields}
 
-    advice = "tests/test_generated_requests.py needs values in"
-    assert not bodies, f"{advice} VALID_BODIES for {', '.join(bodies)}"
-    assert names <= PARAMETERS.keys(), f"{advice} PARAMETERS for {names - PARAMETERS.keys()}"
+    assert taking <= VALID_BODIES.keys(), "add to VALID_BODIES in test_generated_requests.py"
+    assert names <= PARAMETERS.keys(), "add to PARAMETERS in test_generated_requests.py"
 
 
+@pytest.mark.one_database
 @pytest.mark.parametrize("operation", OPERATIONS, ids=[" ".join(each) for each in OPERATIONS])
 @pytest.mark.parametrize("count", [FEW, pytest.param(ALL, marks=pytest.mark.slow)])
 def test_every_response_is_as_described_and_a_refused_request_changes_nothing(
     runner: asyncio.Runner, sql: Sql, operation: Operation, count: int
 ) -> None:
+    sql(
+        "INSERT INTO incidents (description, source)"
+        " SELECT 'number ' || n, 'partner' FROM generate_series(1, 8) AS n"
+    )
+    sql("INSERT INTO timeline (incident_id, kind, actor) SELECT id, 'created', 'a' FROM incidents")
     statuses: Counter[int] = Counter()
 
     @settings(
