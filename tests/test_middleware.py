@@ -67,10 +67,9 @@ async def test_a_path_cannot_forge_a_line_of_the_log(
     client: AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(incidents, "parse_incident_id", None)
-    for end in ("\n", "\r", "\x0b", "\x85", "\u2028"):
-        response = await client.get(f"/incidents/{quote('1' + end)}ERROR: forged")
+    ends = "\n\r\x0b\x85\u2028"
+    await client.get("/incidents/" + quote("".join(f"1{end}ERROR: forged" for end in ends)))
 
-        assert response.status_code == 500
     assert caplog.text.count("forged") == 5
     assert [line for line in caplog.text.splitlines() if line.startswith("ERROR: forged")] == []
 
