@@ -8,7 +8,6 @@ and the slow one 10,000.
 
 import asyncio
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -196,27 +195,17 @@ class GeneratedRequest(NamedTuple):
 
 
 UNUSUAL_IDS = ["0", "-1", "9" * 18, "1" + "0" * 18, "1.0", "1\n", "٣"]
-UNUSUAL_ID = st.one_of(st.sampled_from(UNUSUAL_IDS), st.integers().map(str), ANY_TEXT)
-METHODS = ["GET", "HEAD", "POST", "PATCH", "PUT", "DELETE", "OPTIONS", "TRACE", "get", "ANY"]
+UNUSUAL_ID = st.one_of(st.sampled_from(UNUSUAL_IDS), st.integers().map(str))
 
 
 @st.composite
 def requests_to(draw: st.DrawFn, operation: Operation) -> GeneratedRequest:
-    """Make a request to an operation. One in twenty has another method, and some another path."""
+    """Make a request to an operation. test_routes.py has other methods and other paths."""
     method, path = operation
-    if draw(one_in(20)):
-        method = draw(st.sampled_from(METHODS))
-    elif method == "GET" and draw(one_in(10)):
+    if method == "GET" and draw(one_in(10)):
         method = "HEAD"
-    if "{" in path:
-        incident_id = draw(UNUSUAL_ID) if draw(one_in(10)) else str(draw(st.integers(1, 8)))
-        path = path.replace("{incident_id}", incident_id)
-    if draw(one_in(10)):
-        path = path.rstrip("/") or path if path.endswith("/") else path + "/"
-    elif draw(one_in(20)):
-        path += draw(ANY_TEXT)
-    # uvicorn decodes a path like this; bytes that are not UTF-8 become replacement characters.
-    path = encode(path).decode("utf-8", "replace")
+    incident_id = draw(UNUSUAL_ID) if draw(one_in(10)) else str(draw(st.integers(1, 8)))
+    path = path.replace("{incident_id}", incident_id)
     headers = ([] if draw(one_in(10)) else [JSON_HEADER]) + draw(ANY_HEADERS)
     has_body = method not in ("GET", "HEAD") or draw(one_in(20))
     body = draw(bodies(operation)) if has_body else b""
@@ -278,59 +267,36 @@ def runner(module_database_url: str) -> Iterator[asyncio.Runner]:
         runner.run(lifespan.__aexit__(None, None, None))
 
 
-def find_operation(request: GeneratedRequest) -> dict[str, Any] | None:
-    """Find the description of the operation that a request calls.
-
-    It is empty when the path is described without this method, and None when the path is not.
-    """
-    for path, methods in PATHS.items():
-        escaped_path = re.escape(path.rstrip("/"))
-        pattern = escaped_path.replace(re.escape("{incident_id}"), "([^/]+)") + "/?"
-        if re.fullmatch(pattern, request.path, re.DOTALL):
-            method = "GET" if request.method == "HEAD" else request.method
-            return dict(methods.get(method.lower(), {})) if method.isupper() else {}
-    return None
-
-
-def check_response(request: GeneratedRequest, response: httpx.Response, has_written: bool) -> None:
+def check_response(
+    operation: Operation, request: GeneratedRequest, response: httpx.Response, has_written: bool
+) -> None:
     """Check that a response is described and true, and that only what was asked for is written."""
-    operation = find_operation(request)
-    status, sent = response.status_code, dict(request.headers)
-    assert status < 500, response
-    assert status < 300 or not has_written
-    if operation is None:
-        assert status == 404 or request.path.startswith("/docs/")
-    elif not operation:
-        assert status == 405
-    else:
-        assert str(status) in operation["responses"], response
+    method, path = operation
+    described = PATHS[path][method.lower()]
+    status = response.status_code
+    assert status < 500 and str(status) in described["responses"], response
+    assert not has_written or (status < 300 and method != "GET")
     if status >= 400:
-        assert response.headers["content-type"] == "application/problem+json; charset=utf-8"
         problem = json.loads(response.content)
-        if request.path.rstrip("/") == "/v2/enqueue":
+        if path == "/v2/enqueue":
             read_event_refusal(problem)
             problem["status"] = status
         assert PROBLEM.validate_json(json.dumps(problem), strict=True).status == status
-        assert status != 412 or b"if-match" in sent
-    elif status == 304:
-        assert b"if-none-match" in sent or request.path.startswith("/docs/")
-    elif operation and status < 300:
-        media_type = response.headers["content-type"].partition(";")[0]
-        assert media_type in operation["responses"][str(status)]["content"]
-        check_success(request, response, has_written, operation["operationId"])
+    if status >= 300:
+        return
+    media_type = response.headers["content-type"].partition(";")[0]
+    assert media_type in described["responses"][str(status)]["content"]
+    if request.method != "HEAD" and media_type in ("application/json", "application/x-ndjson"):
+        check_success(request, response, has_written, described["operationId"])
 
 
 def check_success(
     request: GeneratedRequest, response: httpx.Response, has_written: bool, name: str
 ) -> None:
     """Check that a successful response has the described form, and shows what was asked for."""
-    media_type = response.headers["content-type"].partition(";")[0]
-    assert request.method in ("POST", "PATCH") or not has_written
-    if request.method == "HEAD" or media_type not in ("application/json", "application/x-ndjson"):
-        return
-    lines = response.content.decode("utf-8").split("\n")[:-1]
-    is_json = media_type == "application/json"
-    body: Any = json.loads(response.content) if is_json else [json.loads(line) for line in lines]
+    is_json = response.headers["content-type"].startswith("application/json")
+    lines = response.text.split("\n")[:-1]
+    body: Any = response.json() if is_json else [json.loads(line) for line in lines]
     RESPONSE_TYPES[name].validate_python(body)
     if name in ("create_incident", "add_note"):
         assert has_written != ("idempotent-replayed" in response.headers)
@@ -380,7 +346,7 @@ def test_every_response_is_as_described_and_a_refused_request_changes_nothing(
         response = runner.run(call_application(request))
         has_written = sql(NEWEST_WRITES) != before
         statuses[response.status_code] += 1
-        check_response(request, response, has_written)
+        check_response(operation, request, response, has_written)
 
     send_and_check()
 
