@@ -188,7 +188,9 @@ async def test_a_deadlock_of_a_batch_with_another_session_fails_no_call(
 async def test_a_call_ends_when_the_server_does_not_answer(
     database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert QUERY_TIMEOUT == 4.5  # so that a client has its answer in five; the test waits less
+    # A client has its answer in five seconds. The test waits less.
+    assert SQL.incident_create.seconds == QUERY_TIMEOUT == 4.5
+    assert (SQL.stats.seconds, SQL.stats.workers) == (30, 1)  # as sql/stats.sql says
     monkeypatch.setattr(SQL.incident_create, "seconds", 0.5)
     started_at = time.monotonic()
     with psycopg.connect(database_url) as session:
@@ -306,23 +308,6 @@ def test_a_file_that_does_not_say_first_how_it_is_run_is_refused_by_its_name(
 ) -> None:
     with pytest.raises(ValueError, match=r"sql/example\.sql must begin with a line like '-- read'"):
         load_statement(tmp_path, text)
-
-
-@pytest.mark.parametrize(
-    ("first_line", "declared"),
-    [
-        ("-- read", (True, False, False, QUERY_TIMEOUT, WORKERS)),
-        ("-- write, batch", (False, True, False, QUERY_TIMEOUT, WORKERS)),
-        ("-- read, at most 30 s, 1 at once", (True, False, True, 30, 1)),
-    ],
-)
-def test_a_file_says_how_its_statement_is_run_and_names_its_parameters(
-    tmp_path: Path, first_line: str, declared: tuple[Any, ...]
-) -> None:
-    each = load_statement(tmp_path, f"{first_line}\nSELECT $1, $2")
-
-    assert (each.is_read, each.is_batch, each.is_slow, each.seconds, each.workers) == declared
-    assert each.parameters == ("value1", "value2")
 
 
 async def test_a_call_with_a_missing_or_unknown_name_fails_at_once_and_names_the_file(

@@ -148,8 +148,6 @@ class Client:
         except (OSError, asyncio.IncompleteReadError) as error:
             self.close()
             raise NoResponse(repr(error)) from None
-        if headers.get("connection") == "close":
-            self.close()
         return Response(int(status_line.split()[1]), headers, response_body)
 
     def close(self) -> None:
@@ -422,6 +420,58 @@ async def test_a_thousand_clients_that_post_without_pause_get_201_or_503_fast(
     assert run_sql(database_url, COUNT) == [(1000 + 3200 + len(times),)]
 
 
+# ── Slow and hostile clients ──────────────────────────────────────────────────────────────────────
+
+HOST = b" HTTP/1.1\r\nHost: x\r\n"
+FIELDS = b"{" + b",".join(b'"%d":1' % number for number in range(10_000)) + b"}"
+
+# Expensive requests. In place of # they have another number each time, so that none is in a cache.
+HOSTILE_REQUESTS = [
+    b"GET /" + HOST + b"X-#: a\r\n" * 100_000,
+    b"GET /incidents/?limit=1" + b"".join(b"&%d#" % n for n in range(1000)) + HOST + b"\r\n",
+    b"POST /incidents/%bContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+    % (HOST, len(FIELDS), FIELDS),
+    (b"GET /incidents/?limit=1" + HOST + b"\r\n") * 10_000,
+]
+
+
+def flood(port: int | None, seconds: int) -> Counter[int]:
+    """Run hostile clients for a while, and count the statuses of their requests; 0: cut off."""
+    deadline = time.monotonic() + seconds
+    statuses = Counter[int]()
+
+    async def send(request: bytes) -> None:
+        """Send one request after another, each once the one before was answered or cut off."""
+        number = 0
+        while (started_at := time.monotonic()) < deadline:
+            number += 1
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            status_line = b""
+            with contextlib.suppress(OSError):
+                writer.write(request.replace(b"#", b"%d" % number))
+                status_line = await reader.readline()
+            statuses[int(status_line.split()[1]) if status_line else 0] += 1
+            writer.transport.abort()
+            # All processes of this test share the machine, and a flood that fills it would slow
+            # down anybody. So a slower machine gets fewer requests.
+            await asyncio.sleep(min(max(0.5, 20 * (time.monotonic() - started_at)), 2))
+
+    async def send_all() -> None:
+        await asyncio.gather(*map(send, 2 * HOSTILE_REQUESTS))
+
+    asyncio.run(send_all())
+    return statuses
+
+
+def open_slow_reader(port: int | None) -> socket.socket:
+    """Ask for the whole list. Little of what the service sends fits into the kernel."""
+    reader = socket.socket()
+    reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    reader.connect(("127.0.0.1", port))
+    reader.sendall(b"GET /incidents/" + HOST + b"\r\n")
+    return reader
+
+
 async def test_slow_readers_of_the_whole_list_do_not_slow_down_other_clients(
     server: Server, database_url: str
 ) -> None:
@@ -434,12 +484,7 @@ async def test_slow_readers_of_the_whole_list_do_not_slow_down_other_clients(
     run_sql(database_url, "VACUUM ANALYZE incidents")
     calm = await observe_calm(server)
     busy: list[tuple[float, int]] = []
-    readers = [socket.socket() for _ in range(200)]
-    for reader in readers:
-        # Little of what the service sends fits into the kernel.
-        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        reader.connect(("127.0.0.1", urlsplit(server.url).port))
-        reader.sendall(b"GET /incidents/ HTTP/1.1\r\nHost: x\r\n\r\n")
+    readers = [open_slow_reader(urlsplit(server.url).port) for _ in range(200)]
     # A slow reader must hold no connection of PostgreSQL. It would hold it for the whole test, but
     # on a busy machine any statement may take a second.
     held_connections = (
@@ -458,49 +503,6 @@ async def test_slow_readers_of_the_whole_list_do_not_slow_down_other_clients(
     assert_not_disturbed(calm, busy)
 
 
-# ── Hostile clients ───────────────────────────────────────────────────────────────────────────────
-
-HOST = b" HTTP/1.1\r\nHost: x\r\n"
-FIELDS = b"{" + b",".join(b'"%d":1' % number for number in range(10_000)) + b"}"
-
-# Expensive requests. In place of # they have another number each time, so that none is in a cache.
-HOSTILE_REQUESTS = [
-    b"GET /" + HOST + b"X-#: a\r\n" * 100_000,
-    b"GET /incidents/?limit=1" + b"".join(b"&%d#" % n for n in range(1000)) + HOST + b"\r\n",
-    b"POST /incidents/%bContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
-    % (HOST, len(FIELDS), FIELDS),
-    (b"GET /incidents/?limit=1" + HOST + b"\r\n") * 10_000,
-]
-
-
-def flood(port: int | None, seconds: int) -> list[Counter[int]]:
-    """Run hostile clients for a while, and count the statuses of each of their requests."""
-    deadline = time.monotonic() + seconds
-    statuses = [Counter[int]() for _ in HOSTILE_REQUESTS]
-
-    async def send(index: int) -> None:
-        """Send one request after another, each once the one before was answered or cut off (0)."""
-        number = 0
-        while (started_at := time.monotonic()) < deadline:
-            number += 1
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            status_line = b""
-            with contextlib.suppress(OSError):
-                writer.write(HOSTILE_REQUESTS[index].replace(b"#", b"%d" % number))
-                status_line = await reader.readline()
-            statuses[index][int(status_line.split()[1]) if status_line else 0] += 1
-            writer.transport.abort()
-            # All processes of this test share the machine, and a flood that fills it would slow
-            # down anybody. So a slower machine gets fewer requests.
-            await asyncio.sleep(min(max(0.5, 20 * (time.monotonic() - started_at)), 2))
-
-    async def send_all() -> None:
-        await asyncio.gather(*(send(index) for index in 2 * list(range(len(statuses)))))
-
-    asyncio.run(send_all())
-    return statuses
-
-
 async def test_a_flood_of_hostile_requests_does_not_slow_down_other_clients(
     server: Server, database_url: str
 ) -> None:
@@ -513,7 +515,7 @@ async def test_a_flood_of_hostile_requests_does_not_slow_down_other_clients(
             busy.append(await observe(server))
         statuses = await flooding
 
-    assert min(counter.total() for counter in statuses) >= 2
-    assert all(status < 500 for counter in statuses for status in counter), statuses
+    assert statuses.total() >= 4 * len(HOSTILE_REQUESTS)
+    assert all(status < 500 for status in statuses), statuses
     assert_not_disturbed(calm, busy)
     assert run_sql(database_url, COUNT) == [(1000 + 400 * len(calm + busy),)]

@@ -95,18 +95,6 @@ async def test_a_problem_points_to_everything_that_is_wrong_with_a_body(
     assert stored_rows() == before
 
 
-async def test_the_pointer_to_an_unknown_field_is_escaped_as_rfc_6901_says(
-    client: AsyncClient,
-) -> None:
-    pointers = {"a/b": "a~1b", "~1": "~01", "": "", "%20": "%2520", "#": "%23", "\0": "%00"}
-    for name, pointer in (pointers | {"поле": "%D0%BF%D0%BE%D0%BB%D0%B5"}).items():
-        response = await client.post("/incidents/", json=NEW_INCIDENT | {name: 1})
-
-        assert_problem(response, 422, f"#/{pointer}")
-        # The right names are listed.
-        assert "description, source, labels" in response.json()["detail"]
-
-
 # The white space of Unicode (its property White_Space).
 BLANKS = "\t\n\v\f\r\x85" + "".join(
     chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) in ("Zs", "Zl", "Zp")
@@ -152,14 +140,15 @@ async def test_a_body_is_taken_with_every_content_type_of_json_and_refused_with_
             assert stored_rows() == before
 
 
-async def test_a_body_with_many_unknown_fields_is_refused_with_the_names_that_there_are(
+async def test_a_body_with_unknown_fields_is_refused_with_the_names_that_there_are(
     client: AsyncClient,
 ) -> None:
-    body = {f"field {number}": number for number in range(5000)} | NEW_INCIDENT
-    response = await client.post("/incidents/", json=body)
+    for count, pointers in ((1, ["#/field%200"]), (5000, [])):  # so many are not listed
+        body = {f"field {number}": number for number in range(count)} | NEW_INCIDENT
+        response = await client.post("/incidents/", json=body)
 
-    assert_problem(response, 422)
-    assert "description, source, labels" in response.json()["detail"]
+        assert_problem(response, 422, *pointers)
+        assert "description, source, labels" in response.json()["detail"]
 
 
 # ── Ids ───────────────────────────────────────────────────────────────────────────────────────────

@@ -374,22 +374,6 @@ def has_paused(server: Server) -> bool:
     return bool(process.cpu_times() == before)
 
 
-def test_a_client_that_begins_to_read_late_gets_every_answer_in_order(server: Server) -> None:
-    count = 3000
-    requests = b"".join(GET + b"X-Request-ID: %d\r\n\r\n" % number for number in range(count))
-    received = bytearray()
-    with connect(server, receive_buffer=4096) as connection, ThreadPoolExecutor(1) as thread:
-        sending = thread.submit(connection.sendall, requests)
-        # The service goes on until no more answers fit into the kernel.
-        wait_until(lambda: has_paused(server))
-        while b"x-request-id: %d\r" % (count - 1) not in received[-1000:]:
-            received += connection.recv(65536)
-        sending.result()
-
-    echoed = re.findall(rb"x-request-id: (\d+)\r", received)
-    assert echoed == [b"%d" % number for number in range(count)]
-
-
 @pytest.mark.slow
 def test_400_000_requests_of_a_client_that_does_not_read_are_not_read_either(
     server: Server,
