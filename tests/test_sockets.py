@@ -63,14 +63,6 @@ def server(service: Server) -> Iterator[Server]:
     assert service.printed()[printed_before:] == ""
 
 
-@pytest.fixture
-def creates_nothing(server: Server) -> Iterator[None]:
-    """Check after the test that there are as many incidents as before."""
-    before = count_incidents(server)
-    yield
-    assert count_incidents(server) == before
-
-
 def connect(server: Server, receive_buffer: int | None = None) -> socket.socket:
     """Open a connection whose calls fail after five seconds.
 
@@ -182,13 +174,13 @@ TOO_LONG = [
 ]
 
 
-@pytest.mark.usefixtures("creates_nothing")
 @pytest.mark.parametrize(
     ("head", "status"), [*((head, 400) for head in NO_HTTP), *((head, 431) for head in TOO_LONG)]
 )
 def test_what_is_not_http_or_too_long_gets_a_problem_and_nothing_after_it_is_read(
     server: Server, head: bytes, status: int
 ) -> None:
+    before = count_incidents(server)
     # A client that means https:// waits for an answer to its first bytes.
     rest = b"" if head.startswith(b"\x16") else b"\r\n\r\n0\r\n\r\n" + CREATE
     [response] = parse_responses(exchange(server, head + rest))
@@ -197,6 +189,7 @@ def test_what_is_not_http_or_too_long_gets_a_problem_and_nothing_after_it_is_rea
     assert ("percent-encode" in response.json()["detail"]) == (status == 400)
     assert response.headers["connection"] == "close"
     assert response.headers["x-content-type-options"] == "nosniff"
+    assert count_incidents(server) == before
 
 
 def test_a_refusal_to_head_has_a_status_and_no_body(server: Server) -> None:
@@ -206,7 +199,6 @@ def test_a_refusal_to_head_has_a_status_and_no_body(server: Server) -> None:
     assert (parse_statuses(head), body) == ([400], b"")
 
 
-@pytest.mark.usefixtures("creates_nothing")
 @pytest.mark.parametrize(
     ("head", "status"),
     [
@@ -220,6 +212,7 @@ def test_a_refusal_to_head_has_a_status_and_no_body(server: Server) -> None:
 def test_a_body_that_looks_like_a_request_is_a_body_whatever_the_head_asks_for(
     server: Server, head: bytes, status: int
 ) -> None:
+    before = count_incidents(server)
     with connect(server) as connection:
         connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(CREATE))
         assert get(server, "/health/live").is_success  # so the service has read the head
@@ -227,14 +220,17 @@ def test_a_body_that_looks_like_a_request_is_a_body_whatever_the_head_asks_for(
         received = receive(connection)
 
     assert [each for each in parse_statuses(received) if each != 100] == [status, 200]
+    assert count_incidents(server) == before
 
 
-@pytest.mark.usefixtures("creates_nothing")
 def test_a_body_that_is_cut_short_creates_no_incident(server: Server) -> None:
+    before = count_incidents(server)
     chunk = b"\r\n%x\r\n" % len(BODY) + BODY
     for part in (POST + LENGTH + b"\r\n" + BODY[:-1], POST + CHUNKED + chunk, POST[:-20]):
         with connect(server) as connection:
             connection.sendall(part)
+
+    assert count_incidents(server) == before
 
 
 def test_a_client_that_is_still_sending_can_read_why_it_was_refused(server: Server) -> None:
