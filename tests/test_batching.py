@@ -75,19 +75,6 @@ def load_statement(folder: Path, text: str) -> Statement:
 # ── Answers ───────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_call_is_answered_with_its_row_after_its_commit(
-    database: Database, sql: Sql
-) -> None:
-    async def create_and_look(name: int) -> None:
-        for _ in range(10):
-            incident_id = await create_incident(database, str(name))
-            # The row is that of its own call.
-            committed = sql("SELECT description FROM incidents WHERE id = %s", incident_id)
-            assert committed == [(str(name),)]
-
-    await asyncio.gather(*(create_and_look(name) for name in range(3 * BATCH_SIZE)))
-
-
 @pytest.mark.parametrize(
     ("name", "calls", "batches"),
     [

@@ -26,9 +26,8 @@ import incidents
 from incidents import KINDS, SOURCES, STATUSES, Position, encode_cursor
 
 Operation = tuple[str, str]  # a method and a path, as they are described
-Paths = dict[str, dict[str, Any]]
 
-PATHS: Paths = json.loads((ROOT / "docs/openapi.json").read_text("utf-8"))["paths"]
+PATHS: dict[str, Any] = json.loads((ROOT / "docs/openapi.json").read_text("utf-8"))["paths"]
 OPERATIONS = [(method.upper(), path) for path, methods in PATHS.items() for method in methods]
 
 FEW, ALL = 50, -(-10_000 // len(OPERATIONS))  # requests to each operation
@@ -95,13 +94,7 @@ VALID_BODIES: dict[Operation, st.SearchStrategy[dict[str, Any]]] = {
     ),
     ("POST", "/webhooks/alertmanager"): objects({"alerts": st.lists(ALERT, max_size=3)}),
 }
-UNUSUAL_BODIES = [
-    *(b"", b"{", b"[" * 1000, b"\x00", b"\xef\xbb\xbf{}", b"description=a&source=partner"),
-    *(b'{"description": "a", "description": "b", "source": "partner"}', b'{"note": NaN}'),
-    *(b'{"note": "\xff"}', b'{"note": "\xed\xa0\x80"}', b'{"note": "\\ud800"}'),
-    b" " * (incidents.MAX_BODY_BYTES + 1),
-]
-BODY_FORMS = [*["valid"] * 3, "wrong value", "field more", "field less", "any JSON", "unusual"]
+BODY_FORMS = [*["valid"] * 3, "wrong value", "field more", "field less", "any JSON", "any bytes"]
 ANY_NAME = st.one_of(st.sampled_from(sorted(CHANGES)), ANY_TEXT)
 
 
@@ -109,8 +102,8 @@ ANY_NAME = st.one_of(st.sampled_from(sorted(CHANGES)), ANY_TEXT)
 def bodies(draw: st.DrawFn, operation: Operation) -> bytes:
     """Make a body that the operation takes, one that it nearly takes, or any other."""
     form = draw(st.sampled_from(BODY_FORMS))
-    if form == "unusual":
-        return draw(st.one_of(st.sampled_from(UNUSUAL_BODIES), st.binary(max_size=20)))
+    if form == "any bytes":
+        return draw(st.binary(max_size=20))
     value: Any = draw(ANY_VALUE if form == "any JSON" else VALID_BODIES[operation])
     if form == "field more":
         value |= {draw(ANY_NAME): draw(ANY_VALUE)}
