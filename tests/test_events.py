@@ -454,8 +454,9 @@ async def test_bytes_that_are_not_utf_8_do_not_sink_their_alert(client: AsyncCli
 
 WRONG_ALERTS: list[Any] = [5, None, [], {}, [make_alert("x")], {"fingerprint": "x"}]
 WRONG_ALERTS += [make_alert("x", "Firing"), make_alert("🔥" * 256), make_alert(["a" * 255])]
+WRONG_LISTS: list[Any] = [None, {}, [{}] * 10_001]
 WRONG_WEBHOOKS: list[tuple[Any, list[str]]] = [([], ["#"]), ({}, ["#/alerts"])]
-WRONG_WEBHOOKS += [({"alerts": wrong}, ["#/alerts"]) for wrong in (None, {}, [{}] * 10_001)]
+WRONG_WEBHOOKS += [({"alerts": wrong}, ["#/alerts"]) for wrong in WRONG_LISTS]
 WRONG_WEBHOOKS += [({"alerts": [wrong]}, []) for wrong in WRONG_ALERTS]
 
 
