@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import random
 import re
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -76,39 +75,6 @@ def load_statement(folder: Path, text: str) -> Statement:
 # ── Answers ───────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_call_is_answered_with_its_row_after_its_commit(
-    database: Database, sql: Sql
-) -> None:
-    async def create_and_look(name: int) -> None:
-        for _ in range(10):
-            incident_id = await create_incident(database, str(name))
-            # The row is that of its own call.
-            committed = sql("SELECT description FROM incidents WHERE id = %s", incident_id)
-            assert committed == [(str(name),)]
-
-    await asyncio.gather(*(create_and_look(name) for name in range(3 * BATCH_SIZE)))
-
-
-async def test_the_changes_of_one_caller_keep_their_order(database: Database, sql: Sql) -> None:
-    order = ["in_progress", "resolved", "closed", "open"] * 5
-
-    async def create_and_change() -> int:
-        incident_id = await create_incident(database, "x")
-        values = dict.fromkeys(SQL.incident_change.parameters)
-        values |= {"incident_id": incident_id, "actor": "test"}
-        for version, status in enumerate(order, 2):
-            row = await database.fetchrow(SQL.incident_change, **values | {"status": status})
-            incident = json.loads(row["body"])
-            assert (incident["status"], incident["version"]) == (status, version)
-        return incident_id
-
-    ids = await gather_outcomes([create_and_change() for _ in range(2 * BATCH_SIZE)])
-
-    changes = "SELECT to_value FROM timeline WHERE incident_id = %s AND kind = 'status' ORDER BY id"
-    assert all([row[0] for row in sql(changes, incident_id)] == order for incident_id in ids)
-    assert find_inconsistencies(sql) == []
-
-
 @pytest.mark.parametrize(
     ("name", "calls", "batches"),
     [
@@ -179,23 +145,6 @@ async def test_nothing_is_run_twice_after_a_lost_connection(
     await async_wait_until(lambda: is_idle(database))
 
 
-async def test_calls_are_not_run_one_by_one_after_a_refusal_of_a_standby(
-    database: Database, sql: Sql
-) -> None:
-    await create_incident(database, "before")
-    sql(
-        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-        " RAISE 'no' USING ERRCODE = '25006'; END $$;"
-        "CREATE TRIGGER refuse BEFORE INSERT ON incidents EXECUTE FUNCTION refuse()"
-    )
-    outcomes = await gather_outcomes([create_incident(database, "x") for _ in range(20)])
-    sql("DROP FUNCTION refuse CASCADE")
-
-    assert {type(outcome) for outcome in outcomes} == {asyncpg.ReadOnlySQLTransactionError}
-    [(tries,)] = sql("SELECT last_value FROM incidents_id_seq")
-    assert tries <= 20
-
-
 @pytest.mark.parametrize("position", [1, 8])
 async def test_a_deadlock_of_a_batch_with_another_session_fails_no_call(
     database: Database, database_url: str, sql: Sql, position: int
@@ -226,7 +175,9 @@ async def test_a_deadlock_of_a_batch_with_another_session_fails_no_call(
 async def test_a_call_ends_when_the_server_does_not_answer(
     database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert QUERY_TIMEOUT == 4.5  # so that a client has its answer in five; the test waits less
+    # A client has its answer in five seconds. The test waits less.
+    assert SQL.incident_create.seconds == QUERY_TIMEOUT == 4.5
+    assert (SQL.stats.seconds, SQL.stats.workers) == (30, 1)  # as sql/stats.sql says
     monkeypatch.setattr(SQL.incident_create, "seconds", 0.5)
     started_at = time.monotonic()
     with psycopg.connect(database_url) as session:
@@ -287,40 +238,6 @@ async def test_a_caller_that_leaves_a_shared_read_does_not_disturb_the_others(
     assert {row["etag"] for row in others} == {'"1"'}
 
 
-async def test_answered_refused_and_cancelled_calls_all_end(database: Database, sql: Sql) -> None:
-    chance = random.Random(5)
-    # A cancelled call stays in the queue until a batch is made, so fewer may run at once.
-    slots = asyncio.Semaphore(MAX_WAITING // 2)
-    answered: set[str] = set()
-    cancelled: set[str] = set()
-
-    async def call(number: int) -> None:
-        fate = chance.choice(["answered", "answered", "refused", "cancelled"])
-        text = "" if fate == "refused" else f"{number}"
-        async with slots:
-            task = asyncio.create_task(create_incident(database, text))
-            if fate == "cancelled":
-                asyncio.get_running_loop().call_later(chance.random() / 20, task.cancel)
-            if number % 500 == 0:
-                await database.pool.expire_connections()
-            try:
-                await task
-                answered.add(text)
-            except asyncpg.CheckViolationError:
-                assert fate == "refused"
-            except asyncio.CancelledError:
-                assert fate == "cancelled"
-                cancelled.add(text)
-
-    async with asyncio.timeout(60):
-        await asyncio.gather(*(call(number) for number in range(3_000)))
-
-    stored = [row[0] for row in sql("SELECT description FROM incidents")]
-    assert len(stored) == len(set(stored))
-    assert answered <= set(stored) <= answered | cancelled
-    await async_wait_until(lambda: is_idle(database))
-
-
 # ── What a statement's file declares ──────────────────────────────────────────────────────────────
 
 
@@ -345,15 +262,6 @@ async def test_identical_calls_of_a_read_that_wait_are_run_once_and_those_of_a_w
 
     assert [row["argument"] for row in rows] == [0, 1] * 50
     assert sorted({row["run"] for row in rows}) == list(runs)
-
-
-async def test_a_statement_may_have_no_parameters(database: Database, tmp_path: Path) -> None:
-    text = "-- write\nSELECT nextval('incidents_id_seq') AS run"
-    batcher = Batcher(database, load_statement(tmp_path, text))
-    rows = await gather_outcomes([batcher.run(()) for _ in range(3)])
-
-    assert sorted(row["run"] for row in rows) == [1, 2, 3]
-    await async_wait_until(lambda: not batcher.workers)
 
 
 @pytest.mark.parametrize(
@@ -389,32 +297,12 @@ def test_a_file_that_does_not_say_first_how_it_is_run_is_refused_by_its_name(
         load_statement(tmp_path, text)
 
 
-@pytest.mark.parametrize(
-    ("first_line", "declared"),
-    [
-        ("-- read", (True, False, False, QUERY_TIMEOUT, WORKERS)),
-        ("-- write, batch", (False, True, False, QUERY_TIMEOUT, WORKERS)),
-        ("-- read, at most 30 s, 1 at once", (True, False, True, 30, 1)),
-    ],
-)
-def test_a_file_says_how_its_statement_is_run_and_names_its_parameters(
-    tmp_path: Path, first_line: str, declared: tuple[Any, ...]
-) -> None:
-    each = load_statement(tmp_path, f"{first_line}\nSELECT $1, $2")
-
-    assert (each.is_read, each.is_batch, each.is_slow, each.seconds, each.workers) == declared
-    assert each.parameters == ("value1", "value2")
-
-
-@pytest.mark.parametrize(
-    "names", [["incident_id"], ["incident_id", "etag"], ["incident_id", "if_none_match", "x"]]
-)
 async def test_a_call_with_a_missing_or_unknown_name_fails_at_once_and_names_the_file(
-    database: Database, names: list[str]
+    database: Database,
 ) -> None:
-    with pytest.raises(TypeError) as error:
-        await database.fetchrow(SQL.incident_get, **dict.fromkeys(names))
+    for names in (["incident_id"], ["incident_id", "if_none_match", "x"]):
+        with pytest.raises(TypeError) as error:
+            await database.fetchrow(SQL.incident_get, **dict.fromkeys(names))
 
-    taken = "sql/incident_get.sql takes (incident_id, if_none_match)"
-    assert str(error.value) == f"{taken}, but was given ({', '.join(names)})"
-    assert not database.batchers["incident_get"].waiting
+        taken = "sql/incident_get.sql takes (incident_id, if_none_match)"
+        assert str(error.value) == f"{taken}, but was given ({', '.join(names)})"

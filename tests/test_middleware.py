@@ -67,12 +67,11 @@ async def test_a_path_cannot_forge_a_line_of_the_log(
     client: AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(incidents, "parse_incident_id", None)
-    for end in ("\n", "\r", "\x0b", "\x85", "\u2028"):
-        response = await client.get(f"/incidents/{quote('1' + end)}ERROR: forged")
+    forged = "".join(f"1{end}ERROR: forged" for end in "\n\r\x0b\x85\u2028")
+    await client.get(f"/incidents/{quote(forged)}")
 
-        assert response.status_code == 500
     assert caplog.text.count("forged") == 5
-    assert [line for line in caplog.text.splitlines() if line.startswith("ERROR: forged")] == []
+    assert not [line for line in caplog.text.splitlines() if line.startswith("ERROR: forged")]
 
 
 async def test_every_response_has_each_security_header_once_and_private_ones_are_not_stored(

@@ -1,7 +1,6 @@
 """Invalid requests and an unavailable database: the response is a problem, nothing is changed."""
 
 import json
-import re
 import unicodedata
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -96,48 +95,19 @@ async def test_a_problem_points_to_everything_that_is_wrong_with_a_body(
     assert stored_rows() == before
 
 
-async def test_the_pointer_to_an_unknown_field_is_escaped_as_rfc_6901_says(
-    client: AsyncClient,
-) -> None:
-    pointers = {"a/b": "a~1b", "~1": "~01", "": "", "%20": "%2520", "#": "%23", "\0": "%00"}
-    for name, pointer in (pointers | {"поле": "%D0%BF%D0%BE%D0%BB%D0%B5"}).items():
-        response = await client.post("/incidents/", json=NEW_INCIDENT | {name: 1})
-
-        assert_problem(response, 422, f"#/{pointer}")
-        # The right names are listed.
-        assert "description, source, labels" in response.json()["detail"]
-
-
 # The white space of Unicode (its property White_Space).
 BLANKS = "\t\n\v\f\r\x85" + "".join(
     chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) in ("Zs", "Zl", "Zp")
 )
 
 
-async def test_text_of_only_blanks_is_refused_everywhere(
-    client: AsyncClient, stored_rows: Callable[[], list[Rows]]
-) -> None:
-    before = stored_rows()
+async def test_text_of_only_blanks_is_refused(client: AsyncClient) -> None:
     for text in [*BLANKS, BLANKS, " " * 200]:
         created = await client.post("/incidents/", json=NEW_INCIDENT | {"description": text})
-        changed = await client.patch("/incidents/1", json={"description": text})
-        noted = await client.post("/incidents/1/notes", json={"note": text})
         found = await client.get("/incidents/", params={"q": text})
+
         assert_problem(created, 422, "#/description")
-        assert_problem(changed, 422, "#/description")
-        assert_problem(noted, 422, "#/note")
         assert_problem(found, 422, "#/q")
-    assert stored_rows() == before
-
-
-async def test_text_that_is_not_only_blanks_is_accepted(client: AsyncClient) -> None:
-    # What cannot be seen either, but is no white space.
-    invisible = ["\x1b", "\xad", "\u200b", "\u202e", "\u2800", "\ufeff", "\U000e0001"]
-    for text in [*invisible, *(BLANKS + visible + BLANKS for visible in ("ж", "🔥", "\ue000"))]:
-        response = await client.post("/incidents/", json=NEW_INCIDENT | {"description": text})
-
-        assert response.status_code == 201, ascii(text)
-        assert response.json()["description"] == text
 
 
 JSON_TYPES = ["application/json", 'Application/JSON ;charset="utf-8"', "application/vnd.api+json"]
@@ -160,17 +130,15 @@ async def test_a_body_is_taken_with_every_content_type_of_json_and_refused_with_
             assert stored_rows() == before
 
 
-async def test_a_body_with_many_unknown_fields_is_refused_with_the_names_that_there_are(
-    client: AsyncClient, stored_rows: Callable[[], list[Rows]]
+async def test_a_body_with_unknown_fields_is_refused_with_the_names_that_there_are(
+    client: AsyncClient,
 ) -> None:
-    before = stored_rows()
+    for count, pointers in ((1, ["#/field%200"]), (5000, [])):  # so many are not listed
+        body = {f"field {number}": number for number in range(count)} | NEW_INCIDENT
+        response = await client.post("/incidents/", json=body)
 
-    for method, path, valid_body in INCIDENT_WRITES:
-        body = {f"field {number}": number for number in range(5000)} | valid_body
-        response = await client.request(method, path, json=body)
-        assert_problem(response, 422)
-        assert set(valid_body) <= set(re.findall(r"\w+", response.json()["detail"]))
-    assert stored_rows() == before
+        assert_problem(response, 422, *pointers)
+        assert "description, source, labels" in response.json()["detail"]
 
 
 # ── Ids ───────────────────────────────────────────────────────────────────────────────────────────
@@ -201,28 +169,20 @@ async def test_an_id_that_no_incident_has_is_not_found(
 # ── The database is unavailable ───────────────────────────────────────────────────────────────────
 
 
-REQUESTS: list[tuple[str, str, Any]] = [
-    *(("POST", "/incidents/", NEW_INCIDENT), ("GET", "/incidents/", None)),
-    *(("PATCH", "/incidents/1/status", {"status": "closed"}), ("GET", "/health/ready", None)),
-]
-
-
-async def test_a_request_gets_503_while_the_database_is_unavailable_and_works_afterwards(
+async def test_while_the_database_is_unavailable_only_what_needs_it_gets_503(
     client: AsyncClient, database_unavailable: Callable[[], AbstractContextManager[None]]
 ) -> None:
     with database_unavailable():
-        refused = [await client.request(*request, json=body) for *request, body in REQUESTS]
-        event = await client.post("/v2/enqueue", json=BODIES["POST /v2/enqueue"])
+        change = await client.patch("/incidents/1/status", json={"status": "closed"})
+        readiness = await client.get("/health/ready")
         without_sql = [await client.get(path) for path in ("/health/live", "/", "/openapi.json")]
-    afterwards = [await client.request(*request, json=body) for *request, body in REQUESTS]
+    incident = (await client.get("/incidents/1")).json()
 
-    for response in [*refused, event]:
+    for response in (change, readiness):
         assert_problem(response, 503)
         assert int(response.headers["retry-after"]) > 0
     assert [response.status_code for response in without_sql] == [200, 200, 200]
-    assert [response.status_code for response in afterwards] == [201, 200, 200, 200]
-    # The refused change was not made later.
-    assert (afterwards[1].json()[1]["version"], afterwards[2].json()["version"]) == (1, 2)
+    assert incident["version"] == 1  # the refused change was not made later
 
 
 async def test_the_service_is_not_ready_when_the_database_lacks_a_migration(
@@ -237,10 +197,9 @@ async def test_the_service_is_not_ready_when_the_database_lacks_a_migration(
 
 
 async def test_a_request_gets_503_when_no_connection_becomes_free_in_time(
-    client: AsyncClient, stored_rows: Callable[[], list[Rows]], monkeypatch: pytest.MonkeyPatch
+    client: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(incidents.SQL.incident_create, "seconds", 0.2)
-    before = stored_rows()
     pool = incidents.database.pool
     busy = [await pool.acquire() for _ in range(pool.get_max_size())]
     response = await client.post("/incidents/", json=NEW_INCIDENT)
@@ -248,5 +207,3 @@ async def test_a_request_gets_503_when_no_connection_becomes_free_in_time(
         await pool.release(connection)
 
     assert_problem(response, 503)
-    assert int(response.headers["retry-after"]) > 0
-    assert stored_rows() == before
