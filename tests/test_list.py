@@ -26,6 +26,7 @@ from helpers import (
     insert_incidents,
     wait_until,
 )
+from httpx import AsyncClient, Response
 
 import incidents
 from incidents import LIST_FORMATS, SOURCES, STATUSES
@@ -96,26 +97,26 @@ def contains(row: Row, q: str) -> bool:
     return part.lower() in text.lower()
 
 
-def ids_of(response: httpx.Response) -> list[int]:
+def ids_of(response: Response) -> list[int]:
     assert response.status_code == 200, response.text
     return [row["id"] for row in response.json()]
 
 
-async def list_ids(client: httpx.AsyncClient, query: Any = "") -> list[int]:
+async def list_ids(client: AsyncClient, query: Any = "") -> list[int]:
     return ids_of(await client.get("/incidents/", params=query))
 
 
-def link_of(response: httpx.Response, relation: str) -> str | None:
+def link_of(response: Response, relation: str) -> str | None:
     """Give the target of a relation in the Link header, which is relative to the request's URL."""
     link = response.links.get(relation, {}).get("url")
     return None if link is None else str(response.url.join(link))
 
 
-def cursor_of(response: httpx.Response) -> str:
+def cursor_of(response: Response) -> str:
     return dict(parse_qsl(urlsplit(link_of(response, "next") or "").query))["after"]
 
 
-async def fetch_all_pages(client: httpx.AsyncClient, query: Any) -> list[httpx.Response]:
+async def fetch_all_pages(client: AsyncClient, query: Any) -> list[Response]:
     """Follow the links to the next page until there is none."""
     pages = [await client.get("/incidents/", params=query)]
     while path := link_of(pages[-1], "next"):
@@ -124,7 +125,7 @@ async def fetch_all_pages(client: httpx.AsyncClient, query: Any) -> list[httpx.R
     return pages
 
 
-async def check_list(client: httpx.AsyncClient, query: Row, expected: list[int]) -> None:
+async def check_list(client: AsyncClient, query: Row, expected: list[int]) -> None:
     """Check what the list has for a query, as a whole, in pages of 13, and in one full page."""
     assert await list_ids(client, query) == expected, query
     for limit in (13, max(1, len(expected))):
@@ -165,7 +166,7 @@ def read_rows(format_name: str, body: bytes) -> list[Row]:
 
 @pytest.mark.parametrize("page_size", [7, 302, 303])
 async def test_the_list_has_all_incidents_newest_first_in_every_format_however_it_is_streamed(
-    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, page_size: int
+    client: AsyncClient, monkeypatch: pytest.MonkeyPatch, page_size: int
 ) -> None:
     monkeypatch.setattr(incidents, "STREAM_PAGE", page_size)
     for name in LIST_FORMATS:
@@ -180,7 +181,7 @@ async def test_the_list_has_all_incidents_newest_first_in_every_format_however_i
         assert (head.headers, head.content) == (response.headers, b"")
 
 
-async def test_an_empty_list_is_complete_in_every_format(client: httpx.AsyncClient) -> None:
+async def test_an_empty_list_is_complete_in_every_format(client: AsyncClient) -> None:
     csv_header = "\ufeffid,description,status,source,created_at,updated_at,version,labels\r\n"
     for name, body in {"json": "[]", "ndjson": "", "csv": csv_header}.items():
         response = await client.get(f"/incidents/?since=2999-01-01&format={name}")
@@ -199,9 +200,7 @@ ACCEPT_HEADERS: dict[str, list[str | None]] = {
 }
 
 
-async def test_the_accept_header_chooses_the_format_unless_the_query_does(
-    client: httpx.AsyncClient,
-) -> None:
+async def test_the_query_or_else_the_accept_header_chooses_the_format(client: AsyncClient) -> None:
     for media_type, accepted in ACCEPT_HEADERS.items():
         for accept in accepted:
             headers = {} if accept is None else {"Accept": accept}
@@ -245,7 +244,7 @@ def passes(row: Row, query: Row) -> bool:
     )
 
 
-async def test_filters_give_what_the_model_gives(client: httpx.AsyncClient) -> None:
+async def test_filters_give_what_the_model_gives(client: AsyncClient) -> None:
     # No filter, each filter, each pair of filters, and all of them.
     choices: list[tuple[Row, ...]] = [(), *itertools.product(*FILTERS)]
     choices += [(query,) for query in itertools.chain(*FILTERS)]
@@ -278,9 +277,7 @@ INVALID_QUERIES = {
 }
 
 
-async def test_an_invalid_query_is_refused_with_a_pointer_to_its_parameter(
-    client: httpx.AsyncClient,
-) -> None:
+async def test_an_invalid_query_is_refused_with_a_pointer(client: AsyncClient) -> None:
     for pointer, queries in INVALID_QUERIES.items():
         for query in queries:
             assert_problem(await client.get(f"/incidents/?{query}"), 422, pointer)
@@ -301,9 +298,7 @@ TIMES = [
 ]
 
 
-async def test_a_time_may_be_written_in_every_form_of_rfc_3339(
-    client: httpx.AsyncClient, sql: Sql
-) -> None:
+async def test_a_time_may_have_every_form_of_rfc_3339(client: AsyncClient, sql: Sql) -> None:
     # Some incidents are created exactly then.
     for number, microseconds in zip(IDS, (-1, 0, 1), strict=False):
         time = TEN_OCLOCK + timedelta(microseconds=microseconds)
@@ -328,7 +323,7 @@ INVALID_TIMES = {
 }
 
 
-async def test_an_invalid_time_is_refused_with_the_reason(client: httpx.AsyncClient) -> None:
+async def test_an_invalid_time_is_refused_with_the_reason(client: AsyncClient) -> None:
     for reason, texts in INVALID_TIMES.items():
         for text in texts:
             response = await client.get("/incidents/", params={"since": text})
@@ -348,16 +343,14 @@ TEXTS = [
 ]  # fmt: skip
 
 
-async def test_a_search_finds_parts_of_words_and_takes_every_character_as_it_is(
-    client: httpx.AsyncClient,
-) -> None:
+async def test_a_search_takes_every_character_as_it_is(client: AsyncClient) -> None:
     for q in TEXTS:
         await check_list(client, {"q": q}, [row["id"] for row in ROWS if contains(row, q)])
 
 
 @pytest.mark.parametrize("is_rare", [False, True], ids=["frequent", "rare"])
 async def test_a_search_finds_accents_that_were_written_in_another_way(
-    client: httpx.AsyncClient, sql: Sql, is_rare: bool
+    client: AsyncClient, sql: Sql, is_rare: bool
 ) -> None:
     """A frequent text is found by a walk along the list, and a rare one by the index."""
     words = ["Зелёный район", "Café Zoë", "Đặng", "한국어", "\u0958 नाम", "\u00e9 e\u0301"]
@@ -375,7 +368,7 @@ async def test_a_search_finds_accents_that_were_written_in_another_way(
 # ── Pages ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_the_links_of_a_page_keep_every_filter(client: httpx.AsyncClient) -> None:
+async def test_the_links_of_a_page_keep_every_filter(client: AsyncClient) -> None:
     text = "a&b=c;d<e>,f?g#h%20+ \"'Ё🔥"
     new = {"description": text, "source": "operator", "labels": {'кома"нда &=': text, "a": "b"}}
     created = [(await client.post("/incidents/", json=new)).json() for _ in range(3)]
@@ -397,7 +390,7 @@ async def test_the_links_of_a_page_keep_every_filter(client: httpx.AsyncClient) 
 
 @pytest.mark.parametrize("query", [{}, {"source": ",".join(SOURCES)}, {"q": "e"}], ids=str)
 async def test_reading_pages_while_others_write_gives_each_old_incident_once(
-    client: httpx.AsyncClient, query: dict[str, str]
+    client: AsyncClient, query: dict[str, str]
 ) -> None:
     # New incidents are newer than the first page, so they are on no later page.
     expected = await list_ids(client, query)
@@ -423,7 +416,7 @@ async def test_reading_pages_while_others_write_gives_each_old_incident_once(
 # ── Cursors ───────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_cursor_is_exact_for_every_time(client: httpx.AsyncClient, sql: Sql) -> None:
+async def test_a_cursor_is_exact_for_every_time(client: AsyncClient, sql: Sql) -> None:
     # asyncpg takes the last microsecond of the year 9999 for an infinite time.
     times = [
         *("0001-01-02T00:00:00Z", "1969-12-31T23:59:59.999999Z", "1970-01-01T00:00:00Z"),
@@ -452,13 +445,15 @@ def make_invalid_cursors(cursor: str, other_cursor: str) -> list[str]:
     texts += [f"{cursor}{end}" for end in ("0", " ", "\x00", "\n", f",{cursor}", "-1")]
     texts += [f"{start}{cursor}" for start in "09 +-"]
     # In these, a part comes from another cursor.
-    for part, other_part in zip(cursor.split("-"), other_cursor.split("-"), strict=True):
-        texts.append(cursor.replace(part, other_part))
+    for place, part in enumerate(other_cursor.split("-")):
+        parts = cursor.split("-")
+        parts[place] = part
+        texts.append("-".join(parts))
     return [text for text in texts if text not in (cursor, other_cursor)]
 
 
 async def test_an_invalid_cursor_is_refused_but_not_that_of_a_deleted_incident(
-    client: httpx.AsyncClient, sql: Sql
+    client: AsyncClient, sql: Sql
 ) -> None:
     first = await client.get("/incidents/", params={"limit": 2})
     sql("DELETE FROM incidents WHERE id = %s", IDS[1])
@@ -474,7 +469,7 @@ async def test_an_invalid_cursor_is_refused_but_not_that_of_a_deleted_incident(
 
 
 async def test_a_list_that_is_being_read_holds_no_connection_and_gets_no_newer_incident(
-    client: httpx.AsyncClient, sql: Sql, monkeypatch: pytest.MonkeyPatch
+    client: AsyncClient, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(incidents, "STREAM_PAGE", 100)
 
