@@ -271,9 +271,7 @@ def test_notes_are_added_and_labels_changed_and_removed(board: Page, colleague: 
     expect_timeline(board, *(f"labels.команда: {end}" for end in ends), NOTE, "reported")
 
 
-def test_each_incident_that_is_not_closed_has_a_card_and_the_newest_is_on_top(
-    open_board: OpenBoard, colleague: Client, sql: Sql
-) -> None:
+def test_what_is_not_closed_has_a_card(open_board: OpenBoard, colleague: Client, sql: Sql) -> None:
     report(colleague, source="partner", labels={"severity": "critical"})
     sql("UPDATE incidents SET created_at = now() - interval '3 hours'")
     for _ in range(7):
@@ -573,9 +571,7 @@ def test_what_cannot_be_opened_shows_a_message(open_board: OpenBoard, colleague:
     expect(message).to_be_empty()
 
 
-def test_the_page_says_all_in_russian_and_is_english_for_who_reads_neither(
-    open_board: OpenBoard, colleague: Client, sql: Sql
-) -> None:
+def test_the_page_is_russian_or_english(open_board: OpenBoard, colleague: Client, sql: Sql) -> None:
     report(colleague, source="operator")
     sql("UPDATE incidents SET created_at = now() - interval '3 hours'")
     page = open_board("#1", locale="ru-RU")
