@@ -64,7 +64,7 @@ def make_rows() -> list[Row]:
                 "status": chance.choice(["open", "in_progress", "resolved", "closed", "closed"]),
                 "source": chance.choice(["operator", "monitoring", "monitoring", "partner"]),
                 "created_at": created_at,
-                "updated_at": created_at,
+                "updated_at": created_at + timedelta(hours=chance.randrange(100)),
                 "version": chance.randrange(1, 9),
                 "labels": LABELS[number % len(LABELS)],
             }
@@ -138,8 +138,8 @@ async def check_list(client: AsyncClient, query: Row, expected: list[int]) -> No
 
 def json_row(row: Row) -> Row:
     """Give the JSON of an incident."""
-    time = row["created_at"].isoformat().replace("+00:00", "Z")
-    return row | {"created_at": time, "updated_at": time}
+    times = {name: row[name].isoformat()[:-6] + "Z" for name in ("created_at", "updated_at")}
+    return row | times
 
 
 def csv_row(row: Row) -> Row:
@@ -384,29 +384,6 @@ async def test_the_links_of_a_page_keep_every_filter(client: AsyncClient) -> Non
     assert {urlsplit(link).path for link in links} == {"/incidents/"}
     assert [parse_qsl(urlsplit(link).query) for link in links] == [query] * 3
     assert parse_qsl(next_link.query) == [*query, ("after", cursor_of(pages[0]))]
-
-
-@pytest.mark.parametrize("query", [{}, {"source": ",".join(SOURCES)}, {"q": "e"}], ids=str)
-async def test_reading_pages_while_others_write_gives_each_old_incident_once(
-    client: AsyncClient, query: dict[str, str]
-) -> None:
-    # New incidents are newer than the first page, so they are on no later page.
-    expected = await list_ids(client, query)
-
-    async def write_without_end() -> None:
-        for number in itertools.count():
-            await client.post("/incidents/", json=NEW_INCIDENT)
-            change = {"status": ["open", "closed"][number % 2]}
-            await client.patch(f"/incidents/{IDS[number % len(IDS)]}/status", json=change)
-
-    writer = asyncio.create_task(write_without_end())
-    pages = await fetch_all_pages(client, query | {"limit": 3})
-    writer.cancel()
-    await asyncio.wait([writer])
-    found = [number for page in pages for number in ids_of(page)]
-
-    assert [number for number in found if number in IDS] == expected
-    assert len(await list_ids(client)) > len(IDS), "nothing was written in the meantime"
 
 
 # ── Cursors ───────────────────────────────────────────────────────────────────────────────────────
