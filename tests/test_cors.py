@@ -29,7 +29,7 @@ async def test_by_default_no_page_of_another_site_is_allowed_anything(client: As
 def test_only_the_sites_in_cors_origins_are_allowed(serve: Serve, database_url: str) -> None:
     # Origins as somebody may write them: with a blank, a slash at the end, and capitals.
     origins = {"CORS_ORIGINS": "http://localhost:3000, https://Ops.example/"}
-    server = serve(DATABASE_URL=database_url, API_TOKENS=TOKENS, ACCESS_LOG="true", **origins)
+    server = serve(DATABASE_URL=database_url, API_TOKENS=TOKENS, **origins)
     with httpx.Client(base_url=server.url) as client:
         allowed = [
             client.options("/incidents/", headers=OUR_SITE | PREFLIGHT),
@@ -39,7 +39,6 @@ def test_only_the_sites_in_cors_origins_are_allowed(serve: Serve, database_url: 
         ]
         refused = client.options("/incidents/", headers=OTHER_SITE | PREFLIGHT)
         other = client.get("/incidents/", headers=OTHER_SITE | READER)
-        metrics = client.get("/metrics", headers=READER).text
 
     assert [response.status_code for response in allowed] == [200, 200, 401, 200]
     assert_problem(refused, 403)
@@ -56,6 +55,4 @@ def test_only_the_sites_in_cors_origins_are_allowed(serve: Serve, database_url: 
     # Preflights are answered like other requests.
     for response in (allowed[0], refused):
         assert response.headers["x-content-type-options"] == "nosniff"
-        assert f'"request_id": "{response.headers["x-request-id"]}"' in server.printed()
-        labels = f'method="other",route="unknown",status="{response.status_code}"'
-        assert f"{labels}}} 1.0" in metrics
+        assert response.headers["x-request-id"]

@@ -1,7 +1,7 @@
 """The list of incidents: filters, search, pages and formats, checked against a model in Python."""
 
-import asyncio
 import csv
+import functools
 import io
 import itertools
 import json
@@ -21,6 +21,7 @@ from helpers import (
     Serve,
     Sql,
     assert_problem,
+    async_wait_until,
     insert_incidents,
     wait_until,
 )
@@ -433,18 +434,13 @@ async def test_a_list_that_is_being_read_holds_no_connection_and_gets_no_newer_i
     client: AsyncClient, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(incidents, "STREAM_PAGE", 100)
-
-    async def fetch_after(position: Any) -> Any:
-        after = position and incidents.Position(*position)
-        return await incidents.fetch_page(incidents.ListQuery(), incidents.JSON, after)
-
+    fetch_after = functools.partial(incidents.fetch_page, incidents.ListQuery(), incidents.JSON)
     pool = incidents.database.pool
     parts = []
     async for part in incidents.stream_pages(incidents.JSON, await fetch_after(None), fetch_after):
         parts.append(part)
-        async with asyncio.timeout(1):  # A page is here just before its connection is given back.
-            while pool.get_size() > pool.get_idle_size():
-                await asyncio.sleep(0)
+        # A page is here just before its connection is given back.
+        await async_wait_until(lambda: pool.get_size() == pool.get_idle_size(), 1)
         await client.post("/incidents/", json=NEW_INCIDENT)
 
     assert [row["id"] for row in json.loads(b"".join(parts))] == IDS
