@@ -1,5 +1,6 @@
 """Text comes and goes as UTF-8 that is not compressed, and every response says so."""
 
+import asyncio
 import itertools
 from collections.abc import Callable
 
@@ -33,12 +34,15 @@ async def test_a_body_with_a_content_encoding_is_refused_and_the_response_says_w
 
 async def test_every_text_says_that_it_is_utf_8(client: AsyncClient) -> None:
     accepted = ["*/*", "text/html", "application/x-ndjson", "text/csv", "text/event-stream"]
-    responses = [
-        # A stream of events has no end, and HEAD has the same headers.
-        await call_route(client, route, "HEAD" if route.method == "GET" else "", headers=headers)
-        for route in [*incidents.ROUTES, *incidents.PAGE_ROUTES[:3]]
-        for headers in ({"Accept": accept} for accept in accepted)
-    ]
+    async with asyncio.timeout(30):
+        responses = [
+            # A stream of events has no end, and HEAD has the same headers.
+            await call_route(
+                client, route, "HEAD" if route.method == "GET" else "", headers=headers
+            )
+            for route in [*incidents.ROUTES, *incidents.PAGE_ROUTES[:3]]
+            for headers in ({"Accept": accept} for accept in accepted)
+        ]
     for file in ("board.js", "board.css", "swagger-ui-bundle.js"):
         responses.append(await client.get(f"/docs/{file}"))
     responses += [await client.get("/nowhere"), await client.post("/v2/enqueue", json={})]

@@ -152,9 +152,7 @@ async def test_the_links_lead_through_all_entries_that_a_filter_leaves(
         assert position(pages[-1]) == history[-1]["id"]
 
 
-async def test_after_the_newest_entry_the_position_stays(
-    client: AsyncClient, history: list[Entry]
-) -> None:
+async def test_at_the_end_a_position_stays(client: AsyncClient, history: list[Entry]) -> None:
     for after in (history[-1]["id"], 10**18 - 1):
         for query in ("", "&kind=note", "&incident=1&include=incident"):
             response = await client.get(f"/timeline?after={after}{query}")
@@ -162,16 +160,6 @@ async def test_after_the_newest_entry_the_position_stays(
             assert (response.json(), position(response)) == ([], after), query
             assert not next_link(response)
     assert position(await client.get("/timeline?after=latest")) == history[-1]["id"]
-
-
-async def test_head_ends_at_once(client: AsyncClient) -> None:
-    async with asyncio.timeout(5):
-        stream = await client.head("/timeline", headers=EVENT_STREAM)
-        long_poll = await client.head("/timeline?after=latest&wait=30")
-
-    assert stream.content == long_poll.content == b""
-    assert stream.status_code == long_poll.status_code == 200
-    assert position(long_poll) == 0
 
 
 # Queries that are refused, by what the problem points to.
@@ -431,9 +419,7 @@ async def last_id(api: AsyncClient) -> int:
     return position(await api.get("/timeline?after=latest"))
 
 
-async def test_a_stream_gives_what_was_and_what_comes_as_events(
-    service: Server, api: AsyncClient, last_id: int
-) -> None:
+async def test_a_stream_gives_every_entry(service: Server, api: AsyncClient, last_id: int) -> None:
     history = await make_history(api)
     incident_id = history[0]["incident_id"]
     query = f"kind=note&incident={incident_id}&include=incident"
@@ -542,9 +528,7 @@ async def test_a_client_that_does_not_read_is_cut_off_but_not_one_that_reads_slo
         await wait_for_metric(api, IN_FLIGHT, 2)
 
 
-async def test_a_service_that_is_stopped_answers_long_polls_and_ends_streams(
-    sql: Sql, database_url: str, serve: Serve
-) -> None:
+async def test_a_stop_ends_polls_and_streams(sql: Sql, database_url: str, serve: Serve) -> None:
     insert_incident(sql)
     server = serve(DATABASE_URL=database_url)
     async with (
@@ -582,10 +566,7 @@ def test_a_service_stops_while_clients_do_not_read(database_url: str, serve: Ser
 
 
 async def test_the_timeline_of_an_incident_is_read_whole_or_in_pages(
-    client: AsyncClient,
-    history: list[Entry],
-    database_url: str,
-    monkeypatch: pytest.MonkeyPatch,
+    client: AsyncClient, history: list[Entry], sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = [entry["id"] for entry in history if entry["incident_id"] == 1]
     monkeypatch.setattr(incidents, "STREAM_PAGE", 3)  # its pages follow each other by themselves
@@ -599,7 +580,8 @@ async def test_the_timeline_of_an_incident_is_read_whole_or_in_pages(
     assert_problem(await client.get("/incidents/99/timeline?after=999&limit=1000"), 404)
     assert_problem(await client.get("/incidents/1/timeline?after=latest"), 422, "#/after")
     # The feed has pages also without a limit.
-    insert_notes(database_url, 100)
+    for _ in range(100):
+        sql(INSERT_NOTE)
     assert len(entry_ids(await client.get("/timeline"))) == 100
 
 
@@ -652,9 +634,7 @@ class Scene:
 
 
 @pytest.mark.slow
-async def test_no_reader_loses_an_entry_or_gets_it_twice_while_transactions_commit_late(
-    serve: Serve, sql: Sql, database_url: str
-) -> None:
+async def test_readers_get_each_entry_just_once(serve: Serve, sql: Sql, database_url: str) -> None:
     insert_incident(sql)
     command = patched(KEEPALIVE_SECONDS=0.3)
     servers = [serve(command=command, DATABASE_URL=database_url) for _ in range(2)]
@@ -673,5 +653,3 @@ async def test_no_reader_loses_an_entry_or_gets_it_twice_while_transactions_comm
     for reader, query, ids in readers:
         expected = [number for number, kind in entries if kind == "note" or "note" not in query]
         assert ids == expected, (reader, query)
-    for server in servers:
-        assert not re.findall("Traceback|ERROR", server.printed())

@@ -269,10 +269,7 @@ INVALID_QUERIES = {
     "#/limit": ["limit=5&limit=6", "limit=0", "limit=1001", "limit", "limit=" + "9" * 40],
     "#/format": ["format=xml", "format=csv&format=json"],
     "#/after": ["after=a&after=b"],
-    "#/label": [
-        *("label=team", "label=:db", "label=team:a%00b", "label=te%00am:db"),
-        "label=team:db&label=severity",
-    ],
+    "#/label": ["label=team", "label=:db", "label=team:a%00b", "label=team:db&label=severity"],
 }
 
 
@@ -345,9 +342,7 @@ async def test_a_search_takes_every_character_as_it_is(client: AsyncClient) -> N
 
 
 @pytest.mark.parametrize("is_rare", [False, True], ids=["frequent", "rare"])
-async def test_a_search_finds_accents_that_were_written_in_another_way(
-    client: AsyncClient, sql: Sql, is_rare: bool
-) -> None:
+async def test_a_search_finds_all_accents(client: AsyncClient, sql: Sql, is_rare: bool) -> None:
     """A frequent text is found by a walk along the list, and a rare one by the index."""
     words = ["Зелёный район", "Café Zoë", "Đặng", "한국어", "\u0958 नाम", "\u00e9 e\u0301"]
     forms = [[unicodedata.normalize(form, word) for form in ("NFC", "NFD")] for word in words]
