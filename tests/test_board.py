@@ -389,10 +389,10 @@ def test_the_board_catches_up_after_the_service_was_away_also_with_another_datab
     expect(connection).to_have_text(OFFLINE)
     button(page, "Add the note").click()
     expect(message).to_have_text(OFFLINE)
-    report(colleague, labels={"team": "бд"})
+    report(colleague)
     change(colleague, 1, status="in_progress", note=NOTE)
     change(colleague, 2, status="closed")
-    change(colleague, 3, note="третий 🔥")
+    change(colleague, 3, note="третий 🔥", labels={"team": "бд"})
     started = serve(**options)
 
     expect(connection).to_have_text(LIVE)

@@ -472,6 +472,5 @@ def test_a_streamed_list_ends_when_its_client_or_the_database_goes_away(
         with database_unavailable(), pytest.raises(httpx.RemoteProtocolError):
             for _ in chunks:
                 pass
-    assert response.status_code == 200
     assert beginning.startswith(b'[{"id":1500,')
     assert server.process.poll() is None
