@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -19,9 +19,8 @@ from helpers import (
     SECOND_WRITER,
     SECRET_MARKER,
     TOKENS,
+    TRUNCATE_ALL,
     WRITER,
-    NewDatabase,
-    Rows,
     Serve,
     Server,
     Sql,
@@ -44,15 +43,13 @@ WRITER_TOKEN = WRITER["Authorization"].removeprefix("Bearer ")
 READER_TOKEN = READER["Authorization"].removeprefix("Bearer ")
 REPORTER_TOKEN = "s3cr3t-of-grafana"
 
-# The board's pauses of two seconds take a tenth of that in the tests, and `pauses` counts them. It
-# takes the board five seconds to find out that a proxy keeps streams back, or `trial`. `drawings`
-# has the time of each drawing of the cards: those of one frame have the same time.
+# The board's pauses of two seconds take a tenth of that in the tests. It takes the board five
+# seconds to find out that a proxy keeps streams back, or `trial`. `drawings` has the time of each
+# drawing of the cards: those of one frame have the same time.
 WATCHED = """
   const { setTimeout: startTimer, requestAnimationFrame: requestFrame } = window;
-  Object.assign(window, { pauses: 0, trial: 5000, drawings: [] });
-  window.setTimeout = (act, time) => time === 2000
-    ? startTimer(() => { window.pauses += 1; act(); }, 200)
-    : startTimer(act, time === 5000 ? window.trial : time);
+  Object.assign(window, { trial: 5000, drawings: [] });
+  window.setTimeout = (act, time) => startTimer(act, { 2000: 200, 5000: trial }[time] ?? time);
   window.requestAnimationFrame = (draw) => requestFrame((time) => {
     window.drawings.push(time);
     draw(time);
@@ -99,7 +96,8 @@ def colleague(running_server: Server, database_url: str) -> Iterator[Client]:
 def open_board(browser: Browser, colleague: Client) -> Iterator[OpenBoard]:
     """Open the board with a token or without, in a context of its own.
 
-    The test fails if the script of a page fails, or if a page breaks its Content-Security-Policy.
+    The test fails if the script of a page fails, or if a page breaks its Content-Security-Policy:
+    a text that is read as markup does. Where else it could be, test_docs_pages.py looks.
     An error of the class `Error` may be: the page throws it on purpose, and shows what it says.
     """
     contexts, errors, printed = [], list[Error](), list[str]()
@@ -155,6 +153,18 @@ def expect_open(page: Page, title: str) -> None:
     expect(page.locator("#incident-title")).to_have_text(title)
 
 
+def expect_timeline(page: Page, *ends: str) -> None:
+    """Wait until the entries in the dialog end like this, from the newest to the oldest."""
+    patterns = [re.compile(f"{end}$") for end in ends]
+    expect(page.locator("#timeline li")).to_have_text(patterns)
+
+
+def close_incident(page: Page) -> None:
+    """Close the dialog of an incident. The board writes its address a moment later."""
+    button(page, "Back").click()
+    expect(page).to_have_url(re.compile("/board#$"))
+
+
 def report(client: Client, description: str = TEXT, **fields: Any) -> int:
     """Report an incident as another client, and give its id."""
     body = {"description": description, "source": "monitoring"} | fields
@@ -172,29 +182,10 @@ def shown_ids(page: Page, column: str = "open") -> list[int]:
     return list(page.locator(f"#{column} a").evaluate_all(script))
 
 
-def read_entries(sql: Sql) -> Rows:
-    """Read the kind and the actor of each entry of the timeline, without the reports."""
-    return sql("SELECT kind, actor FROM timeline WHERE kind <> 'created' ORDER BY id")
-
-
 def count_listeners(client: Client) -> int:
     """Count the requests that wait for entries of the timeline."""
-    line = re.search(r"^incidents_timeline_listeners (\d+)", client.get("/metrics").text, re.M)
-    assert line
-    return int(line[1])
-
-
-def assert_shown_in_a_second(*changes: tuple[Callable[[], Any], Locator]) -> None:
-    """Make each change, and see that most are shown a second after the service's answer."""
-    delays = []
-    for make_change, what in changes:
-        make_change()
-        answered_at = time.monotonic()
-        what.wait_for()
-        delays.append(time.monotonic() - answered_at)
-
-    # Not all, because a busy machine may stop for a moment.
-    assert sorted(delays)[len(delays) // 2] <= 1, delays
+    [count] = re.findall(r"(?m)^incidents_timeline_listeners (\d+)", client.get("/metrics").text)
+    return int(count)
 
 
 def set_hidden(page: Page, hidden: bool) -> None:
@@ -212,7 +203,7 @@ def enter_token(page: Page, token: str) -> None:
     """Type a token into the dialog that asks for one."""
     expect(page.locator("#token")).to_be_visible()
     page.locator("#token input").fill(token)
-    button(page, "Continue").click()
+    page.locator("#token button").click()
 
 
 def lose_response(route: Route) -> None:
@@ -231,60 +222,42 @@ def test_each_report_is_stored_once_also_after_a_double_click(board: Page, sql: 
         button(board, "Report").dblclick()
 
         expect_open(board, f"#{number} open")
-        expect(board.locator("#summary")).to_contain_text(TEXT)
-        expect(board.locator("#report")).to_be_hidden()
         expect(card(board, number, "open")).to_contain_text(TEXT)
-        button(board, "Back").click()
-        expect(board).to_have_url(re.compile("/board#$"))
+        close_incident(board)
     assert sent.count("POST") == 2
-    rows = sql("SELECT id, description, source, status FROM incidents ORDER BY id")
-    assert rows == [(1, TEXT, "partner", "open"), (2, TEXT, "partner", "open")]
-    assert sql("SELECT DISTINCT kind, actor FROM timeline") == [("created", "writer")]
+    assert sql("SELECT description, source FROM incidents") == [(TEXT, "partner")] * 2
 
 
-def test_an_incident_is_moved_until_it_is_closed_and_opened_again(
-    board: Page, colleague: Client, sql: Sql
-) -> None:
+def test_an_incident_is_noted_moved_closed_and_opened_again(board: Page, colleague: Client) -> None:
     report(colleague)
     card(board, 1, "open").click()
-    board.locator("#note-form textarea").fill(NOTE)
-    button(board, "Start work").press("Enter")
-    expect_open(board, "#1 in progress")
+    button(board, "Add the note").click()
+    expect(board.locator("#incident output")).not_to_be_empty()  # a note must not be empty
+    for name, status in (("Add the note", "open"), ("Start work", "in progress")):
+        board.locator("#note-form textarea").fill(f"{NOTE} {status}")
+        button(board, name).press("Enter")
+        expect_open(board, f"#1 {status}")
+        expect(card(board, 1).locator(".note")).to_have_text(f"{NOTE} {status}")
     expect(button(board, "Start work")).to_be_hidden()
     expect(board.locator("#timeline")).to_be_focused()  # not the page behind the dialog
-    expect(card(board, 1, "in_progress").locator(".note")).to_have_text(NOTE)
-    expect(board.locator("#note-form textarea")).to_have_value("")
-    button(board, "Resolve").click()
-    expect_open(board, "#1 resolved")
-    expect(card(board, 1, "resolved")).to_be_attached()
-    button(board, "Close the incident").click()
-    expect_open(board, "#1 closed")
+    expect(card(board, 1, "in_progress")).to_be_attached()
+    for name, status in (("Resolve", "resolved"), ("Close the incident", "closed")):
+        button(board, name).click()
+        expect_open(board, f"#1 {status}")
     expect(card(board, 1)).to_have_count(0)
-    button(board, "Back").click()
-    expect(board).to_have_url(re.compile("/board#$"))
+    close_incident(board)
     board.goto(f"{board.url}1")
     button(board, "Reopen").click()
 
-    expect_open(board, "#1 open")
     expect(card(board, 1, "open")).to_be_attached()
-    ends = ["closed → open", "resolved → closed", "in progress → resolved", NOTE]
-    lines = [f"writer · .*{end}" for end in [*ends, "open → in progress"]]
-    patterns = [re.compile(f"^{line}$") for line in [*lines, "second · .*reported"]]
-    expect(board.locator("#timeline li")).to_have_text(patterns)
-    assert sql("SELECT status FROM incidents") == [("open",)]
+    ends = ["closed → open", "resolved → closed", "in progress → resolved", f"{NOTE} in progress"]
+    lines = [f"^writer · .*{end}" for end in [*ends, "open → in progress", f"{NOTE} open"]]
+    expect_timeline(board, *lines, "^second · .*reported")
 
 
-def test_a_note_is_added_and_a_label_is_added_changed_and_removed(
-    board: Page, colleague: Client, sql: Sql
-) -> None:
+def test_labels_are_added_changed_and_removed(board: Page, colleague: Client) -> None:
     report(colleague)
-    change(colleague, 1, note="первая")
     card(board, 1).click()
-    button(board, "Add the note").click()
-    expect(board.locator("#incident output")).not_to_be_empty()  # a note must not be empty
-    board.locator("#note-form textarea").fill(NOTE)
-    button(board, "Add the note").click()
-    expect(card(board, 1, "open").locator(".note")).to_have_text(NOTE)
     for value in ("бд 🐘", "שרתים", ""):
         board.locator("#label-form [name=name]").fill("команда")
         board.locator("#label-form [name=value]").fill(value)
@@ -294,44 +267,34 @@ def test_a_note_is_added_and_a_label_is_added_changed_and_removed(
         expect(board.locator("#summary .label")).to_have_text(labels)
         expect(board.locator("#label-form [name=name]")).to_have_value("")
 
-    ends = [
-        "labels.команда: שרתים → –",
-        "labels.команда: бд 🐘 → שרתים",
-        "labels.команда: – → бд 🐘",
-    ]
-    patterns = [re.compile(f"{end}$") for end in [*ends, NOTE, "первая", "reported"]]
-    expect(board.locator("#timeline li")).to_have_text(patterns)
-    assert sql("SELECT labels FROM incidents") == [({},)]
+    ends = ("שרתים → –", "бд 🐘 → שרתים", "– → бд 🐘")
+    expect_timeline(board, *(f"labels.команда: {end}" for end in ends), "reported")
 
 
-def test_each_incident_that_is_not_closed_has_a_card_and_the_newest_is_on_top(
-    open_board: OpenBoard, colleague: Client, sql: Sql
-) -> None:
+def test_what_is_not_closed_has_a_card(open_board: OpenBoard, colleague: Client, sql: Sql) -> None:
     report(colleague, source="partner", labels={"severity": "critical"})
     sql("UPDATE incidents SET created_at = now() - interval '3 hours'")
-    for _ in range(7):
+    for _ in range(6):
         report(colleague)
     for note in ("раньше", NOTE):
         change(colleague, 1, note=note)
-    moves = {2: "in_progress", 3: "closed", 6: "in_progress", 8: "closed"}
-    for incident_id, status in (moves | {7: "resolved", 4: "resolved"}).items():
+    moves = {2: "in_progress", 6: "in_progress", 7: "resolved", 4: "resolved"}
+    for incident_id, status in moves.items():
         change(colleague, incident_id, status=status)
     page = open_board()
-    expect(page.locator("main a")).to_have_count(6)
+    expect(page.locator("main a")).to_have_count(7)
 
-    for column, ids in {"open": [5, 1], "in_progress": [6, 2], "resolved": [4, 7]}.items():
-        # What was resolved last is on top.
+    # What was resolved last is on top.
+    for column, ids in {"open": [5, 3, 1], "in_progress": [6, 2], "resolved": [4, 7]}.items():
         assert shown_ids(page, column) == ids
-        expect(page.locator(f"h2:has(+ #{column})")).to_have_attribute("data-count", "2")
-    expect(card(page, 1).locator("p").first).to_have_text(TEXT)
-    expect(card(page, 1)).to_contain_text("partner · 3 hours ago")
+        heading = page.locator(f"h2:has(+ #{column})")
+        expect(heading).to_have_attribute("data-count", str(len(ids)))
+    expect(card(page, 1)).to_contain_text(re.compile(f"{TEXT}partner · 3 hours ago"))
     expect(card(page, 1).locator(".label")).to_have_text(["severity:critical"])
     expect(card(page, 1).locator(".note")).to_have_text(NOTE)
 
 
-def test_whoever_is_slower_changes_nothing_and_reads_what_the_other_did(
-    board: Page, colleague: Client, sql: Sql
-) -> None:
+def test_whoever_is_slower_reads_what_the_other_did(board: Page, colleague: Client) -> None:
     report(colleague)
     card(board, 1).click()
     expect_open(board, "#1 open")
@@ -342,16 +305,14 @@ def test_whoever_is_slower_changes_nothing_and_reads_what_the_other_did(
     message = board.locator("#incident output")
     for line in ("Somebody was faster", "second: open → in progress", f"second: {NOTE}"):
         expect(message).to_contain_text(line)
-    expect_open(board, "#1 in progress")
-    expect(board.locator("#note-form textarea")).to_have_value("моё")
-    assert [row[-1] for row in read_entries(sql)] == ["second", "second"]
+    expect_timeline(board, NOTE, "open → in progress", "reported")
 
     button(board, "Resolve").click()  # now that this person has seen it
-    expect_open(board, "#1 resolved")
+    expect_timeline(board, "моё", "progress → resolved", NOTE, "open → in progress", "reported")
 
 
 def test_what_is_sent_again_after_a_lost_response_is_stored_once(board: Page, sql: Sql) -> None:
-    message, entries = board.locator("#incident output"), board.locator("#timeline li")
+    message = board.locator("#incident output")
     button(board, "Report an incident").click()
     board.locator("#report textarea").fill(TEXT)
     board.route(re.compile("/incidents/$"), lose_response, times=1)
@@ -364,42 +325,39 @@ def test_what_is_sent_again_after_a_lost_response_is_stored_once(board: Page, sq
     button(board, "Add the note").click()
     expect(message).to_have_text(OFFLINE)
     button(board, "Add the note").click()
-
     expect(message).to_have_text("Saved")
-    expect(entries).to_have_count(2)
-
     # A move is not sent again: it is shown as made, and so is its note.
-    board.locator("#note-form textarea").fill(NOTE)
+    board.locator("#note-form textarea").fill("вторая")
     board.route("**/incidents/1/status", lose_response, times=1)
     button(board, "Start work").click()
     expect(message).to_have_text(OFFLINE)
+
     expect_open(board, "#1 in progress")
-    expect(entries).to_have_count(4)
-    assert [row[0] for row in read_entries(sql)] == ["note", "status", "note"]
+    expect_timeline(board, "вторая", "open → in progress", NOTE, "reported")
     assert sql("SELECT count(*) FROM incidents") == [(1,)]
 
 
 def test_what_a_colleague_does_appears_within_a_second(board: Page, colleague: Client) -> None:
     text = f"{SECRET_MARKER}: one\u2028two\u2029three\u0085four\r\nfive"  # lines of other programs
-    label = {"team": "бд"}
-    assert_shown_in_a_second(
+    changes: list[tuple[Callable[[], Any], Locator]] = [
         (lambda: report(colleague, text), card(board, 1, "open")),
         (lambda: change(colleague, 1, status="in_progress"), card(board, 1, "in_progress")),
         (lambda: change(colleague, 1, note=text), board.locator(".note", has_text="five")),
-        (lambda: change(colleague, 1, labels=label), board.get_by_text("team:бд")),
+        (lambda: change(colleague, 1, labels={"team": "бд"}), board.get_by_text("team:бд")),
         (lambda: report(colleague), card(board, 2, "open")),
-    )
+    ]
+    delays = []
+    for make_change, what in changes:
+        make_change()
+        answered_at = time.monotonic()
+        what.wait_for()
+        delays.append(time.monotonic() - answered_at)
 
-    card(board, 2).click()
-    expect_open(board, "#2 open")
-    change(colleague, 2, status="resolved")
-    expect_open(board, "#2 resolved")
-    expect(board.locator("#timeline li").first).to_contain_text("open → resolved")
+    # Not all of them, because a busy machine may stop for a moment.
+    assert sorted(delays)[2] <= 1, delays
 
 
-def test_behind_a_proxy_that_keeps_streams_back_the_board_asks_again_and_again(
-    open_board: OpenBoard, colleague: Client
-) -> None:
+def test_behind_a_buffering_proxy_the_board_polls(open_board: OpenBoard, colleague: Client) -> None:
     def hold_streams(route: Route) -> None:
         if route.request.headers.get("accept") != "text/event-stream":
             route.continue_()
@@ -409,98 +367,68 @@ def test_behind_a_proxy_that_keeps_streams_back_the_board_asks_again_and_again(
     enter_token(page, WRITER_TOKEN)
     # Playwright handles the routes of a page only while it is asked something about the page.
     wait_until(lambda: page.title() and count_listeners(colleague) == 1)
-    new_cards = [card(page, number, "open") for number in (1, 2, 3)]
-    assert_shown_in_a_second(*((lambda: report(colleague), new) for new in new_cards))
-    expect(page.locator("#connection")).to_have_text(LIVE)
 
-    wait_until(lambda: page.title() and count_listeners(colleague) == 1)
-    set_hidden(page, True)
-    report(colleague)  # ends the request that waits, also if nobody waits for its answer
-    wait_until(lambda: count_listeners(colleague) == 0)
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
-    looks = page.evaluate("pauses")  # how often a hidden board has looked whether it is still so
-    wait_until(lambda: page.evaluate("pauses") >= looks + 3)
-    assert asked == []
+    for number in (1, 2, 3):
+        report(colleague)
+        expect(card(page, number, "open")).to_be_visible()
+    expect(page.locator("#connection")).to_have_text(LIVE)
 
 
 def test_the_board_catches_up_after_the_service_was_away_also_with_another_database(
-    serve: Serve,
-    open_board: OpenBoard,
-    colleague: Client,
-    database_url: str,
-    new_database: NewDatabase,
-    migrated: str,
+    serve: Serve, open_board: OpenBoard, colleague: Client, database_url: str, sql: Sql
 ) -> None:
-    report(colleague, "первый")
-    report(colleague, "второй")
-    stopped = serve(DATABASE_URL=database_url, API_TOKENS=TOKENS)
+    report(colleague)
+    report(colleague)
+    options: Any = {"DATABASE_URL": database_url, "API_TOKENS": TOKENS, "port": free_port()}
+    stopped = serve(**options)
     page = open_board("#1", url=stopped.url)
-    note, message = page.locator("#note-form textarea"), page.locator("#incident output")
-    note.fill("моё")
-    expect(page.locator("#connection")).to_have_text(LIVE)
+    connection, message = page.locator("#connection"), page.locator("#incident output")
+    page.locator("#note-form textarea").fill("моё")
+    expect(connection).to_have_text(LIVE)
     stopped.stop()
-    expect(page.locator("#connection")).to_have_text(OFFLINE)
-    expect(page.locator("#open a")).to_have_count(2)
+    expect(connection).to_have_text(OFFLINE)
     button(page, "Add the note").click()
     expect(message).to_have_text(OFFLINE)
-    for number in range(3, 33):
-        report(colleague, f"новый {number}")
+    report(colleague)
     change(colleague, 1, status="in_progress", note=NOTE)
     change(colleague, 2, status="closed")
-    change(colleague, 3, note="третий 🔥")
-    change(colleague, 4, labels={"team": "бд"})
-    options: Any = {"port": urlsplit(stopped.url).port, "API_TOKENS": TOKENS}
-    started = serve(DATABASE_URL=database_url, **options)
+    change(colleague, 3, note="третий 🔥", labels={"team": "бд"})
+    started = serve(**options)
 
-    expect(page.locator("#connection")).to_have_text(LIVE)
-    expect(card(page, 4).locator(".label")).to_have_text(["team:бд"])
-    assert shown_ids(page, "open") == list(range(32, 2, -1))
-    assert (shown_ids(page, "in_progress"), shown_ids(page, "resolved")) == ([1], [])
+    expect(connection).to_have_text(LIVE)
+    expect(page.locator("main a")).to_have_count(2)
+    expect(card(page, 3, "open").locator(".label")).to_have_text(["team:бд"])
     expect(card(page, 3).locator(".note")).to_have_text("третий 🔥")
     expect_open(page, "#1 in progress")
-    entries = [re.compile(f"{end}$") for end in (NOTE, "open → in progress", "reported")]
-    expect(page.locator("#timeline li")).to_have_text(entries)
-    expect(note).to_have_value("моё")
     button(page, "Add the note").click()
-    expect(message).to_have_text("Saved")
-    expect(page.locator("#timeline li")).to_have_count(4)
+    expect_timeline(page, "моё", NOTE, "open → in progress", "reported")
 
     started.stop()
-    serve(DATABASE_URL=new_database(template=migrated), **options)
+    sql(TRUNCATE_ALL)
+    serve(**options)
     expect(page.locator("main a")).to_have_count(0)
-    with Client(base_url=stopped.url, headers=WRITER) as client:
-        report(client, "после замены")
+    report(colleague, "после замены")
     expect(card(page, 1, "open")).to_contain_text("после замены")
 
 
-def test_eight_tabs_work_because_only_the_tab_in_sight_keeps_a_connection(
-    open_board: OpenBoard, colleague: Client
-) -> None:
+def test_only_the_tab_in_sight_keeps_a_connection(open_board: OpenBoard, colleague: Client) -> None:
     report(colleague)
-    hidden = 'Object.defineProperty(document, "hidden", { configurable: true, value: true });'
-    tabs = [open_board(script=hidden)]
-    tabs += [tabs[0].context.new_page() for _ in range(7)]
-    for tab in tabs[1:]:
-        tab.goto(tabs[0].url)
-    for tab in tabs:  # all are in the background
-        assert card(tab, 1).count() == 0
-        set_hidden(tab, False)
-        expect(card(tab, 1, "open")).to_be_visible()
+    page = open_board()
+    url = page.url
+    for _ in range(8):  # a browser opens six connections to a host, for all tabs
+        expect(card(page, 1, "open")).to_be_visible()
         wait_until(lambda: count_listeners(colleague) == 1)
-        set_hidden(tab, True)
+        set_hidden(page, True)
+        wait_until(lambda: count_listeners(colleague) == 0)
+        page = page.context.new_page()
+        page.goto(url)
 
-    wait_until(lambda: count_listeners(colleague) == 0)
 
-
-def test_a_token_is_asked_for_until_it_allows_to_read_and_the_tab_alone_keeps_it(
-    open_board: OpenBoard, colleague: Client
-) -> None:
+def test_a_token_is_asked_for_until_it_may_read(open_board: OpenBoard, colleague: Client) -> None:
     report(colleague)
     page = open_board(token=None)
-    with page.expect_response(lambda response: response.status == 401):
-        enter_token(page, "s3cr3t-that-is-not-known")
-    expect(page.locator("#token output")).to_contain_text("Send a token of this service")
+    enter_token(page, "s3cr3t-that-is-not-known")
+    expect(page.locator("#token")).to_be_visible()
     page.keyboard.press("Escape")
     enter_token(page, REPORTER_TOKEN)
     expect(page.locator("#token output")).to_contain_text("may only send events and alerts")
@@ -509,11 +437,8 @@ def test_a_token_is_asked_for_until_it_allows_to_read_and_the_tab_alone_keeps_it
     page.reload()
 
     expect(page.locator("#connection")).to_have_text(LIVE)
-    expect(page.locator("#token")).to_be_hidden()
     expect(button(page, "Report an incident")).to_be_visible()
-    assert page.evaluate("localStorage.length") == 0
-    assert page.context.cookies() == []
-    assert WRITER_TOKEN not in page.url
+    assert page.context.storage_state() == {"cookies": [], "origins": []}
 
     page.evaluate("sessionStorage.token = 's3cr3t-that-was-withdrawn'")
     set_hidden(page, True)
@@ -522,9 +447,9 @@ def test_a_token_is_asked_for_until_it_allows_to_read_and_the_tab_alone_keeps_it
 
     # A token that may read shows everything live, and nothing that writes.
     card(page, 1).click()
-    expect(page.locator("#timeline li")).to_have_count(1)
+    expect_timeline(page, "reported")
     change(colleague, 1, note=NOTE)
-    expect(page.locator("#timeline li").first).to_contain_text(NOTE)
+    expect_timeline(page, NOTE, "reported")
     for element in ("#note-form", "#label-form", "#report-button"):
         expect(page.locator(element)).to_be_hidden()
 
@@ -534,13 +459,10 @@ def test_the_board_is_worked_with_the_keyboard_alone(board: Page, colleague: Cli
         report(colleague, text)
     change(colleague, 4, status="in_progress")
     expect(card(board, 4, "in_progress")).to_be_visible()
-    search = board.locator("#filters [name=q]")
     board.keyboard.press("/")
-    expect(search).to_be_focused()
     board.keyboard.type("ДИСК")
     for keys, focused in [
-        ("ArrowDown", card(board, 3)),
-        ("ArrowDown", card(board, 2)),
+        ("ArrowDown ArrowDown", card(board, 2)),
         ("ArrowUp", card(board, 3)),
         ("/ Control+a Delete ArrowDown ArrowRight ArrowDown", card(board, 4)),
         ("ArrowLeft ArrowDown", card(board, 3)),
@@ -560,26 +482,23 @@ def test_the_board_is_worked_with_the_keyboard_alone(board: Page, colleague: Cli
     expect(card(board, 3, "in_progress")).to_be_focused()
 
 
-def test_a_live_change_takes_neither_the_focus_nor_what_is_typed(
-    board: Page, colleague: Client
-) -> None:
+def test_a_live_change_takes_no_focus_and_no_draft(board: Page, colleague: Client) -> None:
     report(colleague)
     report(colleague)
     card(board, 1).focus()
     change(colleague, 1, status="in_progress")
     expect(card(board, 1, "in_progress")).to_be_focused()
     card(board, 1).press("Enter")
-    expect(board.locator("#incident")).to_be_visible()
+    expect_open(board, "#1 in progress")
     note = board.locator("#note-form textarea")
     note.press_sequentially("моя ")
     change(colleague, 1, note=NOTE)
-    expect(board.locator("#timeline li").first).to_contain_text(NOTE)
+    expect_timeline(board, NOTE, "open → in progress", "reported")
     board.keyboard.type("заметка")
 
     expect(note).to_be_focused()
     for incident_id, draft in ((1, "моя заметка"), (2, "")):  # it stays with its incident
-        board.keyboard.press("Escape")
-        expect(board).to_have_url(re.compile("/board#$"))  # it is written after the dialog closes
+        close_incident(board)
         card(board, incident_id).click()
         expect(board.get_by_role("dialog", name=f"#{incident_id} ")).to_be_visible()
         expect(note).to_have_value(draft)
@@ -591,21 +510,18 @@ def test_filters_choose_cards_live_too_and_the_address_keeps_the_view(
     # What is typed into the form, and the cards that it leaves.
     cases: list[tuple[dict[str, str], list[int]]] = [
         ({"q": "нет света 🔥"}, [1]),
-        ({"q": "DISK FULL שלום"}, [2]),
         ({"q": "cafe\u0301"}, [3]),
         ({"q": "#2"}, [2]),
         ({"q": "critical"}, [3, 2]),
-        ({"q": "nowhere & никогда"}, []),
         ({"source": "partner"}, [3]),
         ({"label": "TEAM:"}, [3, 2]),
         ({"label": "severity:critical2"}, []),  # a line of a description is not a label
-        ({"q": "disk", "source": "monitoring", "label": "severity:critical"}, [2]),
+        ({"q": "disk &", "source": "monitoring", "label": "severity:critical"}, [2]),
         ({"label": "team:бд"}, [2]),
     ]
     report(colleague, f"{SECRET_MARKER}: Нет СВЕТА 🔥", source="operator")
-    labels = {"severity": "critical", "team": "БД"}
-    report(colleague, f"{SECRET_MARKER}: Disk full שלום", labels=labels)
-    text = f"{SECRET_MARKER}: caf\u00e9\nseverity:critical2"
+    report(colleague, "Disk & שלום", labels={"severity": "critical", "team": "БД"})
+    text = "caf\u00e9\nseverity:critical2"
     report(colleague, text, source="partner", labels={"team": "web"})
     expect(board.locator("#open a")).to_have_count(3)
     for fields, ids in cases:
@@ -620,29 +536,22 @@ def test_filters_choose_cards_live_too_and_the_address_keeps_the_view(
     url = board.url
     card(board, 2).click()
     expect_open(board, "#2 open")
-    expect(board).to_have_url(re.compile("/board#2$"))
     board.keyboard.press("Escape")
     expect(board).to_have_url(url)
     page = open_board(f"#{urlsplit(url).fragment}")
-    expect(page.locator("#open a")).to_have_count(1)
+    expect(card(page, 2)).to_be_visible()
     expect(page.locator("#filters [name=label]")).to_have_value("team:бд")
-    report(colleague)
     change(colleague, 1, labels={"team": "бд"})
     change(colleague, 2, labels={"team": None})
 
-    expect(card(page, 1)).to_be_visible()
-    expect(card(page, 2)).to_have_count(0)
-    assert shown_ids(page) == [1]
+    wait_until(lambda: shown_ids(page) == [1])
 
 
-def test_what_cannot_be_opened_shows_a_message_until_an_incident_is_opened(
-    open_board: OpenBoard, colleague: Client
-) -> None:
+def test_what_cannot_be_opened_shows_a_message(open_board: OpenBoard, colleague: Client) -> None:
     report(colleague)
     page = open_board("#999")
     message = page.locator("#message")
     expect(message).to_contain_text("no such incident")
-    expect(page.locator("#connection")).to_have_text(LIVE)
     page.route("**/incidents/1", lambda route: route.abort(), times=1)
     card(page, 1).click()
     expect(message).to_have_text(OFFLINE)
@@ -650,31 +559,27 @@ def test_what_cannot_be_opened_shows_a_message_until_an_incident_is_opened(
     card(page, 1).click()
 
     expect_open(page, "#1 open")
-    button(page, "Back").click()
+    close_incident(page)
     expect(message).to_be_empty()
 
 
-def test_the_page_says_all_in_russian_and_is_english_for_who_reads_neither(
-    open_board: OpenBoard, colleague: Client, sql: Sql
-) -> None:
+def test_the_page_is_russian_or_english(open_board: OpenBoard, colleague: Client, sql: Sql) -> None:
     report(colleague, source="operator")
     sql("UPDATE incidents SET created_at = now() - interval '3 hours'")
     page = open_board("#1", locale="ru-RU")
     expect(page.locator("#connection")).to_have_text("● на связи")
-    expect_open(page, "#1 открыт")
     expect(card(page, 1)).to_contain_text("operator · 3 часа назад")
     button(page, "Взять в работу").click()
-
     expect(page.locator("#incident output")).to_have_text("Сохранено")
-    expect(page.locator("#timeline li").first).to_contain_text("открыт → в работе")
+
     expect(page.locator("html")).to_have_attribute("lang", re.compile("^ru"))
-    # All other texts of the page; the sources are the same words in each language.
+    # All texts of the page; the sources are the same words in each language.
     script = """elements => elements
       .flatMap((element) => [...element.childNodes])
       .filter((node) => node.nodeType === Node.TEXT_NODE)
       .map((node) => node.data.trim())"""
     texts = page.locator("title, body, body *:not(option:not([data-ru]))").evaluate_all(script)
-    assert "Закрыть инцидент" in texts
+    assert {"#1 в работе", "открыт → в работе", "создан", "Закрыть инцидент"} <= set(texts)
     english = [text for text in texts if re.search("[A-Za-z]", text)]
     # What remains are words of the API, and the names of those who made the changes.
     names = {text.split(" ·")[0] for text in english if SECRET_MARKER not in text}
@@ -693,62 +598,48 @@ def test_figures_show_each_of_the_last_days(board: Page, colleague: Client) -> N
     expect(reported.locator("title")).to_contain_text(": 2.0")
 
 
+# Each two values stand together once.
 @pytest.mark.parametrize(
-    ("color_scheme", "locale", "width"),  # each two values stand together once
-    [
-        ("light", "en-GB", 1280),
-        ("light", "ru-RU", 390),
-        ("dark", "en-GB", 390),
-        ("dark", "ru-RU", 1280),
-    ],
+    "look", ["light en-GB 1280", "light ru-RU 390", "dark en-GB 390", "dark ru-RU 1280"]
 )
-def test_axe_finds_no_barriers(
-    color_scheme: str, locale: str, width: int, open_board: OpenBoard, colleague: Client
-) -> None:
+def test_axe_finds_no_barriers(look: str, open_board: OpenBoard, colleague: Client) -> None:
     for severity in ("critical", "error", "warning", "info", "иная"):
         change(colleague, report(colleague, labels={"severity": severity}), note=NOTE)
     change(colleague, 4, status="in_progress")
     change(colleague, 5, status="resolved")
-    viewport = {"width": width, "height": 800}
+    color_scheme, locale, width = look.split()
+    viewport = {"width": int(width), "height": 800}
     page = open_board(token=None, viewport=viewport, locale=locale, color_scheme=color_scheme)
     found: list[str] = []
 
-    def run_axe() -> None:
+    def run_axe_when_shown(element: str) -> None:
+        expect(page.locator(element).last).not_to_be_empty()
         for violation in Axe().run(page).response["violations"]:
             nodes = [node["html"] for node in violation["nodes"]]
             found.append(f"{violation['id']}: {violation['help']}: {nodes}")
 
-    expect(page.locator("#token")).to_be_visible()
-    run_axe()
-    page.locator("#token input").fill(WRITER_TOKEN)
-    page.locator("#token button").click()
-    expect(card(page, 1).locator(".note")).to_have_text(NOTE)
-    run_axe()
+    run_axe_when_shown("#token output")
+    enter_token(page, WRITER_TOKEN)
+    run_axe_when_shown("#open .note")
     page.locator("summary").click()
-    expect(page.locator("figure title").last).not_to_be_empty()
-    run_axe()
+    run_axe_when_shown("figure title")
     page.locator("summary").click()
     page.locator("#report-button").click()
-    expect(page.locator("#report")).to_be_visible()
-    run_axe()
+    run_axe_when_shown("#report")
     page.keyboard.press("Escape")
     page.goto(f"{page.url}#4")
-    expect(page.locator("#timeline li")).to_have_count(3)
     page.locator("#note-form button").first.click()
-    expect(page.locator("#incident output")).not_to_be_empty()
-    run_axe()
+    run_axe_when_shown("#incident output")
 
     assert not found, "\n".join(found)
 
 
-def test_the_page_is_never_wider_than_a_small_screen(
-    open_board: OpenBoard, colleague: Client
-) -> None:
+def test_the_page_fits_on_a_small_screen(open_board: OpenBoard, colleague: Client) -> None:
     long_word = f"{SECRET_MARKER}{'й' * 1000}"
     report(colleague, long_word, labels={"л" * 100: "ж" * 1000})
     change(colleague, 1, note=long_word)
     page = open_board("#1", viewport={"width": 390, "height": 800})
-    expect(page.locator("#timeline li")).to_have_count(2)
+    expect_timeline(page, long_word, "reported")
     expect(card(page, 1).locator(".note")).to_have_text(long_word)
 
     for element in ("html", "#incident", "#open", "#timeline"):
@@ -756,65 +647,15 @@ def test_the_page_is_never_wider_than_a_small_screen(
         assert page.locator(element).evaluate(script) <= 0, element
 
 
-MARKUP = [
-    "<img src=x onerror=\"document.title='bad'\">",
-    "javascript:document.title='bad'",
-    "</script><script>document.title='bad'</script>",
-]
-
-
-def test_nothing_is_ever_read_as_markup(board: Page, colleague: Client, sql: Sql) -> None:
-    for number, markup in enumerate(MARKUP, 1):
-        name = markup.replace(":", "")
-        report(colleague, markup, labels={name: markup})
-        change(colleague, number, note=markup)
-        card(board, number).click()
-        expect(board.locator("#timeline li").first).to_contain_text(markup)
-        change(colleague, number, labels={name: "a"})
-        entries = board.locator("#timeline li")
-        expect(entries.first).to_contain_text(f"labels.{name}: {markup} → a")
-        expect(board.locator("#summary")).to_contain_text(markup)
-        expect(board.locator("#summary .label")).to_have_text([f"{name}:a"])
-        button(board, "Back").click()
-        expect(board).to_have_url(re.compile("/board#$"))
-        expect(card(board, number).locator("p").first).to_have_text(markup)
-        expect(card(board, number).locator(".label")).to_have_text([f"{name}:a"])
-        expect(card(board, number).locator(".note")).to_have_text(markup)
-
-    url = board.url
-    for markup in MARKUP:  # in the address
-        board.goto(f"{url}q={quote(markup)}&label={quote(markup)}")
-        for name in ("q", "label"):
-            expect(board.locator(f"#filters [name={name}]")).to_have_value(markup)
-    # The name of a token cannot have such signs today.
-    sql(
-        "INSERT INTO timeline (incident_id, kind, note, actor) VALUES (1, 'note', 'a', %s)",
-        MARKUP[0],
-    )
-    board.goto(f"{url}1")
-    expect(board.locator("#timeline li").first).to_contain_text(MARKUP[0])
-
-    dangerous = "img, main script, dialog script, a[href^=javascript]"
-    assert board.locator(dangerous).count() == 0
-    assert board.title() == "Incidents"
-
-
-def test_two_thousand_cards_are_filtered_quickly_and_read_and_drawn_no_more_than_needed(
-    open_board: OpenBoard, sql: Sql
-) -> None:
+def test_two_thousand_cards_are_filtered_and_drawn_quickly(open_board: OpenBoard, sql: Sql) -> None:
     sql(  # every fifth has up to 3 KB of text
         "INSERT INTO incidents (description, source, labels)"
-        " SELECT %s || ': инцидент ' || n || repeat('текст ', n %% 5 / 4 * 300), 'monitoring',"
-        "        jsonb_build_object('severity', CASE n %% 2 WHEN 0 THEN 'critical' END)"
-        "   FROM generate_series(1, 2000) AS n",
-        SECRET_MARKER,
+        " SELECT 'инцидент ' || n || repeat('текст ', n % 5 / 4 * 300), 'monitoring',"
+        "        jsonb_build_object('severity', CASE n % 2 WHEN 0 THEN 'critical' END)"
+        "   FROM generate_series(1, 2000) AS n"
     )
-    sql(
-        "INSERT INTO timeline (incident_id, kind, note, actor)"
-        " SELECT n, kind, CASE kind WHEN 'note' THEN 'заметка ' || n END, 'смена'"
-        "   FROM generate_series(1, 2000) AS n, unnest(ARRAY['created', 'note']) AS kind"
-        "  ORDER BY n, kind"
-    )
+    insert_note = "INSERT INTO timeline (incident_id, kind, note, actor) SELECT n, 'note', "
+    sql(f"{insert_note} 'заметка ' || n, 'смена' FROM generate_series(1, 2000) AS n")
     measure_filters = """(search) => {
       const start = performance.now();
       for (search.value of ["и", "ин", "инцидент 19", "", "severity:critical", "1", ""]) {
@@ -822,6 +663,7 @@ def test_two_thousand_cards_are_filtered_quickly_and_read_and_drawn_no_more_than
       }
       return performance.now() - start;
     }"""
+    measure_y = "card => card.getBoundingClientRect().y"
     requests: list[str] = []
     page = open_board(token=None)
     page.on("request", lambda request: requests.append(request.url))
@@ -829,42 +671,21 @@ def test_two_thousand_cards_are_filtered_quickly_and_read_and_drawn_no_more_than
     expect(page.locator("#open a")).to_have_count(2000)
     expect(card(page, 2000).locator(".note")).to_have_text("заметка 2000")
     at_first = [url for url in requests if url.endswith("/timeline")]
-    page.locator("#open").evaluate("column => column.scrollTo(0, column.scrollHeight)")
-    expect(card(page, 1).locator(".note")).to_have_text("заметка 1")
-    page.locator("#open").evaluate("column => column.scrollTo(0, 0)")
-    expect(card(page, 2000)).to_be_in_viewport()
+    card(page, 1000).scroll_into_view_if_needed()
+    expect(card(page, 1000).locator(".note")).to_have_text("заметка 1000")
+    y_before = card(page, 1000).evaluate(measure_y)
+    sql("UPDATE incidents SET status = 'in_progress' WHERE id = 2000")
     # In one transaction, so that they come at once.
-    sql(
-        "INSERT INTO timeline (incident_id, kind, note, actor)"
-        " SELECT 2000 - n, 'note', 'новая', 'смена' FROM generate_series(0, 199) AS n"
-    )
+    sql(f"{insert_note} 'новая', 'смена' FROM generate_series(1801, 2000) AS n")
     expect(page.locator(".note", has_text="новая")).to_have_count(200)
     notes_read = [url for url in requests if url.endswith("/timeline")]
     frames = page.evaluate("drawings")
 
+    # What is in sight stays where it is, within two pixels, because heights are rounded.
+    wait_until(lambda: abs(card(page, 1000).evaluate(measure_y) - y_before) <= 2)
     assert 0 < len(at_first) <= 40
     assert len(at_first) < len(notes_read) == len(set(notes_read)) <= 80
     assert len(frames) == len(set(frames)) < 100
     # Milliseconds for all seven, which take about as long on a quiet machine as one may take.
     assert page.locator("#filters [name=q]").evaluate(measure_filters) <= 7 * 250
-    assert len(shown_ids(page)) == 2000
-
-
-def test_a_live_change_does_not_move_a_column_that_was_scrolled(
-    open_board: OpenBoard, colleague: Client
-) -> None:
-    for _ in range(40):
-        report(colleague)
-    page = open_board()
-    expect(page.locator("#open a")).to_have_count(40)
-    expect(page.locator("#connection")).to_have_text(LIVE)
-    page.locator("#open").evaluate("column => column.scrollTo(0, column.scrollHeight / 2)")
-    place = "card => card.getBoundingClientRect().y"
-    in_sight, on_top = card(page, 20), card(page, 40)
-    assert on_top.evaluate(place) < 0  # it is out of sight
-    before = in_sight.evaluate(place)
-    change(colleague, 40, status="in_progress")
-    expect(card(page, 40, "in_progress")).to_be_visible()
-
-    # Within two pixels, because heights are rounded; a card has a hundred.
-    wait_until(lambda: abs(in_sight.evaluate(place) - before) <= 2)
+    assert (len(shown_ids(page)), shown_ids(page, "in_progress")) == (1999, [2000])

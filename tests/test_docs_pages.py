@@ -76,9 +76,7 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;
 
 
 @pytest.mark.parametrize("accept", [BROWSER, "text/html", "*/*", "application/json, */*;q=0.5", ""])
-async def test_the_root_leads_browsers_to_the_board_and_is_json_for_rest_clients(
-    client: httpx.AsyncClient, accept: str
-) -> None:
+async def test_the_root_leads_browsers_to_the_board(client: httpx.AsyncClient, accept: str) -> None:
     answer = await client.get("/", headers={"Accept": accept})
 
     assert answer.headers["vary"] == "Accept"

@@ -1,12 +1,11 @@
 """Text comes and goes as UTF-8 that is not compressed, and every response says so."""
 
-import gzip
+import asyncio
 import itertools
-import json
 from collections.abc import Callable
 
 import pytest
-from helpers import BODIES, Rows, assert_problem, call_route, route_label
+from helpers import Rows, assert_problem, call_route
 from httpx import AsyncClient
 
 import incidents
@@ -19,34 +18,31 @@ ROUTES_WITH_BODY = [route for route in incidents.ROUTES if route.body]
 async def test_a_body_with_a_content_encoding_is_refused_and_the_response_says_what_is_taken(
     client: AsyncClient, stored_rows: Callable[[], list[Rows]]
 ) -> None:
+    before = stored_rows()
     refused = [["gzip"], ["br"], ["GZIP"], ["x"], ["identity, gzip"], ["identity", "gzip"]]
-    taken = [[""], ["identity"], [" Identity "]]
-    for route, codings in itertools.product(ROUTES_WITH_BODY, refused + taken):
-        before = stored_rows()
-        path = route.path.replace("{incident_id}", "1")
-        headers = [("Content-Type", "application/json")]
-        headers += [("Content-Encoding", coding) for coding in codings]
-        body = json.dumps(BODIES[route_label(route)]).encode()
-        if codings in taken:
-            response = await client.request(route.method, path, content=body, headers=headers)
-            assert response.is_success, codings
-            continue
-        for content in (body, gzip.compress(body)):  # whether it is really compressed or not
-            response = await client.request(route.method, path, content=content, headers=headers)
-            assert_problem(response, 415)
-            assert response.headers["accept-encoding"] == "identity"
-            assert "without the header Content-Encoding" in response.json()["detail"]
-        assert stored_rows() == before
+    for route, codings in itertools.product(ROUTES_WITH_BODY, refused):
+        headers = [("Content-Encoding", coding) for coding in codings]
+        response = await call_route(client, route, headers=headers)
+        assert_problem(response, 415)
+        assert response.headers["accept-encoding"] == "identity"
+        assert "without the header Content-Encoding" in response.json()["detail"]
+    assert stored_rows() == before
+    for route, coding in itertools.product(ROUTES_WITH_BODY, ("", "identity", " Identity ")):
+        response = await call_route(client, route, headers={"Content-Encoding": coding})
+        assert response.is_success, coding
 
 
 async def test_every_text_says_that_it_is_utf_8(client: AsyncClient) -> None:
     accepted = ["*/*", "text/html", "application/x-ndjson", "text/csv", "text/event-stream"]
-    responses = [
-        # A stream of events has no end, and HEAD has the same headers.
-        await call_route(client, route, "HEAD" if route.method == "GET" else "", headers=headers)
-        for route in [*incidents.ROUTES, *incidents.PAGE_ROUTES[:3]]
-        for headers in ({"Accept": accept} for accept in accepted)
-    ]
+    async with asyncio.timeout(30):
+        responses = [
+            # A stream of events has no end, and HEAD has the same headers.
+            await call_route(
+                client, route, "HEAD" if route.method == "GET" else "", headers=headers
+            )
+            for route in [*incidents.ROUTES, *incidents.PAGE_ROUTES[:3]]
+            for headers in ({"Accept": accept} for accept in accepted)
+        ]
     for file in ("board.js", "board.css", "swagger-ui-bundle.js"):
         responses.append(await client.get(f"/docs/{file}"))
     responses += [await client.get("/nowhere"), await client.post("/v2/enqueue", json={})]

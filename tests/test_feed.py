@@ -11,7 +11,6 @@ import itertools
 import json
 import random
 import re
-import signal
 import socket
 import sys
 import time
@@ -20,7 +19,6 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
-import psutil
 import psycopg
 import pytest
 from helpers import (
@@ -36,6 +34,7 @@ from helpers import (
     open_client,
     wait_until,
 )
+from httpx import AsyncClient, Response
 
 import incidents
 
@@ -53,71 +52,56 @@ HARD_NOTES = [
     "\u2028\u2029\u0085\t\"'\\",
 ]
 
-INSERT_NOTE = (
-    "INSERT INTO timeline (incident_id, kind, note, actor) VALUES (1, 'note', 'a', 'psql')"
-    " RETURNING id"
-)
+# An entry of incident 1, as somebody with psql writes it.
+INSERT_NOTE = "INSERT INTO timeline (incident_id, kind, actor) VALUES (1, 'note', 'psql')"
 
 Entry = dict[str, Any]
 
 
-async def make_history(client: httpx.AsyncClient) -> list[Entry]:
+async def make_history(client: AsyncClient) -> list[Entry]:
     """Make three incidents with every kind of entry; give all entries as their timelines do."""
     created = [(await client.post("/incidents/", json=NEW_INCIDENT)).json() for _ in range(3)]
     urls = [f"/incidents/{incident['id']}" for incident in created]
     for number, note in enumerate(HARD_NOTES):
         await client.post(f"{urls[number % 3]}/notes", json={"note": note})
         await client.patch(urls[number % 2], json={"description": f"№ {number} 🔥"})
-    await client.patch(urls[1], json={"status": "closed", "source": "partner"})
-    await client.patch(urls[2], json={"status": "resolved"})
+    for url in urls[1:]:
+        await client.patch(url, json={"status": "closed", "source": "partner"})
     timelines = [(await client.get(f"{url}/timeline")).json() for url in urls]
     return sorted(itertools.chain(*timelines), key=lambda entry: int(entry["id"]))
 
 
 @pytest.fixture
-async def history(client: httpx.AsyncClient) -> list[Entry]:
+async def history(client: AsyncClient) -> list[Entry]:
     """Make incidents 1 to 3 with every kind of entry; give all entries."""
     return await make_history(client)
 
 
-def insert_note(session: psycopg.Connection[Any]) -> int:
-    """Write a note on incident 1 as somebody with psql would, and give its id."""
-    [note_id] = session.execute(INSERT_NOTE).fetchone() or []
-    return int(note_id)
-
-
-def insert_notes(database_url: str, count: int, note: str = "x") -> int:
-    """Write many notes on incident 1 at once, and give the id of the entry before them."""
+def insert_notes(database_url: str, count: int, note: str = "x") -> None:
+    """Write many notes on incident 1 at once."""
     with psycopg.connect(database_url) as session:
-        cursor = session.execute(
-            "WITH notes AS (INSERT INTO timeline (incident_id, kind, note, actor)"
-            " SELECT 1, 'note', %s, 'psql' FROM generate_series(1, %s) RETURNING id)"
-            " SELECT min(id) - 1 FROM notes",
+        session.execute(
+            "INSERT INTO timeline (incident_id, kind, note, actor)"
+            " SELECT 1, 'note', %s, 'psql' FROM generate_series(1, %s)",
             (note, count),
         )
-        [before] = cursor.fetchone() or []
-    return int(before)
 
 
-def newest_id(sql: Sql) -> int:
-    return int(sql("SELECT max(id) FROM timeline")[0][0])
-
-
-def entry_ids(response: httpx.Response) -> list[int]:
+def entry_ids(response: Response) -> list[int]:
     assert response.status_code == 200, response.text
     return [entry["id"] for entry in response.json()]
 
 
-def position(response: httpx.Response) -> int:
+def position(response: Response) -> int:
     return int(response.headers["timeline-position"])
 
 
-def next_link(response: httpx.Response) -> str | None:
+def next_link(response: Response) -> str | None:
     match = re.match('<([^>]*)>; rel="next"', response.headers.get("link", ""))
     return str(response.url.join(match[1])) if match else None
 
 
-async def follow_links(client: httpx.AsyncClient, url: str) -> list[httpx.Response]:
+async def follow_links(client: AsyncClient, url: str) -> list[Response]:
     """Give a page and all that follow it."""
     pages = [await client.get(url)]
     while link := next_link(pages[-1]):
@@ -129,22 +113,17 @@ async def follow_links(client: httpx.AsyncClient, url: str) -> list[httpx.Respon
 
 
 @pytest.mark.usefixtures("history")
-@pytest.mark.parametrize("query", ["", "&kind=note", "&incident=1&kind=note"])
-async def test_an_entry_can_show_its_incident_as_it_is_now(
-    client: httpx.AsyncClient, query: str
-) -> None:
+async def test_an_entry_can_show_its_incident_as_it_is_now(client: AsyncClient) -> None:
     now = {number: (await client.get(f"/incidents/{number}")).json() for number in (1, 2, 3)}
-    plain = (await client.get(f"/timeline?{query}")).json()
-    response = await client.get(f"/timeline?include=incident{query}")
-    ndjson = await client.get(f"/timeline?include=incident{query}", headers=NDJSON)
-    lines = ndjson.content.split(b"\n")
+    plain = (await client.get("/timeline")).json()
+    response = await client.get("/timeline?include=incident")
+    ndjson = await client.get("/timeline?include=incident", headers=NDJSON)
+    *lines, rest = ndjson.content.split(b"\n")
 
-    assert plain
-    assert response.headers["content-type"] == "application/json; charset=utf-8"
     assert response.json() == [entry | {"incident": now[entry["incident_id"]]} for entry in plain]
     assert ndjson.headers["content-type"] == "application/x-ndjson; charset=utf-8"
-    assert [json.loads(line) for line in lines[:-1]] == response.json()
-    assert lines[-1] == b""
+    assert [json.loads(line) for line in lines] == response.json()
+    assert rest == b""
 
 
 FILTERS: dict[str, Callable[[Entry], bool]] = {
@@ -159,7 +138,7 @@ FILTERS: dict[str, Callable[[Entry], bool]] = {
 
 @pytest.mark.parametrize("query", FILTERS)
 async def test_the_links_lead_through_all_entries_that_a_filter_leaves(
-    client: httpx.AsyncClient, history: list[Entry], query: str
+    client: AsyncClient, history: list[Entry], query: str
 ) -> None:
     wanted = [entry for entry in history if FILTERS[query](entry)]
     for limit in (2, max(1, len(wanted)), 1000):
@@ -173,158 +152,112 @@ async def test_the_links_lead_through_all_entries_that_a_filter_leaves(
         assert position(pages[-1]) == history[-1]["id"]
 
 
-async def test_where_nothing_follows_a_page_is_empty_and_the_position_stays(
-    client: httpx.AsyncClient, sql: Sql
-) -> None:
-    for newest in (0, 1):
+async def test_at_the_end_a_position_stays(client: AsyncClient, history: list[Entry]) -> None:
+    for after in (history[-1]["id"], 10**18 - 1):
         for query in ("", "&kind=note", "&incident=1&include=incident"):
-            for after in (newest, 10**18 - 1):
-                response = await client.get(f"/timeline?after={after}{query}")
+            response = await client.get(f"/timeline?after={after}{query}")
 
-                assert (response.json(), position(response)) == ([], after), query
-                assert not next_link(response)
-        latest = await client.get("/timeline?after=latest")
-        assert (latest.json(), position(latest)) == ([], newest)
-        insert_incident(sql)
-
-
-@pytest.mark.usefixtures("history")
-async def test_head_has_the_headers_of_a_response_and_ends_at_once(
-    client: httpx.AsyncClient,
-) -> None:
-    shown = await client.get("/timeline?limit=2")
-    async with asyncio.timeout(5):
-        response = await client.head("/timeline?limit=2")
-        stream = await client.head("/timeline", headers=EVENT_STREAM)
-        long_poll = await client.head("/timeline?after=latest&wait=30")
-
-    assert response.headers == shown.headers
-    assert next_link(response) and "timeline-position" in response.headers
-    assert response.content == stream.content == long_poll.content == b""
-    assert stream.headers["content-type"] == "text/event-stream; charset=utf-8"
-    assert stream.status_code == long_poll.status_code == 200
+            assert (response.json(), position(response)) == ([], after), query
+            assert not next_link(response)
+    assert position(await client.get("/timeline?after=latest")) == history[-1]["id"]
 
 
 # Queries that are refused, by what the problem points to.
 WRONG_QUERIES = {
-    "#/after": [
-        "after=x",
-        "after=-1",
-        "after=",
-        f"after={10**18}",
-        "after=Latest",
-        "after=1&after=2",
-    ],
-    "#/limit": ["limit=0", "limit=1001", "limit=1&limit=2"],
+    "#/after": ["after=x", "after=-1", "after=", f"after={10**18}", "after=1&after=2"],
     "#/wait": ["wait=61", "wait=-1", "wait=0.5", "wait=1&wait=2"],
     "#/incident": ["incident=x", "incident=1&incident=2"],
     "#/kind/0": ["kind=x"],
     "#/kind/1": ["kind=note,"],
     "#/include": ["include=x", "include=incident&include=incident"],
-    "#/format": ["format=json"],
 }
 
 
-@pytest.mark.parametrize("headers", [{}, EVENT_STREAM], ids=["page", "stream"])
-async def test_a_wrong_query_is_refused_and_its_parameter_is_named(
-    client: httpx.AsyncClient, headers: dict[str, str]
-) -> None:
+async def test_a_wrong_query_is_refused_and_its_parameter_is_named(client: AsyncClient) -> None:
     for pointer, queries in WRONG_QUERIES.items():
         for query in queries:
-            response = await client.get(f"/timeline?{query}", headers=headers)
-            assert_problem(response, 422, pointer)
-    for last_id in ("x", "-1", "1.0", "9" * 19):
-        response = await client.get("/timeline", headers=headers | {"Last-Event-ID": last_id})
+            assert_problem(await client.get(f"/timeline?{query}"), 422, pointer)
 
+
+async def test_last_event_id_comes_before_after(client: AsyncClient, history: list[Entry]) -> None:
+    for last_id, expected in {"4": history[4:], "": history[1:]}.items():
+        response = await client.get("/timeline?after=1", headers={"Last-Event-ID": last_id})
+        assert response.json() == expected
+    for last_id in ("x", "-1", "1.0", "9" * 19):
+        response = await client.get("/timeline", headers={"Last-Event-ID": last_id})
         assert_problem(response, 422)
         assert "Last-Event-ID" in response.json()["detail"]
-
-
-async def test_the_last_event_id_counts_instead_of_after(
-    client: httpx.AsyncClient, history: list[Entry]
-) -> None:
-    response = await client.get("/timeline?after=1", headers={"Last-Event-ID": "4"})
-    empty = await client.get("/timeline?after=1", headers={"Last-Event-ID": ""})
-
-    assert response.json() == history[4:]
-    assert empty.json() == history[1:]
 
 
 # ── Transactions that commit late ─────────────────────────────────────────────────────────────────
 
 
 async def test_a_transaction_that_commits_late_delays_what_follows_it_but_no_write(
-    client: httpx.AsyncClient, sql: Sql, database_url: str, monkeypatch: pytest.MonkeyPatch
+    client: AsyncClient, sql: Sql, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     insert_incident(sql)
     await client.get("/timeline")
     monkeypatch.setattr(incidents, "SETTLE_SECONDS", 0.2)
     async with asyncio.timeout(10):
         with psycopg.connect(database_url) as late:
-            assert insert_note(late) == 2
+            late.execute(INSERT_NOTE)
             poll = await start_long_poll(client, "after=1&wait=60")
-            for number in range(10):
-                response = await client.post("/incidents/1/notes", json={"note": f"{number}"})
-                assert response.status_code == 201
+            await client.post("/incidents/1/notes", json={"note": "a"})
             started_at = time.monotonic()
             meanwhile = await client.get("/timeline?limit=1")
             seconds = time.monotonic() - started_at
             filtered = await client.get("/timeline?after=1&kind=note")
             assert not poll.done()
         response = await poll
-    whole = await client.get("/timeline?after=1")
 
     assert (entry_ids(meanwhile), next_link(meanwhile), position(meanwhile)) == ([1], None, 1)
     assert (entry_ids(filtered), position(filtered)) == ([], 1)
     assert 0.1 < seconds < 2
-    assert entry_ids(response) == entry_ids(whole) == list(range(2, 13))
+    assert entry_ids(response) == [2, 3]
 
 
 async def test_a_transaction_that_will_add_no_earlier_entry_delays_nothing(
-    client: httpx.AsyncClient, sql: Sql, database_url: str
+    client: AsyncClient, sql: Sql, database_url: str
 ) -> None:
     insert_incident(sql)
     transactions = [
-        [INSERT_NOTE, "ROLLBACK"],
-        ["SAVEPOINT one", INSERT_NOTE, "ROLLBACK TO SAVEPOINT one"],
-        ["SELECT count(*) FROM timeline"],
-        ["UPDATE incidents SET noted_at = now()"],
+        f"{INSERT_NOTE}; ROLLBACK",
+        f"SAVEPOINT one; {INSERT_NOTE}; ROLLBACK TO SAVEPOINT one",
+        "SELECT count(*) FROM timeline",
+        "UPDATE incidents SET noted_at = now()",
     ]
-    for statements in transactions:
+    for entries_before, statements in enumerate(transactions, 1):
         with psycopg.connect(database_url) as session:
-            for statement in statements:
-                session.execute(statement)
+            session.execute(statements)
             insert_notes(database_url, 1)
             response = await client.get("/timeline")
 
-        assert entry_ids(response)[-1] == newest_id(sql), statements
+        assert len(entry_ids(response)) == entries_before + 1, statements
 
 
 async def test_a_writer_that_follows_another_without_a_pause_does_not_hold_the_feed_up(
-    client: httpx.AsyncClient, sql: Sql, database_url: str
+    client: AsyncClient, sql: Sql, database_url: str
 ) -> None:
     insert_incident(sql)
     with psycopg.connect(database_url) as one, psycopg.connect(database_url) as other:
-        insert_note(one)
+        one.execute(INSERT_NOTE)
         looks = incidents.BATCH_CALLS.labels("timeline_writers")._sum
         before = looks.get()
         running = asyncio.create_task(client.get("/timeline"))
         # The feed has seen that transaction when it looks for the second time.
         await async_wait_until(lambda: looks.get() >= before + 2)
-        insert_note(other)  # from here on there is always an open transaction
+        other.execute(INSERT_NOTE)  # from here on there is always an open transaction
         one.commit()
         response = await running
 
     assert entry_ids(response) == [1]
 
 
-async def test_latest_does_not_begin_at_the_oldest_entry_while_a_transaction_is_open(
-    database_url: str, sql: Sql
-) -> None:
+async def test_latest_is_refused_while_it_is_not_known_yet(database_url: str, sql: Sql) -> None:
     insert_incident(sql)
     # The service starts while the transaction is open, so it has not seen a settled timeline yet.
     with psycopg.connect(database_url) as session:
-        insert_note(session)
+        session.execute(INSERT_NOTE)
         async with open_client(database_url) as client:
             refused = await client.get("/timeline?after=latest")
             session.commit()
@@ -338,7 +271,7 @@ async def test_latest_does_not_begin_at_the_oldest_entry_while_a_transaction_is_
 # ── Long polls ────────────────────────────────────────────────────────────────────────────────────
 
 
-async def start_long_poll(client: httpx.AsyncClient, query: str) -> asyncio.Task[httpx.Response]:
+async def start_long_poll(client: AsyncClient, query: str) -> asyncio.Task[Response]:
     """Send a request that waits, and go on when the service waits with it."""
     others = incidents.feed.listeners
     task = asyncio.create_task(client.get(f"/timeline?{query}"))
@@ -347,9 +280,7 @@ async def start_long_poll(client: httpx.AsyncClient, query: str) -> asyncio.Task
     return task
 
 
-async def test_a_long_poll_waits_for_an_entry_that_it_wants_as_long_as_it_may(
-    client: httpx.AsyncClient, history: list[Entry]
-) -> None:
+async def test_a_long_poll_waits_for_its_entries(client: AsyncClient, history: list[Entry]) -> None:
     last_id = history[-1]["id"]
     query = f"after={last_id}&kind=status"
     started_at = time.monotonic()
@@ -367,12 +298,11 @@ async def test_a_long_poll_waits_for_an_entry_that_it_wants_as_long_as_it_may(
     assert there.json() == history[:3]
     assert (entry_ids(response), position(response)) == ([last_id + 2], last_id + 2)
     assert (entry_ids(nothing), position(nothing)) == ([], last_id + 2)
-    assert not next_link(nothing)
     assert 1 <= seconds < 3
 
 
 async def test_long_polls_are_answered_when_another_request_sees_an_entry_first(
-    client: httpx.AsyncClient, sql: Sql, database_url: str, monkeypatch: pytest.MonkeyPatch
+    client: AsyncClient, sql: Sql, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(incidents, "FEED_PAUSE", 60)
     insert_incident(sql)
@@ -382,12 +312,12 @@ async def test_long_polls_are_answered_when_another_request_sees_an_entry_first(
         polls = [await start_long_poll(client, "after=1&wait=60")]
         # The first look was the request's own. After the second, the watcher pauses.
         await async_wait_until(lambda: looks.get() >= before + 2)
-        polls += [await start_long_poll(client, "after=1&wait=60") for _ in range(50)]
+        polls += [await start_long_poll(client, "after=1&wait=60") for _ in range(9)]
         insert_notes(database_url, 1)
-        other = await client.get("/timeline?after=1")
+        await client.get("/timeline?after=1")
         responses = await asyncio.gather(*polls)
 
-    assert [entry_ids(response) for response in [other, *responses]] == [[2]] * 52
+    assert [entry_ids(response) for response in responses] == [[2]] * 10
 
 
 # ── Event streams ─────────────────────────────────────────────────────────────────────────────────
@@ -410,7 +340,7 @@ class Event(NamedTuple):
 class Stream:
     """An event stream, read as the HTML standard says. Its end is a RemoteProtocolError."""
 
-    def __init__(self, response: httpx.Response) -> None:
+    def __init__(self, response: Response) -> None:
         self.headers, self.chunks = response.headers, response.aiter_raw()
         self.received = b""
 
@@ -450,7 +380,7 @@ async def open_stream(
     """Open an event stream, and close its connection at the end."""
     headers = EVENT_STREAM | ({} if last_id is None else {"Last-Event-ID": str(last_id)})
     async with (
-        httpx.AsyncClient(base_url=server.url, verify=False, timeout=20) as client,
+        AsyncClient(base_url=server.url, verify=False, timeout=20) as client,
         client.stream("GET", f"/timeline?{query}", headers=headers) as response,
     ):
         response.raise_for_status()
@@ -478,23 +408,21 @@ def service(
 
 
 @pytest.fixture
-async def api(service: Server) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=service.url, verify=False, timeout=20) as client:
+async def api(service: Server) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(base_url=service.url, verify=False, timeout=20) as client:
         yield client
 
 
 @pytest.fixture
-async def last_id(api: httpx.AsyncClient) -> int:
+async def last_id(api: AsyncClient) -> int:
     """Give the id of the newest entry, after which a test begins."""
     return position(await api.get("/timeline?after=latest"))
 
 
-async def test_a_stream_gives_what_was_and_what_comes_as_events(
-    service: Server, api: httpx.AsyncClient, last_id: int
-) -> None:
+async def test_a_stream_gives_every_entry(service: Server, api: AsyncClient, last_id: int) -> None:
     history = await make_history(api)
-    url = f"/incidents/{history[0]['incident_id']}/notes"
-    query = f"kind=note&incident={history[0]['incident_id']}&include=incident"
+    incident_id = history[0]["incident_id"]
+    query = f"kind=note&incident={incident_id}&include=incident"
     async with (
         open_stream(service, "after=0", last_id) as stream,
         open_stream(service, "after=latest&limit=1&wait=1") as latest,
@@ -503,31 +431,31 @@ async def test_a_stream_gives_what_was_and_what_comes_as_events(
         retry = await stream.read_block()
         events = await stream.read(len(history))  # on several pages
         for note in HARD_NOTES:
-            entry = (await api.post(url, json={"note": note})).json()
-            event = (entry["id"], "note", entry)
+            entry = (await api.post(f"/incidents/{incident_id}/notes", json={"note": note})).json()
 
-            assert await stream.read(1) == await latest.read(1) == [event]
+            assert await stream.read(1) == await latest.read(1) == [(entry["id"], "note", entry)]
         wanted = (await api.get(f"/timeline?{query}")).json()
         shown = await filtered.read(len(wanted))
 
     assert retry == f"retry: 2000\nid: {last_id}"
     assert events == [(entry["id"], entry["kind"], entry) for entry in history]
     assert [event.entry for event in shown] == wanted
-    assert len(wanted) > len(HARD_NOTES)
-    assert stream.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert stream.headers["x-accel-buffering"] == "no"
-    assert "content-length" not in stream.headers
 
 
-async def wait_for_listeners(client: httpx.AsyncClient, count: int) -> None:
-    """Wait until the metrics of a service say that so many readers wait."""
-    async with asyncio.timeout(5):
-        while f"incidents_timeline_listeners {count}.0" not in (await client.get("/metrics")).text:
+LISTENERS = "incidents_timeline_listeners"
+IN_FLIGHT = "incidents_http_requests_in_flight"  # with the one that reads the metrics
+
+
+async def wait_for_metric(client: AsyncClient, name: str, value: int) -> None:
+    """Wait until the metrics of a service show a value."""
+    async with asyncio.timeout(10):
+        while f"\n{name} {value}.0\n" not in (await client.get("/metrics")).text:
             await asyncio.sleep(0.01)
 
 
 async def test_a_silent_stream_sends_comments_with_its_position_until_its_reader_has_left(
-    service: Server, api: httpx.AsyncClient, last_id: int
+    service: Server, api: AsyncClient, last_id: int
 ) -> None:
     query = f"incident={10**17}&after={last_id}"
     async with asyncio.timeout(10), open_stream(service, query) as stream, open_stream(service):
@@ -540,8 +468,8 @@ async def test_a_silent_stream_sends_comments_with_its_position_until_its_reader
         await api.post("/incidents/", json=NEW_INCIDENT)
         while await stream.read_any() != (last_id + 1, "", {}):
             pass
-        await wait_for_listeners(api, 2)
-    await wait_for_listeners(api, 0)
+        await wait_for_metric(api, LISTENERS, 2)
+    await wait_for_metric(api, LISTENERS, 0)
 
     assert 0.1 < seconds < 2
 
@@ -550,30 +478,23 @@ async def test_a_stream_outlasts_a_database_that_is_away_and_loses_nothing(
     sql: Sql, database_url: str, database_unavailable: Any, serve: Serve
 ) -> None:
     insert_incident(sql)
-    server = serve(command=patched(KEEPALIVE_SECONDS=0.3), DATABASE_URL=database_url)
-    async with open_stream(server) as stream, open_stream(server, "kind=status") as filtered:
-        await stream.read(1)
+    server = serve(DATABASE_URL=database_url)
+    async with open_stream(server) as stream:
+        events = await stream.read(1)
         with database_unavailable():
             await async_wait_until(lambda: "cannot serve" in server.printed(), 10)
+        insert_notes(database_url, 3)
+        events += await stream.read(3)
+        assert not re.findall("Traceback|ERROR", server.printed())
         with psycopg.connect(database_url, autocommit=True) as session:
-            ids = [insert_note(session) for _ in range(3)]
-            session.execute(
-                "INSERT INTO timeline (incident_id, kind, from_value, to_value, actor)"
-                " VALUES (1, 'status', 'open', 'closed', 'psql')"
-            )
-            events = await stream.read(4)
-            [status] = await filtered.read(1)
-            assert not re.findall("Traceback|ERROR", server.printed())
             # Only a page fails, while the feed finds out that there is a new entry.
             session.execute("ALTER TABLE incidents RENAME TO away")
-            ids.append(insert_note(session))
+            session.execute(INSERT_NOTE)
             await async_wait_until(lambda: "for an event stream" in server.printed(), 10)
             session.execute("ALTER TABLE away RENAME TO incidents")
-        [late] = await stream.read(1)
+        events += await stream.read(1)
 
-    assert [event.id for event in events] == [*ids[:3], ids[2] + 1]
-    assert status == events[-1]
-    assert late.id == ids[3]
+    assert [event.id for event in events] == [1, 2, 3, 4, 5]
 
 
 # ── Clients that do not read ──────────────────────────────────────────────────────────────────────
@@ -592,47 +513,32 @@ def open_unread_stream(server: Server, last_id: int = 0) -> socket.socket:
     return connection
 
 
-def is_connected(server: Server, connection: socket.socket) -> bool:
-    """Tell whether the service still has its end of a connection."""
-    process, port = psutil.Process(server.process.pid), connection.getsockname()[1]
-    return any(
-        each.raddr and each.raddr.port == port and each.status == psutil.CONN_ESTABLISHED
-        for each in process.net_connections("tcp")
-    )
-
-
-def test_a_client_that_does_not_read_is_cut_off_but_not_one_that_reads_slowly(
-    service: Server, service_database_url: str
+async def test_a_client_that_does_not_read_is_cut_off_but_not_one_that_reads_slowly(
+    service: Server, service_database_url: str, api: AsyncClient, last_id: int
 ) -> None:
-    last_id = insert_notes(service_database_url, 2000, LARGE_NOTE)
-    with (
-        open_unread_stream(service, last_id) as unread,
-        open_unread_stream(service, last_id) as slow,
-    ):
-        wait_until(lambda: is_connected(service, unread), 5)
+    insert_notes(service_database_url, 2000, LARGE_NOTE)
+    with open_unread_stream(service, last_id), open_unread_stream(service, last_id) as slow:
+        await wait_for_metric(api, IN_FLIGHT, 3)
         # The slow one reads 320 KB in the second after which silence counts.
         deadline = time.monotonic() + 2.5
         while time.monotonic() < deadline:
             assert slow.recv(16 * 1024)
-            time.sleep(0.05)  # the reader is slow
+            await asyncio.sleep(0.05)  # the reader is slow
 
-        assert is_connected(service, slow)
-        wait_until(lambda: not is_connected(service, unread), 10)
+        await wait_for_metric(api, IN_FLIGHT, 2)
 
 
-async def test_a_service_that_is_stopped_answers_long_polls_and_ends_streams(
-    sql: Sql, database_url: str, serve: Serve
-) -> None:
+async def test_a_stop_ends_polls_and_streams(sql: Sql, database_url: str, serve: Serve) -> None:
     insert_incident(sql)
     server = serve(DATABASE_URL=database_url)
     async with (
-        httpx.AsyncClient(base_url=server.url, verify=False, timeout=20) as client,
+        AsyncClient(base_url=server.url, verify=False, timeout=20) as client,
         open_stream(server) as stream,
         open_stream(server, "kind=note") as silent,
     ):
         await stream.read(1)
         poll = asyncio.create_task(client.get("/timeline?after=1&wait=60"))
-        await wait_for_listeners(client, 3)
+        await wait_for_metric(client, LISTENERS, 3)
         async with asyncio.timeout(5):
             code = await asyncio.to_thread(server.stop)
             response = await poll
@@ -646,9 +552,7 @@ async def test_a_service_that_is_stopped_answers_long_polls_and_ends_streams(
 
 
 @pytest.mark.slow
-def test_a_service_with_clients_that_do_not_read_can_be_stopped(
-    database_url: str, serve: Serve
-) -> None:
+def test_a_service_stops_while_clients_do_not_read(database_url: str, serve: Serve) -> None:
     insert_notes(database_url, 2000, LARGE_NOTE)
     server = serve(DATABASE_URL=database_url)
     with open_unread_stream(server) as connection:
@@ -661,93 +565,64 @@ def test_a_service_with_clients_that_do_not_read_can_be_stopped(
 # ── The timeline of one incident ──────────────────────────────────────────────────────────────────
 
 
-async def test_the_timeline_of_an_incident_can_be_read_in_pages(
-    client: httpx.AsyncClient, history: list[Entry]
+async def test_the_timeline_of_an_incident_is_read_whole_or_in_pages(
+    client: AsyncClient, history: list[Entry], sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = [entry for entry in history if entry["incident_id"] == 1]
+    ids = [entry["id"] for entry in history if entry["incident_id"] == 1]
+    monkeypatch.setattr(incidents, "STREAM_PAGE", 3)  # its pages follow each other by themselves
     pages = await follow_links(client, "/incidents/1/timeline?limit=2")
 
-    assert [page.json() for page in pages] == [whole[:2], whole[2:4], whole[4:]]
+    assert entry_ids(await client.get("/incidents/1/timeline")) == ids
+    assert entry_ids(await client.get(f"/incidents/1/timeline?after={ids[0]}")) == ids[1:]
+    assert [entry_ids(page) for page in pages] == [ids[:2], ids[2:4], ids[4:]]
     assert pages[-1].headers["link"] == '<?limit=2>; rel="first"'
     assert (await client.get("/incidents/1/timeline?after=999")).json() == []
     assert_problem(await client.get("/incidents/99/timeline?after=999&limit=1000"), 404)
-    for query in ("after=latest", "limit=0"):
-        pointer = f"#/{query.partition('=')[0]}"
-        assert_problem(await client.get(f"/incidents/1/timeline?{query}"), 422, pointer)
-
-
-async def test_without_a_limit_a_timeline_is_whole_and_a_page_of_the_feed_has_a_hundred_entries(
-    client: httpx.AsyncClient, sql: Sql, database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    insert_incident(sql)
-    insert_notes(database_url, 100, HARD_NOTES[2])
-    for page_size in (3, 100, 101):
-        monkeypatch.setattr(incidents, "STREAM_PAGE", page_size)
-        response = await client.get("/incidents/1/timeline")
-        rest = await client.get("/incidents/1/timeline?after=3")
-        head = await client.head("/incidents/1/timeline")
-
-        assert entry_ids(response) == list(range(1, 102)), page_size
-        assert rest.json() == response.json()[3:], page_size
-        assert (head.headers, head.content) == (response.headers, b"")
-    feed_pages = await follow_links(client, "/timeline")
-    assert [entry_ids(page) for page in feed_pages] == [list(range(1, 101)), [101]]
+    assert_problem(await client.get("/incidents/1/timeline?after=latest"), 422, "#/after")
+    # The feed has pages also without a limit.
+    for _ in range(100):
+        sql(INSERT_NOTE)
+    assert len(entry_ids(await client.get("/timeline"))) == 100
 
 
 # ── Under load, marked slow ───────────────────────────────────────────────────────────────────────
 
 
 class Scene:
-    """Writers and readers of two services that are killed again and again, on one database."""
+    """Writers to one database, and readers that change between two services."""
 
     def __init__(self, servers: list[Server], url: str) -> None:
         self.servers, self.url = servers, url
         self.chance = random.Random(13)
-        self.is_writing = True
         self.last_id = 10**18  # of the table, once nobody writes any more
 
     async def write(self) -> None:
-        """Report incidents and add notes, over any of the services."""
-        async with httpx.AsyncClient(verify=False, timeout=10) as client:
-            while self.is_writing:
-                path, body = self.chance.choice([("", NEW_INCIDENT), ("1/notes", {"note": "a"})])
-                url = f"{self.chance.choice(self.servers).url}/incidents/{path}"
-                with contextlib.suppress(httpx.TransportError):
-                    response = await client.post(url, json=body)
-                    assert response.status_code in (201, 503), response.text
-                await asyncio.sleep(self.chance.random() / 5)  # a writer's own pace
-
-    async def write_slowly(self) -> None:
         """Write entries in transactions that stay open for a while, and take some of them back."""
+        statements = [INSERT_NOTE, INSERT_NOTE.replace("note", "created")]
         async with await psycopg.AsyncConnection.connect(self.url) as session:
-            while self.is_writing:
+            for _ in range(80):
                 for _ in range(self.chance.randint(1, 3)):
-                    await session.execute(INSERT_NOTE)
+                    await session.execute(self.chance.choice(statements))
                     await asyncio.sleep(self.chance.random() / 10)  # the transaction is slow
                 is_kept = self.chance.random() > 0.2
                 await (session.commit() if is_kept else session.rollback())
 
     async def read_pages(self, query: str, ids: list[int]) -> None:
-        """Read page after page from any of the services, and long poll at the end."""
+        """Read page after page, and long poll at the end."""
         after = 0
-        async with httpx.AsyncClient(verify=False, timeout=10) as client:
+        async with AsyncClient(verify=False, timeout=10) as client:
             while after < self.last_id:
-                limit = self.chance.choice([7, 100, 1000])
-                path = f"/timeline?after={after}&limit={limit}&{query}"
-                try:
-                    response = await client.get(f"{self.chance.choice(self.servers).url}{path}")
-                    response.raise_for_status()
-                    ids += entry_ids(response)
-                    after = position(response)
-                except httpx.HTTPError:
-                    pass  # it tries again
+                url = f"{self.chance.choice(self.servers).url}/timeline?after={after}"
+                response = await client.get(f"{url}&{query}")
+                ids += entry_ids(response)
+                after = position(response)
                 await asyncio.sleep(0.05)  # a client's pause
 
     async def read_stream(self, query: str, ids: list[int]) -> None:
         """Read event streams, leave them at random moments, and go on with the last id."""
         after = 0
         while after < self.last_id:
-            with contextlib.suppress(httpx.HTTPError, TimeoutError):
+            with contextlib.suppress(TimeoutError):
                 async with (
                     asyncio.timeout(self.chance.random() * 2),
                     open_stream(self.chance.choice(self.servers), query, after) as stream,
@@ -756,47 +631,25 @@ class Scene:
                         event = await stream.read_any()
                         ids += [event.id] if event.entry else []
                         after = event.id
-            await asyncio.sleep(0.05)  # a client's pause before it tries again
 
 
 @pytest.mark.slow
-async def test_no_reader_loses_an_entry_or_gets_it_twice_while_services_are_killed(
-    serve: Serve, sql: Sql, database_url: str
-) -> None:
-    seconds, kills = 12, 4
+async def test_readers_get_each_entry_just_once(serve: Serve, sql: Sql, database_url: str) -> None:
     insert_incident(sql)
     command = patched(KEEPALIVE_SECONDS=0.3)
     servers = [serve(command=command, DATABASE_URL=database_url) for _ in range(2)]
     scene = Scene(servers, database_url)
-    wanted = [(scene.read_pages, ""), (scene.read_pages, "wait=2"), (scene.read_stream, "")] * 2
+    wanted = [(scene.read_pages, "limit=7"), (scene.read_pages, "wait=2"), (scene.read_stream, "")]
     wanted += [(scene.read_pages, "wait=2&kind=note"), (scene.read_stream, "kind=note")]
-    readers = [(reader, query, list[int]()) for reader, query in wanted]
+    readers = [(reader, query, list[int]()) for reader, query in wanted * 2]
     async with asyncio.timeout(100), asyncio.TaskGroup() as group:
-        writers = [group.create_task(scene.write()) for _ in range(32)]
-        writers += [group.create_task(scene.write_slowly()) for _ in range(4)]
         for reader, query, ids in readers:
             group.create_task(reader(query, ids))
-        for kill in range(kills):
-            await asyncio.sleep(seconds / kills)  # the load goes on meanwhile
-            port = urlsplit(servers[kill % 2].url).port
-            await asyncio.to_thread(servers[kill % 2].stop, signal.SIGKILL)
-            servers[kill % 2] = await asyncio.to_thread(
-                serve, command=command, port=port, DATABASE_URL=database_url
-            )
-        scene.is_writing = False
-        await asyncio.gather(*writers)
-        # What a killed service had sent may still be on its way to a commit.
-        others = "pid <> pg_backend_pid() AND datname = current_database() AND state <> 'idle'"
-        activity = f"SELECT pid FROM pg_stat_activity WHERE {others} AND query ILIKE '%%INSERT%%'"
-        await async_wait_until(lambda: not sql(activity))
-        scene.last_id = newest_id(sql)
+        await asyncio.gather(*(scene.write() for _ in range(12)))
+        [(scene.last_id,)] = sql("SELECT max(id) FROM timeline")
 
     entries = sql("SELECT id, kind FROM timeline ORDER BY id")
-    assert len(entries) < newest_id(sql), "no transaction was rolled back"
+    assert len(entries) < scene.last_id, "no transaction was rolled back"
     for reader, query, ids in readers:
         expected = [number for number, kind in entries if kind == "note" or "note" not in query]
-        assert len(ids) == len(set(ids)), f"{reader} got entries twice"
-        assert sorted(set(expected) - set(ids)) == [], f"{reader} lost entries"
         assert ids == expected, (reader, query)
-    for server in servers:
-        assert not re.findall("Traceback|ERROR", server.printed())
