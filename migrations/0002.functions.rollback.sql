@@ -1,5 +1,7 @@
--- The triggers go with their functions.
-DROP FUNCTION IF EXISTS refuse_timeline_change, set_first_times, copy_new_texts, copy_changed_text
+-- The triggers go with their functions. That of the timeline is last, because the service locks
+-- incidents before timeline: the other order could end in a deadlock.
+SET lock_timeout = '3s';
+DROP FUNCTION IF EXISTS set_first_times, copy_new_texts, copy_changed_text, refuse_timeline_change
     CASCADE;
 DROP FUNCTION IF EXISTS rfc3339, incident_json, incident_csv, incident_line, timeline_json,
     timeline_line, incidents_between, incident_texts_between, search_form, contains_text,

@@ -1,7 +1,7 @@
 -- depends: 0001.schema
 -- The functions and triggers. The body of an SQL function takes the place of its call, so indexes
--- serve it. Where a function takes a row of a table, its body is between $$: since autumn 2026,
--- PostgreSQL adds no column with a default to a table whose rows a function with RETURN takes.
+-- serve it. Where a function takes a row of a table, its body is between $$. With RETURN instead,
+-- PostgreSQL's releases since autumn 2026 refuse to add a column with a default to that table.
 SET lock_timeout = '3s';
 -- The triggers of the version before go with their functions. This locks incidents before timeline,
 -- as the writes of the service do: the other order could end in a deadlock.
@@ -104,11 +104,11 @@ CREATE OR REPLACE FUNCTION incident_matches(
        AND (label_filter IS NULL OR (incident).labels @@ label_filter)
 $$;
 
--- How incident_search.sql should look for incidents. This counts how many of 1,000 between the
--- bounds pass each filter: the 1,001st and the next, because the newest may be a burst of one
+-- How incident_search.sql should look for incidents. This counts how many incidents between the
+-- bounds pass each filter, from the 1,001st newest to the 2,000th: the newest may be a burst of one
 -- problem. If they are spread evenly, ten that pass mean that a page of 50 is full within 5,000.
---   'list'    read the list from its newest incident: many pass, there are few, or no index helps
---   'chosen'  the same by status and source: those that are chosen are rare, but many of them pass
+--   'list'    read the list from its newest incident: many pass, it is short, or no index helps
+--   'chosen'  the same by status and source: few have those, but many of these few pass the rest
 --   'texts'   use the index of texts: few incidents have the text
 --   'labels'  use the index of labels: few incidents have the labels
 -- In PL/pgSQL, because a session keeps its plan; an SQL function is planned for each statement.
@@ -135,9 +135,8 @@ BEGIN
              ORDER BY created_at DESC, id DESC
             OFFSET 1000 LIMIT 1000) AS sample;
     RETURN CASE WHEN hits.counted < 1000 OR hits.with_all >= 10 THEN 'list'
-                WHEN hits.with_both >= 10 THEN 'chosen'
-                WHEN is_short AND hits.with_labels >= 100 AND statuses IS NULL THEN 'list'
-                WHEN is_short AND hits.with_labels >= 100 THEN 'chosen'
+                WHEN hits.with_both >= 10 OR is_short AND hits.with_labels >= 100
+                THEN CASE WHEN statuses IS NULL THEN 'list' ELSE 'chosen' END
                 WHEN hits.with_text < hits.with_labels AND is_short IS NOT TRUE THEN 'texts'
                 ELSE 'labels' END;
 END
@@ -219,7 +218,7 @@ BEGIN
 END
 $$;
 
--- Set when an incident was first in progress and first resolved, in the changes that do that.
+-- Note the time when an incident is in progress, or resolved, for the first time.
 CREATE OR REPLACE FUNCTION set_first_times() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF NEW.status = 'in_progress' THEN

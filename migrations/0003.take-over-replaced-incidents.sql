@@ -1,23 +1,24 @@
 -- depends: 0002.functions
 -- Bring a database of the version before up to date, or copy the incidents of the replaced system.
 SET lock_timeout = '3s';
+-- The version before added this rule NOT VALID: check the entries that were there. Writes wait for
+-- that, 0.4 s for each million of entries.
+ALTER DOMAIN timeline_field VALIDATE CONSTRAINT timeline_field_check;
 -- Its dedup_keys get the columns that they have in 0001.
 ALTER TABLE dedup_keys
     ADD COLUMN IF NOT EXISTS description text,
     ADD COLUMN IF NOT EXISTS labels jsonb,
     ADD COLUMN IF NOT EXISTS started_at timestamptz,
     ADD COLUMN IF NOT EXISTS changed_at timestamptz;
--- It had added this rule NOT VALID: check the entries that were there.
-ALTER DOMAIN timeline_field VALIDATE CONSTRAINT timeline_field_check;
 
--- The incidents of the replaced system keep their ids, texts and times. It had no rule on the
--- length of a description, so ours holds only for ids after its last one.
+-- The incidents of the replaced system keep their ids, texts and times. That system had no rule on
+-- the length of a description, so ours holds only for ids after its last one.
 DO $$
 DECLARE
     last_id bigint;
 BEGIN
     IF to_regclass('incidents_replaced') IS NULL OR EXISTS (SELECT FROM timeline) THEN
-        RETURN;
+        RETURN; -- There are none, or they were copied already.
     END IF;
     SELECT coalesce(max(id), 0) INTO last_id FROM incidents_replaced;
     EXECUTE format(
@@ -25,7 +26,7 @@ BEGIN
         'ADD CONSTRAINT incidents_description_check '
         'CHECK (id <= %s OR char_length(description) BETWEEN 1 AND 5000)', last_id);
 
-    -- Its enums are upper case ('IN_PROGRESS'), although its API spoke lower case.
+    -- The enums of the replaced system are upper case: 'IN_PROGRESS'.
     WITH taken_over AS (
          INSERT INTO incidents (id, description, status, source, created_at, updated_at)
          SELECT id, description, lower(status::text), lower(source::text), created_at, created_at

@@ -4,17 +4,19 @@
 -- to is unresolved, a trigger is counted instead, and where it says something else than the trigger
 -- before it, the incident is changed. An acknowledge moves the incident from open to in_progress, a
 -- resolve moves it from either of them to resolved. An event that is older than the newest trigger
--- of its key does not change an unresolved incident. incident_id is the one that the key points to,
--- null for an unknown key. When is_locked is true, the event has done nothing and is to be run
--- again: another transaction holds its incident or its key, or has just changed or added the key.
---   $1 key          text[]         each once, even for two actors
+-- of its key does not change an unresolved incident.
+--
+-- incident_id is the one that the key points to, null for an unknown key. When is_locked is true,
+-- the event has done nothing and is to be run again: another transaction holds its incident or its
+-- key, or has just changed or added the key. Only for a key that is being added, it waits.
+--   $1 key          text[]         no key twice, not even for two actors
 --   $2 action       text[]         trigger, acknowledge or resolve
 --   $3 actor        text[]
 --   $4 description  text[]         what a trigger says, for its incident
 --   $5 labels       jsonb[]        the same
 --   $6 happened_at  timestamptz[]  by the sender's clock, null when it tells no time
   WITH -- The events, each with what its key said last. SKIP LOCKED passes over a key that another
-       -- transaction holds; it then looks changed below.
+       -- transaction holds: it has nulls here, and is_outdated is true for it below.
        with_keys AS MATERIALIZED (
        SELECT input.*, existing.*
          FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::jsonb[], $6::timestamptz[])
@@ -27,16 +29,19 @@
                WHERE dedup_keys.key = input.key AND dedup_keys.actor = input.actor
                  FOR NO KEY UPDATE SKIP LOCKED) AS existing ON true),
 
-       -- All else is seen as it was when this statement began. When a key has changed since, its
-       -- incident may have too, so the event has to wait. (For a new key, both sides are null.)
-       -- Addresses of a sender and images are no news: each Alertmanager of a cluster has its own.
+       -- A locked row is read as it is now, all else as it was when this statement began. When
+       -- the two differ, the key has just changed, and perhaps its incident too, so the event waits.
        compared AS MATERIALIZED (
        SELECT with_keys.*,
               (SELECT status FROM incidents WHERE id = with_keys.incident_id) AS status,
-              (SELECT ROW(incident_id, changed_at) FROM dedup_keys
-                WHERE (key, actor) = (with_keys.key, with_keys.actor))
-              IS DISTINCT FROM CASE WHEN incident_id IS NOT NULL
-                                    THEN ROW(incident_id, changed_at) END AS is_outdated,
+              (SELECT ROW(seen.incident_id, seen.changed_at)
+                 FROM dedup_keys AS seen
+                WHERE (seen.key, seen.actor) = (with_keys.key, with_keys.actor))
+              IS DISTINCT FROM CASE WHEN with_keys.incident_id IS NOT NULL
+                                    THEN ROW(with_keys.incident_id, with_keys.changed_at)
+                               END AS is_outdated,
+              -- Addresses of the sender and images are no news: each Alertmanager of a cluster has
+              -- its own.
               (description, labels - ignored) = (last_description, last_labels - ignored)
               AS is_repeat
          FROM with_keys
@@ -72,7 +77,7 @@
          FROM decided
               CROSS JOIN LATERAL (
               SELECT id, status AS old_status, description AS old_description, labels AS old_labels,
-                     greatest(updated_at, noted_at, clock_timestamp()) AS changed_at
+                     greatest(updated_at, noted_at, clock_timestamp()) AS new_updated_at
                 FROM incidents
                WHERE id = decided.incident_id AND incidents.status = decided.status
                      AND effect IN ('edit', 'move')
@@ -94,7 +99,7 @@
        ON CONFLICT DO NOTHING
        RETURNING incident_id AS new_id),
 
-       -- A value that stays is not written anew, so that a repeat stays cheap.
+       -- A long text that stays is not written anew (PostgreSQL manual, 73.2, TOAST).
        changed_keys AS (
        UPDATE dedup_keys AS existing
           SET incident_id = id,
@@ -126,7 +131,7 @@
               description = new_description,
               labels = new_labels,
               version = version + 1,
-              updated_at = changed_at
+              updated_at = new_updated_at
          FROM locked
         WHERE incidents.id = locked.id
               AND (old_status, old_description, old_labels)
@@ -138,7 +143,7 @@
          FROM opened
               JOIN ready USING (id)
         UNION ALL
-       SELECT id, kind, field, from_value, to_value, actor, changed_at
+       SELECT id, kind, field, from_value, to_value, actor, new_updated_at
          FROM locked
               CROSS JOIN LATERAL (
               VALUES ('status', NULL, old_status, new_status),

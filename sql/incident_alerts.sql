@@ -1,8 +1,9 @@
 -- read
 --
 -- The dedup_keys that point to an incident: who sends each, how many triggers with it came for this
--- incident, when the last one came, what the key says now and since when, by the sender's clock. An
--- empty array when no key points to the incident; body is null when there is no such incident.
+-- incident, when the last one came, what the newest one that brought news said, and since when, by
+-- the sender's clock. An empty array when no key points to the incident; body is null when there is
+-- no such incident.
 --   $1 incident_id  bigint
 SELECT (SELECT coalesce((
                SELECT json_agg(json_build_object(

@@ -21,9 +21,9 @@
                                         note, label_patch, ordinal)),
 
        -- The rows are locked before they are read, so that the old values on the timeline are
-       -- current. SKIP LOCKED passes over a row that another transaction holds, so that it delays
-       -- no other. clock_timestamp(), because now() may be earlier than a change that is seen here;
-       -- greatest(), because a clock may go back.
+       -- current. SKIP LOCKED passes over a row that another transaction holds, so that one held
+       -- incident delays no other. clock_timestamp(), because now() may be earlier than a change
+       -- that is seen here; greatest(), because a clock may go back.
        locked AS (
        SELECT ordinal, actor, note, label_patch, incident.*,
               coalesce(input.description, incident.description) AS new_description,

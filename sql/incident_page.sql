@@ -25,7 +25,7 @@
 
        -- With a filter: read each status and source from its own part of another index, so that a
        -- rare one is found without a walk through the rest. Only that index fits comparisons of
-       -- whole rows; with equal signs, PostgreSQL may choose the one above.
+       -- whole rows. With equal signs, PostgreSQL might choose the index of creation times.
        (SELECT newest.created_at, newest.id, incident_line(newest.incident, $7)
           FROM unnest($1::text[]) AS wanted_status (status)
                CROSS JOIN unnest($2::text[]) AS wanted_source (source)

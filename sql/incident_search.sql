@@ -11,10 +11,9 @@
 --   $7 format             text         json, ndjson or csv
 --   $8 separator          text         what stands between two lines
 --   $9 pattern            text         for ILIKE, in the form of search_form(); null for any text
---   $10 has_accents       boolean      see below
+--   $10 has_accents       boolean      whether it has letters that are also written in two: é
 --   $11 label_filter      jsonpath     for the operator @@; null for any labels
 --   $12 dedup_key         text         of any actor; null for no such filter
--- has_accents tells whether the pattern has letters that are also written as letter and accent: é.
 -- Only the part of the union that choice names reads rows: 'keys', or the way that choose_search()
 -- in 0002.functions.sql gives.
   WITH choice AS MATERIALIZED (
@@ -56,8 +55,8 @@
         UNION ALL
 
        -- Few have the text or the labels: the indexes of incident_texts find them. PostgreSQL uses
-       -- the one of labels only where labels <> '{}' is repeated. OFFSET 0 makes it fetch the
-       -- incidents one by one, so that it stops when the page is full.
+       -- that of labels only where its own condition, labels <> '{}', is repeated. OFFSET 0 makes it
+       -- fetch the incidents one by one, so that it stops when the page is full.
        (SELECT hit.created_at, hit.id, incident
           FROM (SELECT created_at, id
                   FROM incident_texts_between($3, $4, $5)

@@ -1,14 +1,16 @@
 -- write, batch
 --
 -- Append notes to the timelines of incidents. id and body are null when there is no such incident,
--- or when is_locked is true, because another transaction holds it; Batcher then runs it again.
+-- or when is_locked is true, because another transaction holds the incident; Batcher then runs the
+-- call again.
 -- An Idempotency-Key works as in incident_create.sql; it is not used up when no note is added.
 --   $1 idempotency_key  text[]    null for none
 --   $2 digest           bytea[]   of the request, null without a key
 --   $3 actor            text[]
 --   $4 incident_id      bigint[]
 --   $5 note             text[]
--- SKIP LOCKED passes over an incident that another transaction holds, so that it delays no other.
+-- SKIP LOCKED passes over an incident that another transaction holds, so that one held incident
+-- delays no other.
   WITH locked AS MATERIALIZED (
        SELECT id, greatest(updated_at, noted_at) AS last_entry_at
          FROM incidents

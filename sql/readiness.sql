@@ -6,4 +6,4 @@
 SELECT coalesce(array_agg(name ORDER BY name), '{}') AS missing,
        current_setting('transaction_read_only')::boolean AS is_read_only
   FROM unnest($1::text[]) AS wanted (name)
- WHERE name NOT IN (SELECT migration_id FROM _yoyo_migration);
+ WHERE NOT EXISTS (SELECT FROM _yoyo_migration WHERE migration_id = name);

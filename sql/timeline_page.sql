@@ -1,8 +1,8 @@
 -- read
 --
 -- One page of the timeline, oldest first: its lines, and in position the id after which the next
--- page begins: at the end of the timeline, up_to. has_more is true when entries follow, and
--- incident_exists is false when there is no incident $1.
+-- page begins. When no entries follow, that is up_to, or after if it is higher. has_more is true
+-- when entries follow, and incident_exists is false when there is no incident $1.
 --   $1 incident_id    bigint   only the entries of this incident, null for all
 --   $2 kinds          text[]   only entries of these kinds, each of them once
 --   $3 after          bigint   only entries after this one
@@ -58,10 +58,9 @@
        SELECT array_agg(id) AS ids, array_agg(timeline_line(entry, incident, $6)) AS lines
          FROM with_incidents)
 
--- Every incident has a 'created' entry, which shows that the incident exists.
 SELECT convert_to(coalesce(array_to_string(lines[:$5], $7), ''), 'UTF8') AS body,
        coalesce(cardinality(ids) > $5, false) AS has_more,
        pg_is_in_recovery() AS is_standby,
        CASE WHEN cardinality(ids) > $5 THEN ids[$5] ELSE greatest($3, $4) END AS position,
-       $1 IS NULL OR EXISTS (SELECT FROM timeline WHERE incident_id = $1) AS incident_exists
+       $1 IS NULL OR EXISTS (SELECT FROM incidents WHERE id = $1) AS incident_exists
   FROM arrays;

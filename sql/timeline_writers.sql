@@ -5,8 +5,8 @@
 -- there are no such locks, so this does not work there.
 -- A transaction locks the table (RowExclusiveLock) before it draws an id, and keeps the lock until
 -- it ends (PostgreSQL manual, 13.3.1). This statement takes its snapshot first and reads the locks
--- later. So whoever may still add an entry before the newest one is in writers; and whoever is not
--- has ended meanwhile, so that later statements see its entries.
+-- later. So a transaction that may still add an entry before the newest one is in writers. One that
+-- is not in writers any more has ended, and later statements see its entries.
 SELECT coalesce((SELECT max(id) FROM timeline), 0) AS newest_id,
        pg_is_in_recovery() AS is_standby,
        array_agg(virtualtransaction) AS writers

@@ -3,5 +3,6 @@
 -- Commit a transaction that changes no table, to see whether the database takes writes. It has to
 -- wait for a synchronous standby as any other write does. Logical replication slots get a message,
 -- which nobody needs to read.
--- It is marked as a read, so that probes share one call and it does not count as a write.
+-- It is marked as a read, so that probes share one call, and so that its success does not end the
+-- log lines of a failing database: it also succeeds while the disk has no room for rows.
 SELECT pg_logical_emit_message(true, 'incidents', 'ready');

@@ -79,8 +79,8 @@ READER = {"Authorization": "Bearer s3cr3t-of-reader"}
 WRITER = {"Authorization": "Bearer s3cr3t-of-writer"}
 SECOND_WRITER = {"Authorization": "Bearer s3cr3t-of-second"}
 
-PRIVATE_ROUTES = [route for route in incidents.ROUTES if not route.is_public]
-PUBLIC_ROUTES = [route for route in incidents.ROUTES if route.is_public]
+PRIVATE_ROUTES = [route for route in incidents.ROUTES if route.access != "public"]
+PUBLIC_ROUTES = [route for route in incidents.ROUTES if route.access == "public"]
 
 
 async def call_route(

@@ -200,7 +200,6 @@ async def test_calls_that_would_wait_too_long_are_refused_at_once(
 
     refused = [outcome for outcome in outcomes if isinstance(outcome, Problem)]
     assert [problem.status_code for problem in refused] == [503] * 100
-    assert {(problem.headers or {})["Retry-After"] for problem in refused} == {"1"}
     assert sql("SELECT count(*) FROM incidents") == [(MAX_WAITING,)]
 
 

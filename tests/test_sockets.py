@@ -8,12 +8,15 @@ import contextlib
 import itertools
 import json
 import re
+import shutil
 import socket
 import string
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
@@ -446,3 +449,66 @@ def test_different_long_headers_and_queries_do_not_fill_the_memory() -> None:
 
     assert incidents.match_accept.cache_info().currsize <= 100
     assert incidents.validate_query.cache_info().currsize <= 200
+
+
+# ── Behind a proxy ────────────────────────────────────────────────────────────────────────────────
+
+NGINX = """
+daemon off; pid {folder}/pid; events {{ worker_connections 100; }}
+http {{
+  access_log off; client_body_temp_path {folder}/1; proxy_temp_path {folder}/2;
+  fastcgi_temp_path {folder}/3; uwsgi_temp_path {folder}/4; scgi_temp_path {folder}/5;
+  upstream service {{ server 127.0.0.1:{service}; keepalive 1; }}
+  server {{
+    listen 127.0.0.1:{port};
+    location /stats {{ return 403; }}
+    location / {{
+      proxy_pass http://service; proxy_http_version 1.1; proxy_request_buffering off;
+      proxy_set_header Connection $http_connection; proxy_set_header Upgrade $http_upgrade;
+    }}
+  }}
+}}
+"""
+STATS = b"GET /stats HTTP/1.1\r\nHost: x\r\n\r\n"
+STATS_LENGTH = b"Content-Length: %d\r\n" % len(STATS)
+
+
+@pytest.fixture
+def proxy(server: Server, tmp_path: Path) -> Iterator[int]:
+    """Run an nginx that hands on `Upgrade`, but not requests for /stats; give its port."""
+    nginx = shutil.which("nginx", path="/usr/sbin:/usr/bin") or pytest.skip("there is no nginx")
+    port = free_port()
+    settings = {"folder": tmp_path, "port": port, "service": urlsplit(server.url).port}
+    (tmp_path / "conf").write_text(NGINX.format(**settings))
+    process = subprocess.Popen([nginx, "-c", str(tmp_path / "conf"), "-e", str(tmp_path / "log")])
+    wait_until((tmp_path / "pid").exists)  # nginx writes it when it listens
+    yield port
+    process.terminate()
+    process.wait(10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "request_",
+    [
+        POST + H2C + STATS_LENGTH + b"\r\n" + STATS,
+        POST + H2C + CHUNKED + b"\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(STATS), STATS),
+        GET + STATS_LENGTH + b"\r\n" + STATS,
+        POST + CHUNKED + b"Content-Length: 4\r\n\r\n0\r\n\r\n" + STATS,
+        POST + CHUNKED + b"\r\n1;\nGET /stats HTTP/1.1\r\n" + STATS,
+        POST + CHUNKED + b"\r\n0\r\nContent-Length: 5\r\n\r\n" + STATS,
+        GET + b"X: " + 100_000 * b"a" + b"\r\n\r\n" + STATS,
+        LIVE + STATS,
+        b"GET /docs/..%2fstats HTTP/1.1\r\nHost: x\r\n\r\n",
+    ],
+)
+def test_a_path_that_nginx_protects_cannot_be_reached(proxy: int, request_: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", proxy), timeout=5) as connection:
+        with contextlib.suppress(ConnectionError):  # nginx may have closed it
+            connection.sendall(request_)
+            connection.sendall(GET + CLOSE + b"\r\n")
+        received = receive(connection)
+
+    statuses = [int(status) for status in re.findall(rb"HTTP/1.1 (\d+)", received)]
+    assert statuses and all(status < 500 for status in statuses), received
+    assert b'"p95' not in received
