@@ -20,9 +20,9 @@ ENV API_HOST=0.0.0.0 API_PORT=8000 PYTHONDONTWRITEBYTECODE=1 USER=incidents
 USER 10001:10001
 EXPOSE 8000
 
-# The service waits up to a minute for the database and does not answer meanwhile: hence 70 seconds.
+# The service waits one to three minutes for the database and does not answer meanwhile.
 # http.client is used because it ignores the proxies that the environment may name.
-HEALTHCHECK --interval=10s --timeout=3s --start-period=70s --retries=3 \
+HEALTHCHECK --interval=10s --timeout=3s --start-period=200s --retries=3 \
     CMD ["python", "-c", "import os, http.client as h; c = h.HTTPConnection('127.0.0.1:' + os.environ['API_PORT'], timeout=2); c.request('GET', '/health/live'); exit(c.getresponse().status != 200)"]
 
 CMD ["python", "incidents.py"]

@@ -80,6 +80,8 @@ def load_statement(folder: Path, text: str) -> Statement:
     [
         ("incident_change", [7, 4, 3, 4, 4], [[3, 4, 7], [4], [4]]),
         ("incident_create", ["b", None, "a", "b", None], [[None, None, "a", "b"], ["b"]]),
+        # A burst of changes to one incident does not hold up the others.
+        ("incident_change", [*(BATCH_SIZE * [1]), 2], [[1, 2], [1]]),
         ("incident_get", [7, 4, 7], [[7, 4]]),
     ],
 )
@@ -91,6 +93,18 @@ async def test_writes_that_lock_the_same_go_in_separate_batches_which_are_sorted
         batcher.add_call((first, *batcher.statement.parameters[1:]))
 
     assert [[call.arguments[0] for call in batcher.take_batch()] for _ in batches] == batches
+    await async_wait_until(lambda: is_idle(database))
+
+
+async def test_each_batch_that_waits_has_a_worker_and_identical_reads_share_one(
+    database: Database,
+) -> None:
+    create, get = database.batchers["incident_create"], database.batchers["incident_get"]
+    for number in range(BATCH_SIZE + 1):
+        create.add_call((f"{number}", *create.statement.parameters[1:]))
+        get.add_call((7, *get.statement.parameters[1:]))
+
+    assert (len(create.workers), len(get.workers)) == (2, 1)
     await async_wait_until(lambda: is_idle(database))
 
 

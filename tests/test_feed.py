@@ -11,6 +11,7 @@ import itertools
 import json
 import random
 import re
+import signal
 import socket
 import sys
 import time
@@ -53,6 +54,7 @@ HARD_NOTES = [
 ]
 
 # An entry of incident 1, as somebody with psql writes it.
+NEWEST_ID = "SELECT max(id) FROM timeline"
 INSERT_NOTE = "INSERT INTO timeline (incident_id, kind, actor) VALUES (1, 'note', 'psql')"
 
 Entry = dict[str, Any]
@@ -298,6 +300,16 @@ async def test_a_long_poll_waits_for_its_entries(client: AsyncClient, history: l
     assert (entry_ids(response), position(response)) == ([last_id + 2], last_id + 2)
     assert (entry_ids(nothing), position(nothing)) == ([], last_id + 2)
     assert 1 <= seconds < 3
+
+
+async def test_nobody_looks_for_entries_when_the_last_listener_has_left(
+    client: AsyncClient, sql: Sql, database_url: str
+) -> None:
+    insert_incident(sql)
+    with psycopg.connect(database_url) as session:
+        session.execute(INSERT_NOTE)  # Until this commits, a look goes on.
+        await client.get("/timeline?after=1&wait=1")
+        await async_wait_until(lambda: incidents.feed.watcher and incidents.feed.watcher.done())
 
 
 async def test_long_polls_are_answered_when_another_request_sees_an_entry_first(
@@ -588,40 +600,56 @@ async def test_the_timeline_of_an_incident_is_read_whole_or_in_pages(
 
 
 class Scene:
-    """Writers to one database, and readers that change between two services."""
+    """Writers and readers of two services that are killed again and again, on one database."""
 
     def __init__(self, servers: list[Server], url: str) -> None:
         self.servers, self.url = servers, url
         self.chance = random.Random(13)
+        self.is_writing = True
         self.last_id = 10**18  # of the table, once nobody writes any more
 
     async def write(self) -> None:
+        """Report incidents and add notes, over any of the services."""
+        async with AsyncClient(verify=False, timeout=10) as client:
+            while self.is_writing:
+                path, body = self.chance.choice([("", NEW_INCIDENT), ("1/notes", {"note": "a"})])
+                url = f"{self.chance.choice(self.servers).url}/incidents/{path}"
+                with contextlib.suppress(httpx.TransportError):
+                    response = await client.post(url, json=body)
+                    assert response.status_code in (201, 503), response.text
+                await asyncio.sleep(self.chance.random() / 5)  # a writer's own pace
+
+    async def write_slowly(self) -> None:
         """Write entries in transactions that stay open for a while, and take some of them back."""
-        statements = [INSERT_NOTE, INSERT_NOTE.replace("note", "created")]
         async with await psycopg.AsyncConnection.connect(self.url) as session:
-            for _ in range(80):
+            while self.is_writing:
                 for _ in range(self.chance.randint(1, 3)):
-                    await session.execute(self.chance.choice(statements))
+                    await session.execute(INSERT_NOTE)
                     await asyncio.sleep(self.chance.random() / 10)  # the transaction is slow
                 is_kept = self.chance.random() > 0.2
                 await (session.commit() if is_kept else session.rollback())
 
     async def read_pages(self, query: str, ids: list[int]) -> None:
-        """Read page after page, and long poll at the end."""
+        """Read page after page from any of the services, and long poll at the end."""
         after = 0
         async with AsyncClient(verify=False, timeout=10) as client:
             while after < self.last_id:
-                url = f"{self.chance.choice(self.servers).url}/timeline?after={after}"
-                response = await client.get(f"{url}&{query}")
-                ids += entry_ids(response)
-                after = position(response)
+                limit = self.chance.choice([7, 100, 1000])
+                path = f"/timeline?after={after}&limit={limit}&{query}"
+                try:
+                    response = await client.get(f"{self.chance.choice(self.servers).url}{path}")
+                    response.raise_for_status()
+                    ids += entry_ids(response)
+                    after = position(response)
+                except httpx.HTTPError:
+                    pass  # it tries again
                 await asyncio.sleep(0.05)  # a client's pause
 
     async def read_stream(self, query: str, ids: list[int]) -> None:
         """Read event streams, leave them at random moments, and go on with the last id."""
         after = 0
         while after < self.last_id:
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(httpx.HTTPError, TimeoutError):
                 async with (
                     asyncio.timeout(self.chance.random() * 2),
                     open_stream(self.chance.choice(self.servers), query, after) as stream,
@@ -630,25 +658,47 @@ class Scene:
                         event = await stream.read_any()
                         ids += [event.id] if event.entry else []
                         after = event.id
+            await asyncio.sleep(0.05)  # a client's pause before it tries again
 
 
 @pytest.mark.slow
-async def test_readers_get_each_entry_just_once(serve: Serve, sql: Sql, database_url: str) -> None:
+async def test_no_reader_loses_an_entry_or_gets_it_twice_while_services_are_killed(
+    serve: Serve, sql: Sql, database_url: str
+) -> None:
     insert_incident(sql)
     command = patched(KEEPALIVE_SECONDS=0.3)
     servers = [serve(command=command, DATABASE_URL=database_url) for _ in range(2)]
     scene = Scene(servers, database_url)
-    wanted = [(scene.read_pages, "limit=7"), (scene.read_pages, "wait=2"), (scene.read_stream, "")]
+    wanted = [(scene.read_pages, ""), (scene.read_pages, "wait=2"), (scene.read_stream, "")] * 2
     wanted += [(scene.read_pages, "wait=2&kind=note"), (scene.read_stream, "kind=note")]
-    readers = [(reader, query, list[int]()) for reader, query in wanted * 2]
+    readers = [(reader, query, list[int]()) for reader, query in wanted]
     async with asyncio.timeout(100), asyncio.TaskGroup() as group:
+        writers = [group.create_task(scene.write()) for _ in range(32)]
+        writers += [group.create_task(scene.write_slowly()) for _ in range(4)]
         for reader, query, ids in readers:
             group.create_task(reader(query, ids))
-        await asyncio.gather(*(scene.write() for _ in range(12)))
-        [(scene.last_id,)] = sql("SELECT max(id) FROM timeline")
+        for kill in range(4):
+            while sql(NEWEST_ID)[0][0] < 400 * (kill + 1):
+                await asyncio.sleep(0.1)  # The load goes on.
+            port = urlsplit(servers[kill % 2].url).port
+            await asyncio.to_thread(servers[kill % 2].stop, signal.SIGKILL)
+            servers[kill % 2] = await asyncio.to_thread(
+                serve, command=command, port=port, DATABASE_URL=database_url
+            )
+        scene.is_writing = False
+        await asyncio.gather(*writers)
+        # What a killed service had sent may still be on its way to a commit.
+        others = "pid <> pg_backend_pid() AND datname = current_database() AND state <> 'idle'"
+        activity = f"SELECT pid FROM pg_stat_activity WHERE {others} AND query ILIKE '%%INSERT%%'"
+        await async_wait_until(lambda: not sql(activity))
+        [(scene.last_id,)] = sql(NEWEST_ID)
 
     entries = sql("SELECT id, kind FROM timeline ORDER BY id")
     assert len(entries) < scene.last_id, "no transaction was rolled back"
     for reader, query, ids in readers:
         expected = [number for number, kind in entries if kind == "note" or "note" not in query]
+        assert len(ids) == len(set(ids)), f"{reader} got entries twice"
+        assert sorted(set(expected) - set(ids)) == [], f"{reader} lost entries"
         assert ids == expected, (reader, query)
+    for server in servers:
+        assert not re.findall("Traceback|ERROR", server.printed())

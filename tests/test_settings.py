@@ -163,6 +163,7 @@ WRONG_URLS = [
     *("postgresql://i:Secret123%@db/i", "postgresql://i:Begin@Secret123@db/i"),
     *("postgresql://i:Secret123/end@db/i", "postgresql://i:Secret123?end=1@db/i"),
     *("postgresql://i:Secret123@db:0/i", "postgresql://i:Secret123@one:5432,two:99999/i"),
+    "postgresql://i:Secret123@/i?host=one,two,three&port=1,2",
     *("postgresql://db/i?password=Begin&Secret123=end", "postgresql://i:Secret123@db?options=a=b"),
 ]
 WRONG_OPTION = "postgresql://u:Secret123@db/i?pgbouncer=true"
@@ -208,6 +209,7 @@ def test_a_wrong_setting_is_refused_with_a_reason_and_no_secret(
         ("postgresql://db/i?sslnegotiation=direct&sslmode=require", None),
         ("postgresql:///db?host=/run/x", None),
         ("postgresql:///db?hostaddr=10.0.0.1", "postgresql:///db?host=10.0.0.1"),
+        ("postgresql:///i?hostaddr=10.0.0.1,10.0.0.2&port=1,", "i?host=10.0.0.1,10.0.0.2&port=1,"),
         ("postgresql://u:%40%3A%2F%3F%23%25@db/i", None),
     ],
 )
