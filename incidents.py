@@ -114,8 +114,8 @@ LABEL_NAME = r"^[^:\x00]*[^:\s\x00][^:\x00]*$"
 LabelName = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_NAME, pattern=LABEL_NAME)]
 LabelValue = Annotated[str, Field(max_length=MAX_LABEL_VALUE, pattern=NO_NUL)]
 
-# The default of an optional field. Left out, the field is None, although its type does not say so:
-# Pydantic does not validate defaults. A null that is sent is validated, and refused.
+# The default of an optional field. If the field is left out, its value is None, although its type
+# does not say so: Pydantic does not check defaults. If null is sent, it is refused.
 # A default_factory keeps `"default": null` out of docs/openapi.json.
 OMITTED: Any = Field(default_factory=lambda: None)
 
@@ -389,8 +389,8 @@ async def fetch_page(query: ListQuery, list_format: ListFormat, after: Position 
     statuses, sources = None, None
     if query.status or query.source:  # The SQL pairs each status with each source.
         statuses, sources = tuple(query.status or STATUSES), tuple(query.source or SOURCES)
-    # Begin after the position that is further down the list: `after`, or that of `until`. Its id 0
-    # leaves out the incidents that were created at `until` itself.
+    # The list has the newest first, so the smaller position comes later. Ids begin at 1, so
+    # (until, 0) leaves out what was created at `until` itself.
     bounds = [after] if after else []
     bounds += [Position(query.until, 0)] if query.until else []
     created_at, incident_id = min(bounds, default=(None, None))
@@ -423,7 +423,8 @@ def like_pattern(text: str | None) -> tuple[str | None, bool]:
         return None, False
     sent = "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
     pattern = unicodedata.normalize("NFC", sent)  # é is one character, not e and an accent
-    return pattern, not sent == pattern == unicodedata.normalize("NFD", pattern)
+    has_accents = not sent == pattern == unicodedata.normalize("NFD", pattern)
+    return pattern, has_accents
 
 
 # ── The API: timeline ─────────────────────────────────────────────────────────────────────────────
@@ -499,8 +500,8 @@ async def list_timeline(request: Request) -> Response:
     wait = 0 if request.method == "HEAD" else query.wait
     is_stream = list_format is EVENT_STREAM
     if feed.settled_id < 0 or not (is_stream or wait):
-        # settled_id is kept up to date only while somebody waits. And a stream has soon sent its
-        # 200: a standby must be refused before.
+        # Whoever waits gets the newest id from the watcher. The others must look here. The first
+        # look also refuses a standby, before a stream sends its 200.
         await feed.update_settled_id_soon()
     after = await choose_start(request, query)
     if is_stream:
@@ -521,7 +522,7 @@ async def list_timeline(request: Request) -> Response:
 async def choose_start(request: Request, query: FeedQuery) -> int:
     """Give the id after which the answer begins. A browser that reconnects sends Last-Event-ID.
 
-    422 for a wrong Last-Event-ID; 503 on a standby, or when `latest` is not known yet.
+    422 for a wrong Last-Event-ID; 503 when `latest` is not known yet.
     """
     last_id = request.headers.get("last-event-id")
     if last_id and not ID_PATTERN.fullmatch(last_id):
@@ -584,7 +585,7 @@ async def stream_entries(query: FeedQuery, position: int) -> AsyncIterator[bytes
 
 # Values with these names become the description, in this order.
 TEXT_NAMES = ("summary", "description", "message", "Error")
-# All other values become labels. 32 are the most, so those that people filter by come first.
+# All other values become labels, 32 at most. These names come first, then links, then the others.
 FIRST_LABELS = re.compile(
     "alertname|severity|priority|service|team|instance|host(name)?|job|namespace|cluster|component|"
     "env(ironment)?|region|zone|node|pod|container|app(lication)?|project|owner|source|group|class",
@@ -593,7 +594,9 @@ FIRST_LABELS = re.compile(
 # Fields of an event or alert itself, not of its payload or labels, that become labels too.
 FIELD_LABELS = re.compile("client(_url)?|[a-z]+URL|ruleUID")
 
-ALERTS_AT_ONCE = 100  # of one webhook, because a statement's queue takes 1,000 of all clients
+ALERTS_AT_ONCE = (
+    100  # that wait in the queue of event_apply, which takes MAX_WAITING of all clients
+)
 WRONG_ALERT = (
     "An alert is an object with a status, which is firing or resolved, and it may have a "
     "fingerprint of at most 255 characters."
@@ -970,6 +973,7 @@ PAGE_ROUTES = [
 # handler need know only that each error that it raises becomes a problem, and that
 # `request.scope["actor"]` names who asks.
 
+PROCESS_ID = secrets.token_hex(4)
 REQUEST_NUMBERS = itertools.count(1)
 
 
@@ -1115,13 +1119,13 @@ def authenticate(request: Request, routing_key: str | None = None) -> None:
         challenge += ', error="invalid_token"' if sent else ""
         raise Problem(401, detail, {"WWW-Authenticate": challenge})
     request.scope["actor"] = token.name
-    action = None  # the only one that the token allows, when the request is another one
+    limit = None  # what the token is limited to, if this request is something else
     if token.permission == "read" and request.method not in ("GET", "HEAD"):
-        action = "read"
+        limit = "read"
     elif token.permission == "report" and request.scope["route"].access == "token":
-        action = "send events and alerts"
-    if action:
-        detail = f"The token of {token.name} may only {action}; use another one."
+        limit = "send events and alerts"
+    if limit:
+        detail = f"The token of {token.name} may only {limit}; use another one."
         challenge += ', error="insufficient_scope"'
         raise Problem(403, detail, {"WWW-Authenticate": challenge})
 
@@ -1322,12 +1326,9 @@ REMEDIES = {
     "53300": "lower DB_POOL_SIZE, or raise the server's max_connections",
 }
 # SQLSTATEs, or how they begin, that say "not now" (PostgreSQL manual, Appendix A).
-UNAVAILABLE_SQLSTATES = (
-    *("08", "28", "40"),  # connection lost, login refused, deadlock
-    *("53", "55", "57"),  # out of connections or space, object not ready, shutdown or timeout
-    *("25006", "3D000", "42501"),  # read-only, as a standby; no such database; a right is missing
-    *REMEDIES,
-)
+# Connection lost, login refused, deadlock; out of connections or space, object not ready, shutdown
+# or timeout; read-only, no such database, no right; and what a pooler loses.
+UNAVAILABLE_SQLSTATES = ("08", "28", "40", "53", "55", "57", "25006", "3D000", "42501", *REMEDIES)
 # asyncpg raises these for connections that have just ended, and where no host of DATABASE_URL is
 # what target_session_attrs wants.
 CONNECTION_ERRORS = (asyncpg.InterfaceError, asyncpg.InternalClientError)
@@ -1588,9 +1589,9 @@ class Statement:
       sent by itself, and at most so many at the same time.
 
     A statement returns exactly one row per call, in the order of the calls, also when it finds
-    nothing. Two calls of a batched write with the same first parameter, an incident's id or a key,
-    are never in one batch. When `is_locked` is true in a row, another transaction holds what the
-    call would change, and the call is run again.
+    nothing. Two calls of a write with the same first parameter, an incident's id or a key, are
+    never sent together. When `is_locked` is true in a row, another transaction holds what the call
+    would change, and the call is run again.
     """
 
     def __init__(self, file: Path) -> None:
@@ -1611,7 +1612,7 @@ class Statement:
         self.batch_size = 1 if self.is_slow else BATCH_SIZE
 
     def order_values(self, values: dict[str, Any]) -> tuple[Any, ...]:
-        """Put values in the order of the parameters. Identical reads are found by their hash."""
+        """Put values in the order of the parameters, as a tuple that `Batcher` can use as a key."""
         if values.keys() != self.names:
             wanted, given = ", ".join(self.parameters), ", ".join(values)
             raise TypeError(f"sql/{self.name}.sql takes ({wanted}), but was given ({given})")
@@ -1631,8 +1632,8 @@ SLOW_ADVICE = (
     "text, or a rarer label."
 )
 LOCKED_ADVICE = "Another transaction holds this incident; try again soon."
-# After these, no call of a batch is run again, because it may have been committed, or cannot be;
-# and all connections are made anew, because the server is gone, or has become a standby.
+# After these errors, a batch is not run again: it may have been committed, or the server takes no
+# writes. And all connections are made anew: the server is gone, or has become a standby.
 EXPIRING_ERRORS = (
     TimeoutError,
     asyncpg.PostgresConnectionError,
@@ -1661,10 +1662,11 @@ def give_outcome(futures: Iterable[asyncio.Future[Any]], outcome: Any) -> None:
 class Batcher:
     """Runs waiting calls of one SQL statement together, in one round trip and one commit.
 
-    Most of a write's cost is the trip to PostgreSQL and the wait for its disk. While one batch is
-    on its way, new calls queue up here; then they are sent together, as arrays. A call that finds
-    the queue empty is sent at once, so a single client never waits for others. The calls of a
-    statement that takes no arrays are pipelined: sent together, and executed one after another.
+    Most of a write's cost is the trip to PostgreSQL and the wait for its disk. While batches are on
+    their way, three at most, new calls queue up here; then they are sent together, as arrays. A
+    call that finds no batch on its way is sent at once, so a single client never waits for others.
+    The calls of a statement that takes no arrays are pipelined: sent together, and executed one
+    after another.
 
     - A call is answered only after its batch is committed.
     - If PostgreSQL refuses a batch, nothing of it was stored, so its calls are run one by one: one
@@ -1720,9 +1722,9 @@ class Batcher:
         # Identical reads have one place in the queue; each write has its own.
         place = arguments if self.statement.is_read else future
         if place not in self.waiting:
-            # A worker sends a batch at a time, so the first call of each batch needs one.
-            is_first = len(self.waiting) % self.statement.batch_size == 0
-            if is_first and len(self.workers) < self.statement.workers:
+            # One more worker for each 32 calls that wait: at 0, 32, 64.
+            is_worker_needed = len(self.waiting) % self.statement.batch_size == 0
+            if is_worker_needed and len(self.workers) < self.statement.workers:
                 self.workers.add(asyncio.create_task(self.run_worker()))
             self.waiting[place] = PendingCall(arguments, [])
         self.waiting[place].futures.append(future)
@@ -1730,21 +1732,21 @@ class Batcher:
 
     async def run_worker(self) -> None:
         """Send batch after batch until no call waits."""
-        patience = QUERY_TIMEOUT
+        connect_seconds = QUERY_TIMEOUT
         if self.statement.is_slow:  # so that a silent database is not taken for a slow statement
-            patience = min(QUERY_TIMEOUT, self.statement.seconds / 3)
+            connect_seconds = min(QUERY_TIMEOUT, self.statement.seconds / 3)
         while self.waiting:
-            batch: list[PendingCall] = []
+            batch: list[PendingCall] = []  # stays empty when no connection can be had
             try:
-                async with self.database.pool.acquire(timeout=patience) as connection:
+                async with self.database.pool.acquire(timeout=connect_seconds) as connection:
                     if self.statement.is_slow:
                         # It may run long, so ask first whether the server answers at all.
-                        await connection.fetchval("SELECT 1", timeout=patience)
+                        await connection.fetchval("SELECT 1", timeout=connect_seconds)
                     batch = self.take_batch()
                     if batch:
                         await self.execute_batch(connection, batch)
             except Exception as error:
-                if not batch:  # No connection could be had, for any call.
+                if not batch:
                     batch, self.waiting = list(self.waiting.values()), {}
                 for call in batch:
                     give_outcome(call.futures, error)
@@ -1757,7 +1759,7 @@ class Batcher:
 
         A write stays in the queue when the batch already has one with the same first parameter.
         """
-        is_locking = self.statement.is_batch and not self.statement.is_read
+        is_locking = self.statement.parameters and not self.statement.is_read
         batch: list[PendingCall] = []
         locks: set[Any] = set()
         for place, call in list(self.waiting.items()):
@@ -1803,9 +1805,9 @@ class Batcher:
 # Handlers need only `database.fetchrow`. The rest finds the right one of several servers, and logs
 # when the database cannot serve. It may be skipped if DATABASE_URL names one server.
 
-PROCESS_ID = secrets.token_hex(4)
-# asyncpg numbers its prepared statements. Behind a pooler in transaction mode, processes share
-# connections of the server, and with the same numbers one would run the statement of another.
+# asyncpg numbers its prepared statements from this counter on. Behind a pooler in transaction mode,
+# processes share connections of the server, and with the same numbers one would run the statement
+# of another.
 asyncpg.connection._uid = secrets.randbits(64)
 
 
@@ -1894,7 +1896,8 @@ class Database:
                 self.log_failure(error)
             raise
         # Only a write shows that the database serves again: reads also work on a standby, and while
-        # the disk is full. And at a limit of connections, some calls fail while others succeed.
+        # the disk is full. At a limit of connections, calls fail and succeed in turn; with a second
+        # between, not each change is logged.
         if self.failed_at and not statement.is_read and started_at > self.failed_at + 1:
             log.warning("The database at %s serves again", self.address)
             self.failed_at, self.logged_at = None, float("-inf")
@@ -2013,12 +2016,10 @@ class Feed:
                         await self.news.wait()
         finally:
             self.listeners -= 1
-            if self.watcher and not self.listeners:
-                self.watcher.cancel()
 
     async def look_for_entries(self) -> None:
-        """Look for new entries until nobody listens any more and this is cancelled."""
-        while True:
+        """Look for new entries until nobody listens any more."""
+        while self.listeners:
             try:
                 await self.update_settled_id()
             except Exception as error:
@@ -2029,6 +2030,8 @@ class Feed:
         """End long polls and streams, because the service is being stopped."""
         self.is_closing = True
         self.news.set()
+        if self.watcher:
+            self.watcher.cancel()
 
 
 feed = Feed()
@@ -2133,7 +2136,8 @@ def normalize_database_url(url: str) -> str:
         if unknown and "password=" not in url:
             raise ValueError(f"PostgreSQL has no option {unknown[1]}; remove it") from None
         raise ValueError(URL_FORM) from None
-    # A wrong port is often the rest of a password. An empty one is the default; one may be for all.
+    # A wrong port is often the rest of a password. A port may be left out, and a single one serves
+    # all hosts.
     hosts = str(options.get("host") or options.get("hostaddr", "")).split(",")
     ports = str(options.get("port", "")).split(",")
     if len(ports) not in (1, len(hosts)) or not all(
@@ -2163,8 +2167,8 @@ def parse_tokens(text: str) -> list[Token]:
             "write name:secret, name:secret:read or name:secret:report; a secret has at least "
             "16 visible ASCII characters, and neither : nor ,"
         )
-    names, secrets_sent = {token.name for token in tokens}, {token.secret for token in tokens}
-    if len(names) < len(tokens) or len(secrets_sent) < len(tokens):
+    names = {token.name for token in tokens}
+    if len(names) < len(tokens) or len({token.secret for token in tokens}) < len(tokens):
         raise ValueError("a name or a secret is there twice; each token needs its own")
     return tokens
 
@@ -2283,7 +2287,8 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
             yield f"postgresql://postgres@/postgres?host={host}&port={port}"
         finally:
             with lock_folder(data_dir) as stopping, contextlib.suppress(BlockingIOError):
-                if sys.platform != "win32":  # refused while another process uses the server
+                if sys.platform != "win32":
+                    # This is refused while another process uses the server.
                     fcntl.flock(using[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
                 run("pg_ctl", "stop", "-m", "fast", pass_fds=stopping, check=False)
 
@@ -2400,7 +2405,7 @@ class JoiningTransport:
 class LimitedProtocol(ZttpProtocol):
     """uvicorn's HTTP protocol, with ten seconds for a head, and with problems as its refusals.
 
-    zttp itself refuses over 16 KiB in the URL or in a header, 64 KiB in all, and 99 headers.
+    zttp itself refuses a URL or a header over 16 KiB, 64 KiB in all, and more than 99 headers.
     """
 
     head_timer: asyncio.TimerHandle | None = None
@@ -2415,7 +2420,8 @@ class LimitedProtocol(ZttpProtocol):
         if self.cycle is None and data.startswith(b"\x16\x03"):  # TLS: the client means https://
             return self.handle_remote_protocol_error()
         self.read_no_further_while_answering()
-        # After an early refusal, the client may still be sending the body. It has the longer limit.
+        # After an early refusal, the client may still send the body. For that, it has the time
+        # of an idle connection, and not the ten seconds for a head.
         is_old_body = self.cycle and self.cycle.response_complete and self.cycle.more_body
         super().data_received(data)
         is_waiting = self.cycle is None or self.cycle.response_complete
@@ -2438,9 +2444,10 @@ class LimitedProtocol(ZttpProtocol):
             self.flow.pause_reading()
 
     def _should_upgrade(self) -> bool:
-        """Ignore `Upgrade` (RFC 9110, 7.8), and refuse a method in lower case here.
+        """Ignore `Upgrade` (RFC 9110, 7.8). uvicorn asks this of every request.
 
-        uvicorn and zttp disagree whether `head` is a HEAD. This is the first hook that can tell.
+        So it is also where a method in lower case is refused: zttp takes `head` for a HEAD, which
+        has no body, and uvicorn does not.
         """
         if not self.scope["method"].isupper():
             raise zttp.RemoteProtocolError
@@ -2525,9 +2532,10 @@ async def lifespan(_: Any) -> AsyncIterator[None]:
 
 
 async def end_when_told() -> None:
-    """End streams, or the start, when uvicorn is told to end: it would wait for them.
+    """End streams, or a start that waits for its database, when a signal comes.
 
-    uvicorn calls nothing then, so look whether its server, which handles the signals, is to exit.
+    uvicorn would wait for them, and calls nothing at that moment. So look at its server, which is
+    the owner of the signal's handler.
     """
     server: Any = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
     while not getattr(server, "should_exit", False):
@@ -2550,7 +2558,7 @@ class OrderlyServer(uvicorn.Server):
 
 
 def main() -> None:
-    """Run the service until a signal. Exit code 2: a setting is wrong; 1: it did not start."""
+    """Run the service until a signal. Exit code 2: a setting is wrong; 1: the start failed."""
     try:
         settings = get_settings()
     except ValueError as error:

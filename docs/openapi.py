@@ -192,11 +192,11 @@ class AlertCount(BaseModel):
     labels: dict[str, str] | None = Field(examples=[{"severity": "critical"}])
     started_at: datetime | None = Field(
         examples=["2026-01-15T10:29:30Z"],
-        description="Since when, by the sender's clock; null if it tells no time.",
+        description="The newest trigger's time, by the sender's clock; null if it tells none.",
     )
     changed_at: datetime | None = Field(
         examples=["2026-01-15T10:30:00.123456Z"],
-        description="When an event with this key last opened, changed or moved the incident.",
+        description="When this key last said something new, or opened or moved the incident.",
     )
 
 

@@ -1,11 +1,12 @@
 -- Make room for the tables of 0001. The replaced system (FastAPI, SQLAlchemy) has a table called
 -- "incidents" too; it is renamed, and 0003 copies its rows. Somebody else's tables are left alone.
+-- "The version before" is that of commit 5d17a7d, the last one before release 1.0.
 SET lock_timeout = '3s';
 DO $$
 DECLARE
     columns text;
     unknown record;
-    foreign_table text;
+    taken_name text;
 BEGIN
     -- The tables are ours if this domain is there. 0001 makes all of them at once, but the version
     -- before made them step by step, and dedup_keys last.
@@ -39,12 +40,12 @@ BEGIN
     END IF;
 
     -- CREATE TABLE IF NOT EXISTS in 0001 would take these for its own.
-    SELECT name INTO foreign_table
+    SELECT name INTO taken_name
       FROM unnest('{incidents,timeline,incident_texts,idempotency_keys,dedup_keys}'::text[]) AS name
      WHERE to_regclass(name) IS NOT NULL;
     IF FOUND THEN
         RAISE EXCEPTION 'the database has a table "%" that is not of this service; '
-            'it was left as it is: rename it, or use another database', foreign_table;
+            'it was left as it is: rename it, or use another database', taken_name;
     END IF;
 END
 $$;

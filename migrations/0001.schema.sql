@@ -106,8 +106,8 @@ CREATE TABLE IF NOT EXISTS dedup_keys (
     incident_id bigint NOT NULL REFERENCES incidents ON DELETE CASCADE,
     times integer NOT NULL DEFAULT 1,
     last_seen_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    -- For event_apply.sql: what the newest trigger that brought news said, since when the problem
-    -- is there by its sender's clock, and when the key last opened, changed or moved its incident.
+    -- For event_apply.sql: what the newest trigger that brought news said, the sender's time of the
+    -- newest trigger, and when the key last said something new, or opened or moved its incident.
     description text,
     labels jsonb,
     started_at timestamptz,

@@ -1,6 +1,6 @@
 -- depends: 0001.schema
 -- The functions and triggers. The body of an SQL function takes the place of its call, so indexes
--- serve it. Where a function takes a row of a table, its body is between $$. With RETURN instead,
+-- serve it. The body of one that takes a row of a table must be between $$: with RETURN instead,
 -- PostgreSQL's releases since autumn 2026 refuse to add a column with a default to that table.
 SET lock_timeout = '3s';
 -- The triggers of the version before go with their functions. This locks incidents before timeline,
@@ -72,7 +72,18 @@ CREATE OR REPLACE FUNCTION incidents_between(
        AND (created_at, id) < (coalesce(before_created_at, 'infinity'), coalesce(before_id, 0))
 $$;
 
--- The same for the copies to search in.
+-- The same, of one status and one source. Comparisons of rows like these fit only an index that
+-- begins with their columns: with equal signs, PostgreSQL might choose that of the creation times.
+CREATE OR REPLACE FUNCTION incidents_of(
+    a_status text, a_source text, since timestamptz, before_created_at timestamptz,
+    before_id bigint) RETURNS SETOF incidents LANGUAGE sql STABLE PARALLEL SAFE AS $$
+    SELECT * FROM incidents
+     WHERE (status, source, created_at) >= (a_status, a_source, coalesce(since, '-infinity'))
+       AND (status, source, created_at, id)
+           < (a_status, a_source, coalesce(before_created_at, 'infinity'), coalesce(before_id, 0))
+$$;
+
+-- The same of all, but of the copies to search in.
 CREATE OR REPLACE FUNCTION incident_texts_between(
     since timestamptz, before_created_at timestamptz, before_id bigint)
     RETURNS SETOF incident_texts LANGUAGE sql STABLE PARALLEL SAFE AS $$
@@ -106,7 +117,7 @@ $$;
 
 -- How incident_search.sql should look for incidents. This counts how many incidents between the
 -- bounds pass each filter, from the 1,001st newest to the 2,000th: the newest may be a burst of one
--- problem. If they are spread evenly, ten that pass mean that a page of 50 is full within 5,000.
+-- problem. Ten that pass are one in a hundred: a page of 50 is full after about 5,000 incidents.
 --   'list'    read the list from its newest incident: many pass, it is short, or no index helps
 --   'chosen'  the same by status and source: few have those, but many of these few pass the rest
 --   'texts'   use the index of texts: few incidents have the text
@@ -135,6 +146,7 @@ BEGIN
              ORDER BY created_at DESC, id DESC
             OFFSET 1000 LIMIT 1000) AS sample;
     RETURN CASE WHEN hits.counted < 1000 OR hits.with_all >= 10 THEN 'list'
+                -- No index has a short text. If the labels are frequent too, none helps.
                 WHEN hits.with_both >= 10 OR is_short AND hits.with_labels >= 100
                 THEN CASE WHEN statuses IS NULL THEN 'list' ELSE 'chosen' END
                 WHEN hits.with_text < hits.with_labels AND is_short IS NOT TRUE THEN 'texts'
@@ -205,6 +217,7 @@ BEGIN
               replays = existing.replays + (existing.digest = excluded.digest)::integer
            RETURNING existing.*)
     SELECT request.position, claimed.made_id,
+           -- A new row has no replays and this digest. An old one was just counted, or has another.
            claimed.replays > 0 OR claimed.digest <> request.digest,
            claimed.digest = request.digest
       FROM unnest(actors, keys, digests) WITH ORDINALITY AS request (actor, key, digest, position)

@@ -1,15 +1,16 @@
 -- depends: 0002.functions
 -- Bring a database of the version before up to date, or copy the incidents of the replaced system.
 SET lock_timeout = '3s';
--- The version before added this rule NOT VALID: check the entries that were there. Writes wait for
--- that, 0.4 s for each million of entries.
-ALTER DOMAIN timeline_field VALIDATE CONSTRAINT timeline_field_check;
--- Its dedup_keys get the columns that they have in 0001.
+-- The dedup_keys of the version before get the columns that they have in 0001. They are locked
+-- before the timeline, as events lock them: the other order could end in a deadlock.
 ALTER TABLE dedup_keys
     ADD COLUMN IF NOT EXISTS description text,
     ADD COLUMN IF NOT EXISTS labels jsonb,
     ADD COLUMN IF NOT EXISTS started_at timestamptz,
     ADD COLUMN IF NOT EXISTS changed_at timestamptz;
+-- It had added this rule NOT VALID: check the entries that were there. Writes wait for that, 0.4 s
+-- for each million entries.
+ALTER DOMAIN timeline_field VALIDATE CONSTRAINT timeline_field_check;
 
 -- The incidents of the replaced system keep their ids, texts and times. That system had no rule on
 -- the length of a description, so ours holds only for ids after its last one.

@@ -8,15 +8,18 @@
 --
 -- incident_id is the one that the key points to, null for an unknown key. When is_locked is true,
 -- the event has done nothing and is to be run again: another transaction holds its incident or its
--- key, or has just changed or added the key. Only for a key that is being added, it waits.
+-- key, or has just changed or added the key. The statement itself waits in one case only: another
+-- transaction is adding the same key.
 --   $1 key          text[]         no key twice, not even for two actors
 --   $2 action       text[]         trigger, acknowledge or resolve
 --   $3 actor        text[]
 --   $4 description  text[]         what a trigger says, for its incident
 --   $5 labels       jsonb[]        the same
 --   $6 happened_at  timestamptz[]  by the sender's clock, null when it tells no time
-  WITH -- The events, each with what its key said last. SKIP LOCKED passes over a key that another
-       -- transaction holds: it has nulls here, and is_outdated is true for it below.
+-- In the steps, what an event says has plain names, what its key said before begins with last_, and
+-- what its incident has begins with old_ or new_.
+  WITH -- The events, each with its key. SKIP LOCKED passes over a key that another transaction
+       -- holds: it has nulls here, and is_outdated is true for it below.
        with_keys AS MATERIALIZED (
        SELECT input.*, existing.*
          FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::jsonb[], $6::timestamptz[])
@@ -24,22 +27,21 @@
               AS input (key, action, actor, description, labels, happened_at, ordinal)
               LEFT JOIN LATERAL (
               SELECT incident_id, description AS last_description, labels AS last_labels,
-                     started_at, changed_at
+                     started_at AS last_started_at, ROW(incident_id, changed_at) AS locked_key
                 FROM dedup_keys
                WHERE dedup_keys.key = input.key AND dedup_keys.actor = input.actor
                  FOR NO KEY UPDATE SKIP LOCKED) AS existing ON true),
 
-       -- A locked row is read as it is now, all else as it was when this statement began. When
-       -- the two differ, the key has just changed, and perhaps its incident too, so the event waits.
+       -- A locked row is read as it is now, all else as it was when this statement began. A key is
+       -- outdated when the two differ: another transaction holds it, or has just changed it, and
+       -- perhaps its incident too.
        compared AS MATERIALIZED (
        SELECT with_keys.*,
               (SELECT status FROM incidents WHERE id = with_keys.incident_id) AS status,
               (SELECT ROW(seen.incident_id, seen.changed_at)
                  FROM dedup_keys AS seen
                 WHERE (seen.key, seen.actor) = (with_keys.key, with_keys.actor))
-              IS DISTINCT FROM CASE WHEN with_keys.incident_id IS NOT NULL
-                                    THEN ROW(with_keys.incident_id, with_keys.changed_at)
-                               END AS is_outdated,
+              IS DISTINCT FROM locked_key AS is_outdated,
               -- Addresses of the sender and images are no news: each Alertmanager of a cluster has
               -- its own.
               (description, labels - ignored) = (last_description, last_labels - ignored)
@@ -55,10 +57,12 @@
        SELECT compared.*,
               CASE WHEN is_outdated THEN 'wait'
                    WHEN action = 'trigger' AND status IN ('open', 'in_progress')
-                   THEN CASE WHEN is_repeat OR happened_at < started_at THEN 'count' ELSE 'edit' END
+                   THEN CASE WHEN is_repeat OR happened_at < last_started_at THEN 'count'
+                             ELSE 'edit' END
                    WHEN action = 'trigger' THEN 'open'
-                   WHEN happened_at < started_at THEN 'ignore'
-                   WHEN status = 'open' OR status = 'in_progress' AND action = 'resolve' THEN 'move'
+                   WHEN happened_at < last_started_at THEN 'ignore'
+                   WHEN (status, action) IN (('open', 'acknowledge'), ('open', 'resolve'),
+                                             ('in_progress', 'resolve')) THEN 'move'
                    ELSE 'ignore' END AS effect
          FROM compared),
 
@@ -83,6 +87,7 @@
                      AND effect IN ('edit', 'move')
                  FOR NO KEY UPDATE SKIP LOCKED) AS incident),
 
+       -- What is done now. An event whose incident could not be locked is missing, and waits.
        ready AS MATERIALIZED (
        SELECT decided.*,
               CASE effect WHEN 'open' THEN nextval('incidents_id_seq') ELSE incident_id END AS id
@@ -99,7 +104,7 @@
        ON CONFLICT DO NOTHING
        RETURNING incident_id AS new_id),
 
-       -- A long text that stays is not written anew (PostgreSQL manual, 73.2, TOAST).
+       -- A trigger that is only counted changes no text, also because it may be an older one.
        changed_keys AS (
        UPDATE dedup_keys AS existing
           SET incident_id = id,

@@ -1,12 +1,11 @@
 -- read
 --
 -- The dedup_keys that point to an incident: who sends each, how many triggers with it came for this
--- incident, when the last one came, what the newest one that brought news said, and since when, by
--- the sender's clock. An empty array when no key points to the incident; body is null when there is
--- no such incident.
+-- incident, when the last one came, and what the newest one that brought news said. An empty array
+-- when no key points to the incident; body is null when there is no such incident.
 --   $1 incident_id  bigint
-SELECT (SELECT coalesce((
-               SELECT json_agg(json_build_object(
+SELECT (SELECT to_json(ARRAY(
+               SELECT json_build_object(
                           'dedup_key', key,
                           'actor', actor,
                           'times', times,
@@ -15,8 +14,7 @@ SELECT (SELECT coalesce((
                           'labels', labels,
                           'started_at', rfc3339(started_at),
                           'changed_at', rfc3339(changed_at))
-                          ORDER BY key, actor)
                  FROM dedup_keys
-                WHERE incident_id = $1), '[]')
+                WHERE incident_id = $1))
           FROM incidents
          WHERE id = $1) AS body;

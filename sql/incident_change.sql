@@ -22,8 +22,8 @@
 
        -- The rows are locked before they are read, so that the old values on the timeline are
        -- current. SKIP LOCKED passes over a row that another transaction holds, so that one held
-       -- incident delays no other. clock_timestamp(), because now() may be earlier than a change
-       -- that is seen here; greatest(), because a clock may go back.
+       -- incident delays no other. The time comes from clock_timestamp(), because now() may be
+       -- earlier than a change that is seen here, and from greatest(), because a clock may go back.
        locked AS (
        SELECT ordinal, actor, note, label_patch, incident.*,
               coalesce(input.description, incident.description) AS new_description,
@@ -35,7 +35,7 @@
               CROSS JOIN LATERAL (
               SELECT id, description, source, status, labels, format('"%s"', version) AS etag,
                      version, incident_json(incidents) AS body,
-                     greatest(updated_at, noted_at, clock_timestamp()) AS changed_at
+                     greatest(updated_at, noted_at, clock_timestamp()) AS new_updated_at
                 FROM incidents
                WHERE incidents.id = input.id
                  FOR NO KEY UPDATE SKIP LOCKED) AS incident),
@@ -57,8 +57,8 @@
               status = new_status,
               labels = new_labels,
               version = compared.version + is_change::integer,
-              updated_at = CASE WHEN is_change THEN changed_at ELSE updated_at END,
-              noted_at = CASE WHEN note IS NULL THEN noted_at ELSE changed_at END
+              updated_at = CASE WHEN is_change THEN new_updated_at ELSE updated_at END,
+              noted_at = CASE WHEN note IS NULL THEN noted_at ELSE new_updated_at END
          FROM compared
         WHERE incidents.id = compared.id AND is_match AND (is_change OR note IS NOT NULL)
        RETURNING incidents.id, format('"%s"', incidents.version) AS etag,
@@ -67,7 +67,7 @@
        entries AS (
        INSERT INTO timeline
               (incident_id, kind, field, from_value, to_value, note, actor, created_at)
-       SELECT id, kind, field, from_value, to_value, entry_note, actor, changed_at
+       SELECT id, kind, field, from_value, to_value, entry_note, actor, new_updated_at
          FROM compared
               JOIN changed USING (id)
               CROSS JOIN LATERAL (

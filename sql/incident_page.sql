@@ -24,19 +24,14 @@
         UNION ALL
 
        -- With a filter: read each status and source from its own part of another index, so that a
-       -- rare one is found without a walk through the rest. Only that index fits comparisons of
-       -- whole rows. With equal signs, PostgreSQL might choose the index of creation times.
+       -- rare one is found without a walk through the rest.
        (SELECT newest.created_at, newest.id, incident_line(newest.incident, $7)
           FROM unnest($1::text[]) AS wanted_status (status)
                CROSS JOIN unnest($2::text[]) AS wanted_source (source)
                CROSS JOIN LATERAL (
                SELECT created_at, id, incident
-                 FROM incidents AS incident
-                WHERE (status, source, created_at)
-                      >= (wanted_status.status, wanted_source.source, coalesce($3, '-infinity'))
-                  AND (status, source, created_at, id)
-                      < (wanted_status.status, wanted_source.source, coalesce($4, 'infinity'),
-                         coalesce($5, 0))
+                 FROM incidents_of(wanted_status.status, wanted_source.source, $3, $4, $5)
+                      AS incident
                 ORDER BY status DESC, source DESC, created_at DESC, id DESC
                 LIMIT $6 + 1) AS newest
          ORDER BY newest.created_at DESC, newest.id DESC

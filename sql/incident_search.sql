@@ -1,7 +1,7 @@
 -- read, at most 3 s, 6 at once
 --
--- One page of the incidents whose description contains a text, in any case, or whose labels pass a
--- filter, or to which a dedup_key points, or all of these. It returns what incident_page.sql does.
+-- One page of the incidents that pass every filter that is given: a text in the description, in any
+-- case, labels, and a dedup_key that points to them. It returns what incident_page.sql does.
 --   $1 statuses           text[]       null for no filter, and then $2 must be null too
 --   $2 sources            text[]       null for no filter, and then $1 must be null too
 --   $3 since              timestamptz  created at this time or later, null for no bound
@@ -11,7 +11,7 @@
 --   $7 format             text         json, ndjson or csv
 --   $8 separator          text         what stands between two lines
 --   $9 pattern            text         for ILIKE, in the form of search_form(); null for any text
---   $10 has_accents       boolean      whether it has letters that are also written in two: é
+--   $10 has_accents       boolean      whether a letter in it may also be two characters: é
 --   $11 label_filter      jsonpath     for the operator @@; null for any labels
 --   $12 dedup_key         text         of any actor; null for no such filter
 -- Only the part of the union that choice names reads rows: 'keys', or the way that choose_search()
@@ -34,29 +34,24 @@
 
         UNION ALL
 
-       -- Few have the status and the source, but many of those pass the other filters. Only the
-       -- index of status and source fits comparisons of whole rows, so no other one is chosen.
+       -- Few have the status and the source, but many of those pass the other filters.
         SELECT newest.created_at, newest.id, newest.incident
           FROM unnest($1) AS wanted_status (status)
                CROSS JOIN unnest($2) AS wanted_source (source)
                CROSS JOIN LATERAL (
                SELECT created_at, id, incident
-                 FROM incidents AS incident
+                 FROM incidents_of(wanted_status.status, wanted_source.source, $3, $4, $5)
+                      AS incident
                 WHERE (SELECT way FROM choice) = 'chosen'
-                  AND (status, source, created_at)
-                      >= (wanted_status.status, wanted_source.source, coalesce($3, '-infinity'))
-                  AND (status, source, created_at, id)
-                      < (wanted_status.status, wanted_source.source, coalesce($4, 'infinity'),
-                         coalesce($5, 0))
                   AND incident_matches(incident, NULL, NULL, $9, $10, $11)
                 ORDER BY status DESC, source DESC, created_at DESC, id DESC
                 LIMIT $6 + 1) AS newest
 
         UNION ALL
 
-       -- Few have the text or the labels: the indexes of incident_texts find them. PostgreSQL uses
-       -- that of labels only where its own condition, labels <> '{}', is repeated. OFFSET 0 makes it
-       -- fetch the incidents one by one, so that it stops when the page is full.
+       -- Few have the text or the labels: the indexes of incident_texts find them. The index of
+       -- labels is used only where its own condition, labels <> '{}', is repeated. With OFFSET 0,
+       -- PostgreSQL fetches the incidents one by one, and stops when the page is full.
        (SELECT hit.created_at, hit.id, incident
           FROM (SELECT created_at, id
                   FROM incident_texts_between($3, $4, $5)

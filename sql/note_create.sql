@@ -3,7 +3,7 @@
 -- Append notes to the timelines of incidents. id and body are null when there is no such incident,
 -- or when is_locked is true, because another transaction holds the incident; Batcher then runs the
 -- call again.
--- An Idempotency-Key works as in incident_create.sql; it is not used up when no note is added.
+-- An Idempotency-Key works as in incident_create.sql.
 --   $1 idempotency_key  text[]    null for none
 --   $2 digest           bytea[]   of the request, null without a key
 --   $3 actor            text[]
@@ -17,6 +17,7 @@
         WHERE id = ANY ($4::bigint[])
           FOR NO KEY UPDATE SKIP LOCKED),
 
+       -- An Idempotency-Key is not used up when no note is added.
        input AS MATERIALIZED (
        SELECT CASE WHEN locked.id IS NOT NULL THEN idempotency_key END AS idempotency_key,
               actor, incident_id, note, ordinal, last_entry_at,

@@ -1,8 +1,8 @@
 -- read
 --
 -- One page of the timeline, oldest first: its lines, and in position the id after which the next
--- page begins. When no entries follow, that is up_to, or after if it is higher. has_more is true
--- when entries follow, and incident_exists is false when there is no incident $1.
+-- page begins. When no entries follow, that is the greater of $3 and $4. has_more is true when
+-- entries follow, and incident_exists is false when there is no incident $1.
 --   $1 incident_id    bigint   only the entries of this incident, null for all
 --   $2 kinds          text[]   only entries of these kinds, each of them once
 --   $3 after          bigint   only entries after this one

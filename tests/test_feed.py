@@ -302,16 +302,6 @@ async def test_a_long_poll_waits_for_its_entries(client: AsyncClient, history: l
     assert 1 <= seconds < 3
 
 
-async def test_nobody_looks_for_entries_when_the_last_listener_has_left(
-    client: AsyncClient, sql: Sql, database_url: str
-) -> None:
-    insert_incident(sql)
-    with psycopg.connect(database_url) as session:
-        session.execute(INSERT_NOTE)  # Until this commits, a look goes on.
-        await client.get("/timeline?after=1&wait=1")
-        await async_wait_until(lambda: incidents.feed.watcher and incidents.feed.watcher.done())
-
-
 async def test_long_polls_are_answered_when_another_request_sees_an_entry_first(
     client: AsyncClient, sql: Sql, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
