@@ -148,10 +148,12 @@ def test_the_first_start_makes_a_database_whatever_the_folder_and_the_environmen
     found = httpx.get(f"{server.url}/incidents/", params={"q": "ПРОБЛЕМА"})
     data_dir = folder / ".data"  # DATA_DIR is not set
     assert find_processes(data_dir)
+    postgres = psutil.Process(int((data_dir / "postmaster.pid").read_text("utf-8").split()[0]))
+    locale = postgres.environ()["LC_ALL"]
     server.stop()
     wait_until(lambda: has_ended(server, data_dir), seconds=10)
 
-    assert created["id"] == 1
+    assert (created["id"], locale) == (1, "C")
     assert found.json() == [created]
     assert f"The data is in {data_dir}\n" in server.printed()
     assert was_stopped_in_order(data_dir)

@@ -208,6 +208,7 @@ def test_a_wrong_setting_is_refused_with_a_reason_and_no_secret(
         ("postgresql://one:1,two:65535/i?target_session_attrs=any", None),
         ("postgresql://db/i?sslnegotiation=direct&sslmode=require", None),
         ("postgresql:///db?host=/run/x", None),
+        (f"postgresql://db/i?sslrootcert={__file__}", None),
         ("postgresql:///db?hostaddr=10.0.0.1", "postgresql:///db?host=10.0.0.1"),
         ("postgresql:///i?hostaddr=10.0.0.1,10.0.0.2&port=1,", "/i?host=10.0.0.1,10.0.0.2&port=1,"),
         ("postgresql://u:%40%3A%2F%3F%23%25@db/i", None),
