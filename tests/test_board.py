@@ -238,6 +238,7 @@ def test_an_incident_is_noted_moved_closed_and_opened_again(board: Page, colleag
         button(board, name).press("Enter")
         expect_open(board, f"#1 {status}")
         expect(card(board, 1).locator(".note")).to_have_text(f"{NOTE} {status}")
+        expect(board.locator("#note-form textarea")).to_have_value("")  # It has been saved.
     expect(button(board, "Start work")).to_be_hidden()
     expect(board.locator("#timeline")).to_be_focused()  # not the page behind the dialog
     expect(card(board, 1, "in_progress")).to_be_attached()
@@ -335,6 +336,22 @@ def test_what_is_sent_again_after_a_lost_response_is_stored_once(board: Page, sq
     expect_open(board, "#1 in progress")
     expect_timeline(board, "вторая", "open → in progress", NOTE, "reported")
     assert sql("SELECT count(*) FROM incidents") == [(1,)]
+
+
+def test_what_is_typed_while_a_note_is_saved_stays(board: Page, colleague: Client) -> None:
+    report(colleague)
+    card(board, 1, "open").click()
+    field, held = board.locator("#note-form textarea"), list[Route]()
+    board.route("**/incidents/1/notes", lambda route: held.append(route), times=1)
+    field.fill(NOTE)
+    button(board, "Add the note").click()
+    wait_until(lambda: board.title() and held)
+    field.fill("вторая")
+    held[0].continue_()
+
+    expect_timeline(board, NOTE, "reported")
+    expect(board.locator("#note-form")).not_to_have_attribute("aria-busy", "true")
+    expect(field).to_have_value("вторая")
 
 
 def test_what_a_colleague_does_appears_within_a_second(board: Page, colleague: Client) -> None:

@@ -231,8 +231,9 @@ function onSubmit(id, act) {
     if (form.ariaBusy) return; // because a double click must send the form once
     form.ariaBusy = "true";
     const fields = Object.fromEntries(new FormData(form, event.submitter));
+    const sentKey = requestKey;
     await act(fields).finally(() => { form.ariaBusy = null; });
-    form.reset();
+    if (requestKey === sentKey) form.reset(); // otherwise more was typed meanwhile
     requestKey = makeKey();
   });
 }
