@@ -84,6 +84,7 @@ HERE = Path(__file__).resolve().parent
 log = logging.getLogger("uvicorn.error")
 # Its lines are JSON and nothing else, so that programs can read them.
 access_log = logging.getLogger("incidents.access")
+access_log.propagate = False
 access_log.setLevel(logging.INFO)
 access_log.addHandler(logging.StreamHandler(sys.stdout))
 
@@ -99,7 +100,7 @@ STATUSES: tuple[str, ...] = get_args(Status)
 SOURCES: tuple[str, ...] = get_args(Source)
 KINDS: tuple[str, ...] = get_args(Kind)
 
-# Not only blanks, and no NUL, which PostgreSQL cannot store.
+# PostgreSQL cannot store NUL. NOT_BLANK also refuses a text of blanks only.
 NO_NUL = r"^[^\x00]*$"
 NOT_BLANK = r"^[^\x00]*[^\s\x00][^\x00]*$"
 MAX_TEXT = 5000  # characters
@@ -594,9 +595,8 @@ FIRST_LABELS = re.compile(
 # Fields of an event or alert itself, not of its payload or labels, that become labels too.
 FIELD_LABELS = re.compile("client(_url)?|[a-z]+URL|ruleUID")
 
-ALERTS_AT_ONCE = (
-    100  # that wait in the queue of event_apply, which takes MAX_WAITING of all clients
-)
+# So many alerts of a webhook wait at once, because a queue takes MAX_WAITING calls of all clients.
+ALERTS_AT_ONCE = 100
 WRONG_ALERT = (
     "An alert is an object with a status, which is firing or resolved, and it may have a "
     "fingerprint of at most 255 characters."
@@ -1110,7 +1110,7 @@ def authenticate(request: Request, routing_key: str | None = None) -> None:
         return
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
     sent = (secret.strip() if scheme.lower() == "bearer" else routing_key or "").encode()
-    # compare_digest takes the same time for every wrong secret, so it cannot be guessed by timing.
+    # compare_digest takes the same time for each wrong secret, so it cannot be guessed by timing.
     token = next((token for token in known if hmac.compare_digest(token.secret, sent)), None)
     challenge = 'Bearer realm="incidents"'
     if not token:
@@ -1631,9 +1631,9 @@ SLOW_ADVICE = (
     "This takes too long. Ask for less: a shorter time between since and until, a longer or rarer "
     "text, or a rarer label."
 )
-LOCKED_ADVICE = "Another transaction holds this incident; try again soon."
+LOCKED_ADVICE = "Another transaction holds this incident, or its key; try again soon."
 # After these errors, a batch is not run again: it may have been committed, or the server takes no
-# writes. And all connections are made anew: the server is gone, or has become a standby.
+# writes. And all connections are made anew: the server seems to be gone, or is a standby now.
 EXPIRING_ERRORS = (
     TimeoutError,
     asyncpg.PostgresConnectionError,
@@ -1716,13 +1716,13 @@ class Batcher:
 
     def add_call(self, arguments: tuple[Any, ...]) -> asyncio.Future[Any]:
         """Put a call into the queue, and give the future of its row."""
-        if len(self.waiting) >= MAX_WAITING:
-            raise Problem(503, "Too many requests wait; try again soon.")
         future = asyncio.get_running_loop().create_future()
         # Identical reads have one place in the queue; each write has its own.
         place = arguments if self.statement.is_read else future
         if place not in self.waiting:
-            # One more worker for each 32 calls that wait: at 0, 32, 64.
+            if len(self.waiting) >= MAX_WAITING:
+                raise Problem(503, "Too many requests wait; try again soon.")
+            # One more worker for each batch that waits: at 0, 32 and 64 calls, or at each slow one.
             is_worker_needed = len(self.waiting) % self.statement.batch_size == 0
             if is_worker_needed and len(self.workers) < self.statement.workers:
                 self.workers.add(asyncio.create_task(self.run_worker()))
@@ -1746,7 +1746,7 @@ class Batcher:
                     if batch:
                         await self.execute_batch(connection, batch)
             except Exception as error:
-                if not batch:
+                if not batch:  # All who wait fail now, and not one batch after another.
                     batch, self.waiting = list(self.waiting.values()), {}
                 for call in batch:
                     give_outcome(call.futures, error)
@@ -2414,6 +2414,12 @@ class LimitedProtocol(ZttpProtocol):
         """Wait for the first request."""
         super().connection_made(JoiningTransport(transport, self.loop))  # type: ignore[arg-type]
         self.head_timer = self.loop.call_later(MAX_HEAD_SECONDS, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection at once, and not when the timer ends."""
+        super().connection_lost(exc)
+        if self.head_timer:
+            self.head_timer.cancel()
 
     def data_received(self, data: bytes) -> None:
         """Parse what has come. The rest of a URL and its headers must come within ten seconds."""
