@@ -2274,8 +2274,7 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
         with lock_folder(data_dir) as starting:
             options = {"cwd": data_dir, **choose_user(data_dir)}
             run: Callable[..., bool] = functools.partial(run_program, **options)
-            # initdb inherits the lock, so that it holds while initdb runs, even if this process is
-            # killed. The server must not inherit it: it would hold it as long as it runs.
+            # initdb keeps the lock, should this process be killed. The server must not have it.
             if not (data_dir / "PG_VERSION").exists():
                 run("initdb", *INITDB_OPTIONS.split(), pass_fds=starting)
             if not run("pg_ctl", "status", check=False):
@@ -2288,8 +2287,7 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
         finally:
             with lock_folder(data_dir) as stopping, contextlib.suppress(BlockingIOError):
                 if sys.platform != "win32":
-                    # This is refused while another process uses the server.
-                    fcntl.flock(using[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(using[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # only the last gets it
                 run("pg_ctl", "stop", "-m", "fast", pass_fds=stopping, check=False)
 
 
