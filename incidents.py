@@ -390,8 +390,7 @@ async def fetch_page(query: ListQuery, list_format: ListFormat, after: Position 
     statuses, sources = None, None
     if query.status or query.source:  # The SQL pairs each status with each source.
         statuses, sources = tuple(query.status or STATUSES), tuple(query.source or SOURCES)
-    # The list has the newest first, so the smaller position comes later. Ids begin at 1, so
-    # (until, 0) leaves out what was created at `until` itself.
+    # The newest come first, so the smaller position is further on. Every id is above 0.
     bounds = [after] if after else []
     bounds += [Position(query.until, 0)] if query.until else []
     created_at, incident_id = min(bounds, default=(None, None))
@@ -1325,9 +1324,9 @@ REMEDIES = {
     "42P05": POOLER_REMEDY,
     "53300": "lower DB_POOL_SIZE, or raise the server's max_connections",
 }
-# SQLSTATEs, or how they begin, that say "not now" (PostgreSQL manual, Appendix A).
-# Connection lost, login refused, deadlock; out of connections or space, object not ready, shutdown
-# or timeout; read-only, no such database, no right; and what a pooler loses.
+# SQLSTATEs, or how they begin, that say "not now" (PostgreSQL manual, Appendix A): connection lost,
+# login refused, deadlock; out of connections or space, object not ready, shutdown or timeout;
+# read-only, no such database, a right that the role lacks; and what a pooler loses.
 UNAVAILABLE_SQLSTATES = ("08", "28", "40", "53", "55", "57", "25006", "3D000", "42501", *REMEDIES)
 # asyncpg raises these for connections that have just ended, and where no host of DATABASE_URL is
 # what target_session_attrs wants.
