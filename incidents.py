@@ -82,11 +82,6 @@ HERE = Path(__file__).resolve().parent
 
 # uvicorn's general log, despite its name. It prints however the service was started.
 log = logging.getLogger("uvicorn.error")
-# Its lines are JSON and nothing else, so that programs can read them.
-access_log = logging.getLogger("incidents.access")
-access_log.propagate = False
-access_log.setLevel(logging.INFO)
-access_log.addHandler(logging.StreamHandler(sys.stdout))
 
 
 # ── The API: vocabulary ───────────────────────────────────────────────────────────────────────────
@@ -247,7 +242,6 @@ class Position(NamedTuple):
 
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-CURSOR_PATTERN = r"(-?[0-9]{1,18})-([0-9]{1,18})-([0-9a-f]{8})"
 
 
 def encode_cursor(position: tuple[datetime, int]) -> str:
@@ -259,13 +253,12 @@ def encode_cursor(position: tuple[datetime, int]) -> str:
 
 def decode_cursor(cursor: str) -> Position:
     """Give the position of a cursor. Its checksum shows whether it was cut or changed."""
-    match = re.fullmatch(CURSOR_PATTERN, cursor)
-    if match:
-        with contextlib.suppress(OverflowError):
-            created_at = EPOCH + timedelta(microseconds=int(match[1]))
-            position = Position(created_at, int(match[2]))
-            if encode_cursor(position) == cursor:
-                return position
+    with contextlib.suppress(ValueError, OverflowError):
+        microseconds, incident_id, _ = cursor.rsplit("-", 2)
+        created_at = EPOCH + timedelta(microseconds=int(microseconds))
+        position = Position(created_at, int(incident_id))
+        if encode_cursor(position) == cursor:
+            return position
     raise ValueError("it is not a cursor; take it as it is from the Link header of a page")
 
 
@@ -402,7 +395,6 @@ async def fetch_page(query: ListQuery, list_format: ListFormat, after: Position 
         "before_id": incident_id,
         "size": query.limit or STREAM_PAGE,
         "format": list_format.name,
-        "separator": list_format.separator,
     }
     if not (query.q or query.label or query.dedup_key):
         return await database.fetchrow(SQL.incident_page, **values)
@@ -452,10 +444,9 @@ async def get_timeline(request: Request) -> Response:
             incident_id=incident_id,
             kinds=KINDS,
             after=entry_id,
-            up_to=MAX_ID,
+            up_to=None,
             size=query.limit or STREAM_PAGE,
             format=JSON.name,
-            separator=JSON.separator,
             with_incident=False,
         )
 
@@ -537,7 +528,7 @@ async def choose_start(request: Request, query: FeedQuery) -> int:
 
 async def fetch_entries(query: FeedQuery, list_format: ListFormat, after: int) -> Any:
     """Fetch a page of settled entries; its `position` is the id after which the next one begins."""
-    return await fetch_from_primary(
+    return await database.fetchrow(
         SQL.timeline_page,
         incident_id=query.incident,
         kinds=tuple(query.kind or KINDS),
@@ -545,7 +536,6 @@ async def fetch_entries(query: FeedQuery, list_format: ListFormat, after: int) -
         up_to=feed.settled_id,
         size=STREAM_PAGE if list_format is EVENT_STREAM else query.limit,
         format=list_format.name,
-        separator=list_format.separator,
         with_incident=query.include == "incident",
     )
 
@@ -1022,7 +1012,7 @@ class RequestMiddleware:
         finally:
             self.in_flight -= 1
             if get_settings().access_log or get_settings().debug:
-                log_access(scope, time.perf_counter() - started_at)
+                print_access(scope, time.perf_counter() - started_at)
 
     @functools.cached_property
     def answering_app(self) -> ASGIApp:
@@ -1065,12 +1055,11 @@ def observe_request(scope: Scope, seconds: float) -> None:
     request_seconds(path, method, scope["status"]).observe(seconds)
 
 
-def log_access(scope: Scope, seconds: float) -> None:
-    """Log a request as a line of JSON. A status of None means that nothing was sent."""
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    line = {"time": now, "request_id": scope["request_id"], "actor": scope.get("actor")}
-    line |= {name: scope[name] for name in ("method", "path", "status")}
-    access_log.info(json.dumps(line | {"ms": round(1000 * seconds, 1)}))
+def print_access(scope: Scope, seconds: float) -> None:
+    """Print a request as a line of JSON. A status of null means that nothing was sent."""
+    line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
+    line |= {name: scope.get(name) for name in ("request_id", "actor", "method", "path", "status")}
+    print(json.dumps(line | {"ms": round(1000 * seconds, 1)}), flush=True)
 
 
 class ExplainedCors(CORSMiddleware):
@@ -1423,23 +1412,18 @@ def json_response(row: Any, status: int = 200, **headers: str) -> Response:
 
 STREAM_PAGE = 250  # incidents or entries; each slow reader of a list keeps two pages in memory
 
-MAX_ID = 10**18 - 1  # no id is higher
-
 
 class ListFormat(NamedTuple):
-    """How a list is written: opening, the lines that SQL writes with separator between, closing.
-
-    A line of NDJSON, CSV or Server-Sent Events already ends with its line break.
-    """
+    """How a list is written. SQL writes its pages; `name` tells the SQL in which form."""
 
     name: str
     media_type: str
     opening: bytes = b""
-    separator: str = ""
+    separator: bytes = b""  # between two pages
     closing: bytes = b""
 
 
-JSON = ListFormat("json", JSON_TYPE, b"[", ",\n", b"]")
+JSON = ListFormat("json", JSON_TYPE, b"[", b",\n", b"]")
 NDJSON = ListFormat("ndjson", "application/x-ndjson; charset=utf-8")
 CSV = ListFormat(
     "csv",
@@ -1501,7 +1485,7 @@ async def stream_pages(
     yield list_format.opening
     while page["has_more"]:
         yield page["body"]
-        yield list_format.separator.encode()
+        yield list_format.separator
         page = await fetch_after(page["position"])
     yield page["body"] + list_format.closing
 
@@ -1954,15 +1938,6 @@ FEED_PAUSE_PER_LISTENER = 0.0003  # so that a thousand listeners leave most time
 SETTLE_SECONDS = 0.4  # how long a request waits for the newest entries to settle
 
 
-async def fetch_from_primary(statement: Statement, **values: Any) -> Any:
-    """Run a read that only the primary can answer; 503 when a standby answers."""
-    row = await database.fetchrow(statement, **values)
-    if row["is_standby"]:
-        await database.pool.expire_connections()
-        raise Problem(503, "Only a primary knows the order of all entries; this is a standby.")
-    return row
-
-
 class Feed:
     """Keeps `settled_id`. While somebody listens, one task looks for new entries."""
 
@@ -1979,11 +1954,11 @@ class Feed:
         First see which entry is the newest, and which transactions are writing entries. When all of
         those have ended, nothing can appear before that entry any more.
         """
-        row = await fetch_from_primary(SQL.timeline_writers)
+        row = await database.fetchrow(SQL.timeline_writers)
         newest_id, writers = row["newest_id"], set(row["writers"] or ())
         while writers:
             await asyncio.sleep(0.02)
-            row = await fetch_from_primary(SQL.timeline_writers)
+            row = await database.fetchrow(SQL.timeline_writers)
             writers.intersection_update(row["writers"] or ())
         # newest_id may be lower than settled_id: after a restore, or when a look that began later
         # has ended first. The next look corrects that.

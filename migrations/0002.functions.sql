@@ -63,6 +63,23 @@ CREATE OR REPLACE FUNCTION timeline_line(entry timeline, incident text, format t
         || CASE format WHEN 'sse' THEN E'\n\n' WHEN 'ndjson' THEN E'\n' ELSE '' END
 $$;
 
+-- The lines of a page, as what stands between the brackets of JSON, or as they are.
+CREATE OR REPLACE FUNCTION join_lines(lines text[], format text) RETURNS bytea
+    LANGUAGE sql STABLE PARALLEL SAFE
+    RETURN convert_to(coalesce(
+        array_to_string(lines, CASE format WHEN 'json' THEN E',\n' ELSE '' END), ''), 'UTF8');
+
+-- True on a primary. On a standby, it raises what a write would raise.
+CREATE OR REPLACE FUNCTION require_primary() RETURNS boolean LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    IF pg_is_in_recovery() THEN
+        RAISE read_only_sql_transaction
+            USING MESSAGE = 'only a primary knows the order of all entries; this is a standby';
+    END IF;
+    RETURN true;
+END
+$$;
+
 -- The incidents from `since` on, up to a place in the list (a time and an id); null for no bound.
 CREATE OR REPLACE FUNCTION incidents_between(
     since timestamptz, before_created_at timestamptz, before_id bigint)

@@ -10,7 +10,6 @@
 --   $5 before_id          bigint
 --   $6 size               integer      incidents at most
 --   $7 format             text         json, ndjson or csv
---   $8 separator          text         what stands between two lines
 -- The parameters decide which half of the union has rows, so one generic plan serves both. One row
 -- more than asked for is read: it shows whether more incidents follow.
   WITH page AS (
@@ -42,7 +41,7 @@
        SELECT array_agg(id) AS ids, array_agg(created_at) AS times, array_agg(line) AS lines
          FROM page)
 
-SELECT convert_to(coalesce(array_to_string(lines[:$6], $8), ''), 'UTF8') AS body,
+SELECT join_lines(lines[:$6], $7) AS body,
        coalesce(cardinality(ids) > $6, false) AS has_more,
        ROW(times[$6], ids[$6]) AS position
   FROM arrays;

@@ -9,18 +9,17 @@
 --   $5 before_id          bigint
 --   $6 size               integer      incidents at most
 --   $7 format             text         json, ndjson or csv
---   $8 separator          text         what stands between two lines
---   $9 pattern            text         for ILIKE, in the form of search_form(); null for any text
---   $10 has_accents       boolean      whether a letter in it may also be two characters: é
---   $11 label_filter      jsonpath     for the operator @@; null for any labels
---   $12 dedup_key         text         of any actor; null for no such filter
+--   $8 pattern            text         for ILIKE, in the form of search_form(); null for any text
+--   $9 has_accents        boolean      whether a letter in it may also be two characters: é
+--   $10 label_filter      jsonpath     for the operator @@; null for any labels
+--   $11 dedup_key         text         of any actor; null for no such filter
 -- Only the part of the union that choice names reads rows: 'keys', or the way that choose_search()
 -- in 0002.functions.sql gives.
   WITH choice AS MATERIALIZED (
-       SELECT CASE WHEN $12::text IS NOT NULL THEN 'keys'
+       SELECT CASE WHEN $11::text IS NOT NULL THEN 'keys'
                    ELSE choose_search(
                         statuses => $1, sources => $2, since => $3, before_created_at => $4,
-                        before_id => $5, pattern => $9, has_accents => $10, label_filter => $11)
+                        before_id => $5, pattern => $8, has_accents => $9, label_filter => $10)
                    END AS way),
 
        page AS (
@@ -28,7 +27,7 @@
        (SELECT created_at, id, incident
           FROM incidents_between($3, $4, $5) AS incident
          WHERE (SELECT way FROM choice) = 'list'
-           AND incident_matches(incident, $1, $2, $9, $10, $11)
+           AND incident_matches(incident, $1, $2, $8, $9, $10)
          ORDER BY created_at DESC, id DESC
          LIMIT $6::integer + 1)
 
@@ -43,7 +42,7 @@
                  FROM incidents_of(wanted_status.status, wanted_source.source, $3, $4, $5)
                       AS incident
                 WHERE (SELECT way FROM choice) = 'chosen'
-                  AND incident_matches(incident, NULL, NULL, $9, $10, $11)
+                  AND incident_matches(incident, NULL, NULL, $8, $9, $10)
                 ORDER BY status DESC, source DESC, created_at DESC, id DESC
                 LIMIT $6 + 1) AS newest
 
@@ -55,18 +54,18 @@
        (SELECT hit.created_at, hit.id, incident
           FROM (SELECT created_at, id
                   FROM incident_texts_between($3, $4, $5)
-                 WHERE (SELECT way FROM choice) = 'texts' AND description ILIKE $9
+                 WHERE (SELECT way FROM choice) = 'texts' AND description ILIKE $8
                  UNION ALL
                 SELECT created_at, id
                   FROM incident_texts_between($3, $4, $5)
-                 WHERE (SELECT way FROM choice) = 'labels' AND labels @@ $11 AND labels <> '{}'
+                 WHERE (SELECT way FROM choice) = 'labels' AND labels @@ $10 AND labels <> '{}'
                  ORDER BY created_at DESC, id DESC) AS hit
                CROSS JOIN LATERAL (
                SELECT incident
                  FROM incidents AS incident
                 WHERE incident.id = hit.id
                OFFSET 0) AS found
-         WHERE incident_matches(incident, $1, $2, $9, $10, $11)
+         WHERE incident_matches(incident, $1, $2, $8, $9, $10)
          ORDER BY hit.created_at DESC, hit.id DESC
          LIMIT $6 + 1)
 
@@ -76,8 +75,8 @@
         SELECT created_at, id, incident
           FROM dedup_keys
                JOIN incidents_between($3, $4, $5) AS incident ON incident.id = incident_id
-         WHERE (SELECT way FROM choice) = 'keys' AND key = $12
-           AND incident_matches(incident, $1, $2, $9, $10, $11)
+         WHERE (SELECT way FROM choice) = 'keys' AND key = $11
+           AND incident_matches(incident, $1, $2, $8, $9, $10)
 
         ORDER BY created_at DESC, id DESC
         LIMIT $6 + 1),
@@ -87,7 +86,7 @@
               array_agg(incident_line(incident, $7)) AS lines
          FROM page)
 
-SELECT convert_to(coalesce(array_to_string(lines[:$6], $8), ''), 'UTF8') AS body,
+SELECT join_lines(lines[:$6], $7) AS body,
        coalesce(cardinality(ids) > $6, false) AS has_more,
        ROW(times[$6], ids[$6]) AS position
   FROM arrays;

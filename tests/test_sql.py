@@ -32,7 +32,7 @@ VALUES = {
     "since": datetime(1, 1, 2, tzinfo=UTC), "until": datetime(1, 1, 4, tzinfo=UTC), "by_day": True,
     "before_created_at": datetime(9999, 12, 31, tzinfo=UTC),
     "happened_at": datetime(2026, 1, 15, tzinfo=UTC),
-    "format": "json", "separator": ",\n", "with_incident": True,
+    "format": "json", "with_incident": True,
     "pattern": r"%100\%%", "has_accents": False,
     "labels": '{"severity": "critical"}', "label_filter": '$."severity" == "critical"',
     "label_patch": '{"severity": "error", "team": null}',
