@@ -487,15 +487,21 @@ class FeedQuery(RequestModel):
 async def list_timeline(request: Request) -> Response:
     """Show what happened to all incidents, oldest first, and wait for more or follow it live."""
     query = parse_query(request, FeedQuery)
+    last_id = request.headers.get("last-event-id")  # of a browser that reconnects
+    if last_id and not ID_PATTERN.fullmatch(last_id):
+        raise Problem(422, "Last-Event-ID must be the id of a timeline entry; send that, or none.")
+    after = int(last_id) if last_id else query.after
     list_format = choose_format(request, EVENT_STREAM, NDJSON, JSON)
     wait = 0 if request.method == "HEAD" else query.wait
-    is_stream = list_format is EVENT_STREAM
-    if feed.settled_id < 0 or not (is_stream or wait):
-        # Whoever waits gets the newest id from the watcher. The others must look here. The first
-        # look also refuses a standby, before a stream sends its 200.
-        await feed.update_settled_id_soon()
-    after = await choose_start(request, query)
-    if is_stream:
+    # A watcher keeps settled_id up to date for those who wait. The others look now, and so does the
+    # first of all, because a standby must be refused before a stream sends its 200.
+    is_watched = feed.settled_id >= 0 and (wait or list_format is EVENT_STREAM)
+    is_known = (is_watched and after != "latest") or await feed.update_settled_id_soon()
+    if after == "latest":
+        if not is_known:
+            raise Problem(503, "The newest entry is not known yet; try again.")
+        after = feed.settled_id
+    if list_format is EVENT_STREAM:
         events = iter(()) if request.method == "HEAD" else stream_entries(query, after)
         headers = {"X-Accel-Buffering": "no", "Vary": "Accept"}  # otherwise nginx would buffer it
         return StreamingResponse(events, headers=headers, media_type=list_format.media_type)
@@ -508,22 +514,6 @@ async def list_timeline(request: Request) -> Response:
             page = await fetch_after(page["position"])
     headers = {"Timeline-Position": str(page["position"])}
     return list_response(request, list_format, query.limit, page, fetch_after, **headers)
-
-
-async def choose_start(request: Request, query: FeedQuery) -> int:
-    """Give the id after which the answer begins. A browser that reconnects sends Last-Event-ID.
-
-    422 for a wrong Last-Event-ID; 503 when `latest` is not known yet.
-    """
-    last_id = request.headers.get("last-event-id")
-    if last_id and not ID_PATTERN.fullmatch(last_id):
-        raise Problem(422, "Last-Event-ID must be the id of a timeline entry; send that, or none.")
-    after = int(last_id) if last_id else query.after
-    if after == "latest":
-        if not await feed.update_settled_id_soon():
-            raise Problem(503, "The newest entry is not known yet; try again.")
-        return feed.settled_id
-    return after
 
 
 async def fetch_entries(query: FeedQuery, list_format: ListFormat, after: int) -> Any:
@@ -667,19 +657,13 @@ async def apply_event(request: Request) -> Response:
         raise Problem(422, "A trigger needs a payload.")
     key = event.dedup_key or secrets.token_hex(16)
     payload = event.payload or {}
-    happened_at = payload.pop("timestamp", None)
+    happened_at = to_time(payload.pop("timestamp", None))
     details = payload.pop("custom_details", None)
     details = details if isinstance(details, dict) else {"custom_details": details}
-    row = await database.fetchrow(
-        SQL.event_apply,
-        key=key,
-        action=event.event_action,
-        actor=request.scope["actor"],
-        happened_at=to_time(happened_at),
-        **describe_event(f"Event {key}", payload, payload, collect_fields(event), details),
-    )
+    said = [payload, collect_fields(event), details]
+    incident_id = await run_event(request, key, event.event_action, happened_at, *said)
     answer = {"status": "success", "message": "Event processed", "dedup_key": key}
-    return JSONResponse(answer | {"incident_id": row["incident_id"]}, 202, media_type=JSON_TYPE)
+    return JSONResponse(answer | {"incident_id": incident_id}, 202, media_type=JSON_TYPE)
 
 
 async def apply_alerts(request: Request) -> Response:
@@ -710,17 +694,20 @@ async def apply_alerts(request: Request) -> Response:
 
 async def apply_alert(request: Request, key: str, alert: Alert) -> Any:
     """Apply an alert as an event, and give the id of the incident that its key points to."""
-    is_firing = alert.status == "firing"
-    times = [alert.startsAt] if is_firing else [alert.startsAt, alert.endsAt]
-    labels, annotations = alert.labels or {}, alert.annotations or {}
-    row = await database.fetchrow(
-        SQL.event_apply,
-        key=key,
-        action="trigger" if is_firing else "resolve",
-        actor=request.scope["actor"],
-        happened_at=max(filter(None, times), default=None),
-        **describe_event(f"Alert {key}", annotations, labels, collect_fields(alert), annotations),
-    )
+    action = "trigger" if alert.status == "firing" else "resolve"
+    times = [alert.startsAt, alert.endsAt if action == "resolve" else None]
+    happened_at = max(filter(None, times), default=None)
+    said = [alert.annotations or {}, collect_fields(alert), alert.labels or {}]
+    return await run_event(request, key, action, happened_at, *said)
+
+
+async def run_event(
+    request: Request, key: str, action: str, happened_at: datetime | None, *said: dict[str, Any]
+) -> Any:
+    """Run an event, and give the id of the incident that its key points to."""
+    actor, description = request.scope["actor"], describe_event(f"Event {key}", *said)
+    values = {"key": key, "action": action, "actor": actor, "happened_at": happened_at}
+    row = await database.fetchrow(SQL.event_apply, **values, **description)
     return row["incident_id"]
 
 
@@ -736,36 +723,31 @@ def collect_fields(message: Event | Alert) -> dict[str, Any]:
     return fields
 
 
-def describe_event(
-    fallback: str, texts: dict[str, Any], *sources: dict[str, Any]
-) -> dict[str, str]:
+def describe_event(fallback: str, *sources: dict[str, Any]) -> dict[str, str]:
     """Give the description and the labels, as JSON, of what a tool says. Nothing is refused.
 
-    Pass `texts` as one of the sources too: what TEXT_NAMES names is taken out of it, and what is
-    left becomes labels. Without such texts, the description is all that is said, or else the
-    fallback. Of two values with the same name, that of the first source counts.
+    What TEXT_NAMES names becomes the description, and the rest labels. Without such texts, the
+    description is all that is said, or else the fallback. Of two values with the same name, that of
+    the first source counts.
     """
-    lines = [to_text(texts.pop(name, None)) for name in TEXT_NAMES]
     said: dict[str, str] = {}
     items = itertools.chain(*(source.items() for source in sources))
     for name, value in itertools.islice(items, 1000):  # to sort more would hold up other requests
         name, text = to_text(name), to_text(value)
-        if text and not name.startswith("__"):  # Grafana's private annotations
+        if text.strip() and not name.startswith("__"):  # Grafana's private annotations
             said.setdefault(name, text)
+    lines = [said.pop(name) for name in TEXT_NAMES if name in said]
     # What is too long for a label is cut there.
     lines += [f"{name}: {text}" for name, text in said.items() if len(text) > MAX_LABEL_VALUE]
-    description = "\n".join(dict.fromkeys(filter(str.strip, lines)))
+    description = "\n".join(dict.fromkeys(lines))
     if not description:
-        # First what is left of `texts`, such as an alert's annotations, then the rest.
-        names = [name for name in dict.fromkeys([*texts, *said]) if name in said]
-        description = ", ".join(f"{name}={said[name]}" for name in names)
+        description = ", ".join(f"{name}={text}" for name, text in said.items()) or fallback
     # What has no name that a label can have is left out.
     names = [name for name in said if len(name) <= MAX_LABEL_NAME and re.match(LABEL_NAME, name)]
     if len(names) > MAX_LABELS:
         names.sort(key=lambda name: (not FIRST_LABELS.fullmatch(name), "://" not in said[name]))
     labels = {name: said[name][:MAX_LABEL_VALUE] for name in names[:MAX_LABELS]}
-    description = description[:MAX_TEXT] if description[:MAX_TEXT].strip() else fallback
-    return {"description": description, "labels": json.dumps(labels)}
+    return {"description": description.lstrip()[:MAX_TEXT], "labels": json.dumps(labels)}
 
 
 async def get_alerts(request: Request) -> Response:
