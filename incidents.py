@@ -660,7 +660,7 @@ async def apply_event(request: Request) -> Response:
     happened_at = to_time(payload.pop("timestamp", None))
     details = payload.pop("custom_details", None)
     details = details if isinstance(details, dict) else {"custom_details": details}
-    said = [payload, collect_fields(event), details]
+    said = payload, collect_fields(event), details
     incident_id = await run_event(request, key, event.event_action, happened_at, *said)
     answer = {"status": "success", "message": "Event processed", "dedup_key": key}
     return JSONResponse(answer | {"incident_id": incident_id}, 202, media_type=JSON_TYPE)
@@ -697,8 +697,9 @@ async def apply_alert(request: Request, key: str, alert: Alert) -> Any:
     action = "trigger" if alert.status == "firing" else "resolve"
     times = [alert.startsAt, alert.endsAt if action == "resolve" else None]
     happened_at = max(filter(None, times), default=None)
-    said = [alert.annotations or {}, collect_fields(alert), alert.labels or {}]
-    return await run_event(request, key, action, happened_at, *said)
+    # The annotations come first, but where a label has the same name, its value counts.
+    said = (alert.annotations or {}) | (alert.labels or {})
+    return await run_event(request, key, action, happened_at, said, collect_fields(alert))
 
 
 async def run_event(
@@ -741,13 +742,14 @@ def describe_event(fallback: str, *sources: dict[str, Any]) -> dict[str, str]:
     lines += [f"{name}: {text}" for name, text in said.items() if len(text) > MAX_LABEL_VALUE]
     description = "\n".join(dict.fromkeys(lines))
     if not description:
-        description = ", ".join(f"{name}={text}" for name, text in said.items()) or fallback
+        description = ", ".join(f"{name}={text}" for name, text in said.items())
+    description = description[:MAX_TEXT] if description[:MAX_TEXT].strip() else fallback
     # What has no name that a label can have is left out.
     names = [name for name in said if len(name) <= MAX_LABEL_NAME and re.match(LABEL_NAME, name)]
     if len(names) > MAX_LABELS:
         names.sort(key=lambda name: (not FIRST_LABELS.fullmatch(name), "://" not in said[name]))
     labels = {name: said[name][:MAX_LABEL_VALUE] for name in names[:MAX_LABELS]}
-    return {"description": description.lstrip()[:MAX_TEXT], "labels": json.dumps(labels)}
+    return {"description": description, "labels": json.dumps(labels)}
 
 
 async def get_alerts(request: Request) -> Response:
@@ -801,26 +803,11 @@ async def check_liveness(request: Request) -> Response:
     return JSONResponse({"status": "ok"}, media_type=JSON_TYPE)
 
 
-class ReadinessQuery(AnyQuery):
-    """What the service must be ready for: writes too, or `reads` alone."""
-
-    only: Annotated[Literal["reads"], SingleValue] = OMITTED
-
-
 async def check_readiness(request: Request) -> Response:
-    """Say whether the service can do its work; with `only=reads`, whether it can read."""
-    query = parse_query(request, ReadinessQuery)
-    readiness = await fetch_readiness()
-    if readiness["missing"]:
-        missing = ", ".join(readiness["missing"])
+    """Say whether the service can do its work."""
+    if missing := ", ".join(await fetch_missing_migrations()):
         raise Problem(503, f"The database lacks the migrations {missing}; restart the service.")
-    if not query.only:
-        if readiness["is_read_only"]:
-            # Connect anew: a session keeps its read-only default, and after a failover it stays on
-            # the old server.
-            await database.pool.expire_connections()
-            raise Problem(503, "The database takes no writes: it is a standby, or read-only.")
-        await database.fetchrow(SQL.write_check)
+    await database.fetchrow(SQL.write_check)
     return JSONResponse({"status": "ok"}, media_type=JSON_TYPE)
 
 
@@ -926,7 +913,7 @@ ROUTES = [
     ApiRoute("GET", "/stats", get_stats, query=StatsQuery),
     ApiRoute("GET", "/metrics", get_metrics, query=AnyQuery),
     ApiRoute("GET", "/health/live", check_liveness, access="public"),
-    ApiRoute("GET", "/health/ready", check_readiness, query=ReadinessQuery, access="public"),
+    ApiRoute("GET", "/health/ready", check_readiness, access="public"),
     ApiRoute("GET", "/", get_root, access="public"),
     ApiRoute("GET", "/openapi.json", get_openapi, access="public"),
 ]
@@ -1039,7 +1026,7 @@ def observe_request(scope: Scope, seconds: float) -> None:
 
 def print_access(scope: Scope, seconds: float) -> None:
     """Print a request as a line of JSON. A status of null means that nothing was sent."""
-    line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
+    line: dict[str, Any] = {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
     line |= {name: scope.get(name) for name in ("request_id", "actor", "method", "path", "status")}
     print(json.dumps(line | {"ms": round(1000 * seconds, 1)}), flush=True)
 
@@ -2037,17 +2024,19 @@ def apply_migrations(url: str) -> None:
             backend.apply_migrations(backend.to_apply(migrations))
 
 
-async def fetch_readiness() -> Any:
-    """Ask which migrations are `missing`, and whether the database refuses writes."""
+async def fetch_missing_migrations() -> Sequence[str]:
+    """Ask which migrations the database lacks."""
     try:
-        return await database.fetchrow(SQL.readiness, migrations=MIGRATIONS)
+        row = await database.fetchrow(SQL.missing_migrations, migrations=MIGRATIONS)
     except asyncpg.UndefinedTableError:  # yoyo has not made its table yet
-        return {"missing": MIGRATIONS, "is_read_only": False}
+        return MIGRATIONS
+    names: Sequence[str] = row["names"]
+    return names
 
 
 async def ensure_migrated() -> None:
     """Apply missing migrations. When none is missing, the role need not own the schema."""
-    if not (await fetch_readiness())["missing"]:
+    if not await fetch_missing_migrations():
         return
     # To the server that answered: libpq would first wait for those that are silent.
     url = make_conninfo(database.url, **database.servers[str(database.server)])

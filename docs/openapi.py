@@ -341,7 +341,6 @@ PROBLEMS: dict[str, tuple[str, ...]] = {  # a sentence, and the headers that are
 }
 QUERY = {
     "by": "With `day`, also count the incidents of each day, in UTC.",
-    "only": "With `reads`, the service is also ready when the database takes no writes.",
     "since": "Only incidents that were created then or later. A date begins at midnight UTC.",
     "until": "Only incidents that were created before then.",
     "status": "Only incidents with this status, or with one of several.",

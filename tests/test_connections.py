@@ -415,15 +415,13 @@ async def test_on_a_standby_reads_work_and_whoever_needs_writes_replaces_the_ses
     method, path = request_.split()
     with read_only(database_url):
         await async_wait_until(lambda: incidents.database.pool.get_size() == 0)
-        reads = [await client.get(path) for path in ("/incidents/", "/health/ready?only=reads")]
-        wrong = await client.get("/health/ready?only=writes")
+        read = await client.get("/incidents/")
         refused = await client.request(method, path, json=new_incident())
     served = await client.request(method, path, json=new_incident())
 
-    assert [response.status_code for response in reads] == [200, 200]
-    assert_problem(wrong, 422, "#/only")
+    assert read.status_code == 200
     assert_problem(refused, 503)
-    assert re.search("it is a standby|ReadOnlySQLTransactionError", refused.json()["detail"])
+    assert "ReadOnlySQLTransactionError" in refused.json()["detail"]
     assert served.is_success
 
 
@@ -442,7 +440,7 @@ async def test_it_is_not_ready_while_no_commit_ends(monkeypatch: pytest.MonkeyPa
             async with asyncio.timeout(10):  # the server needs a moment to read its settings
                 while (without := await client.get("/health/ready")).status_code == 200:
                     await asyncio.sleep(0.05)
-            reads = await client.get("/health/ready?only=reads")
+            reads = await client.get("/incidents/")
             set_standby("RESET synchronous_standby_names")
             after = await client.get("/health/ready")
 

@@ -399,7 +399,7 @@ SAID: list[tuple[dict[str, Any], str, dict[str, str]]] = [
     (alert_of({"summary": "я" * 3000, "description": "б" * 3000}),
      "я" * 3000 + "\n" + "б" * 1999, {}),
     (alert_of({"summary": "a"}, {"firing": LONG}), f"a\nfiring: {LONG}", {"firing": "🔥" * 1000}),
-    (alert_of({"summary": " " * 5000 + "a"}), "a", {}),
+    (alert_of({"summary": " " * 5000 + "a"}), "Event key", {}),
     (event_of({}), "Event key", {}),
     # The labels
     (event_of({"summary": "a", "source": "db1.пример", "timestamp": "x", "class": None,

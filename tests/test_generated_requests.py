@@ -146,7 +146,6 @@ PARAMETERS: dict[str, list[str]] = {
     "kind": [*KINDS, "created,note", "note,", "NOTE"],
     "include": ["incident", "incidents", ""],
     "format": ["json", "csv", "ndjson", "xml"],
-    "only": ["reads", "writes", ""],
     "by": ["day", "week"],
     "since": ["2024-01-15", "2024-01-15T10:30:00Z", "2999-12-31T23:59:59.9+23:59", "2024-02-30"],
     "until": ["2024-01-15", "9999-12-31T23:59:59-23:59", "0001-01-01T00:00:00+01:00", "now"],
