@@ -962,6 +962,7 @@ class RequestMiddleware:
         scope["request_id"] = choose_request_id(scope)
         scope["status"] = None  # of the response, before it has begun
         scope["app"] = self  # Without it, Starlette's router would send a 404 of its own.
+        scope["method"] = scope["method"].upper()  # as zttp takes it: browsers send `patch` as it is
         if scope["path"].startswith("http://"):  # A client may send a whole URL (RFC 9112, 3.2.2).
             scope["path"] = "/" + scope["path"][7:].partition("/")[2]
 
@@ -1273,10 +1274,7 @@ class Problem(HTTPException):
 
 
 # Only a pooler in transaction mode loses prepared statements (26000) or has them twice (42P05).
-POOLER_REMEDY = (
-    "DATABASE_URL leads to a pooler in transaction mode; use session mode, or PgBouncer 1.21 or "
-    "later with max_prepared_statements = 200"
-)
+POOLER_REMEDY = "use the pooler's session mode, or PgBouncer's max_prepared_statements = 200"
 REMEDIES = {
     "26000": POOLER_REMEDY,
     "42P05": POOLER_REMEDY,
@@ -1684,22 +1682,17 @@ class Batcher:
 
     async def run_worker(self) -> None:
         """Send batch after batch until no call waits."""
-        connect_seconds = QUERY_TIMEOUT
-        if self.statement.is_slow:  # so that a silent database is not taken for a slow statement
-            connect_seconds = min(QUERY_TIMEOUT, self.statement.seconds / 3)
         while self.waiting:
-            batch: list[PendingCall] = []  # stays empty when no connection can be had
+            batch = self.take_batch()
+            if not batch:
+                continue
             try:
-                async with self.database.pool.acquire(timeout=connect_seconds) as connection:
+                async with self.database.pool.acquire(timeout=QUERY_TIMEOUT) as connection:
                     if self.statement.is_slow:
                         # It may run long, so ask first whether the server answers at all.
-                        await connection.fetchval("SELECT 1", timeout=connect_seconds)
-                    batch = self.take_batch()
-                    if batch:
-                        await self.execute_batch(connection, batch)
+                        await connection.fetchval("SELECT 1")
+                    await self.execute_batch(connection, batch)
             except Exception as error:
-                if not batch:  # All who wait fail now, and not one batch after another.
-                    batch, self.waiting = list(self.waiting.values()), {}
                 for call in batch:
                     give_outcome(call.futures, error)
         # There is no await between the check above and this line. Otherwise a call could join the
@@ -2050,12 +2043,12 @@ async def ensure_migrated() -> None:
 # Settings come from the environment and from `.env`. When the service starts, it says in one line
 # what is wrong with a setting. You may skip the parsers.
 
-URL_FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
 # asyncpg would send other options to the server. It is told host and port for each connection.
 ASYNCPG_OPTIONS = {
     *("user", "password", "passfile", "service", "dbname", "application_name", "options"),
-    *("sslmode", "sslnegotiation", "sslpassword", *URL_FILES, "target_session_attrs"),
+    *("sslmode", "sslnegotiation", "sslrootcert", "sslcert", "sslkey", "sslcrl", "sslpassword"),
     *("ssl_min_protocol_version", "ssl_max_protocol_version", "krbsrvname", "gsslib"),
+    "target_session_attrs",
 }
 URL_FORM = (
     "a URL like postgresql://user:password@host:5432/database is needed; "
@@ -2089,9 +2082,6 @@ def normalize_database_url(url: str) -> str:
         re.fullmatch("|[0-9]{1,5}", port) and 0 < int(port or 5432) < 65536 for port in ports
     ):
         raise ValueError(URL_FORM)
-    for name in URL_FILES:
-        if name in options and not Path(str(options[name])).is_file():
-            raise ValueError(f"{name} names a file that is not there")
     return url if "host" in options else url.replace("hostaddr=", "host=")
 
 
@@ -2393,13 +2383,7 @@ class LimitedProtocol(ZttpProtocol):
             self.flow.pause_reading()
 
     def _should_upgrade(self) -> bool:
-        """Ignore `Upgrade` (RFC 9110, 7.8). uvicorn asks this of every request.
-
-        So it is also where a method in lower case is refused: zttp takes `head` for a HEAD, which
-        has no body, and uvicorn does not.
-        """
-        if not self.scope["method"].isupper():
-            raise zttp.RemoteProtocolError
+        """Ignore `Upgrade` (RFC 9110, 7.8); uvicorn would log a warning."""
         return False
 
     def handle_events(self, event: zttp.Event) -> None:

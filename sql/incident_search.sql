@@ -1,4 +1,4 @@
--- read, at most 3 s, 6 at once
+-- read, at most 5 s, 6 at once
 --
 -- One page of the incidents that pass every filter that is given: a text in the description, in any
 -- case, labels, and a dedup_key that points to them. It returns what incident_page.sql does.

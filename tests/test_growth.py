@@ -51,7 +51,7 @@ RUNNING = """
     SELECT coalesce(max(extract(epoch FROM clock_timestamp() - query_start)), 0)::float
       FROM pg_stat_activity
      WHERE datname = current_database() AND state = 'active'
-       AND query LIKE '-- read, at most 3 s%'"""
+       AND query LIKE '-- read, at most 5 s%'"""
 
 
 async def time_search(client: AsyncClient, text: str) -> tuple[float, Response]:
