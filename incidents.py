@@ -51,7 +51,6 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 from urllib.parse import parse_qs, quote, urlencode
 
 import asyncpg
-import mimeparse
 import psycopg
 import uvicorn
 import yoyo
@@ -234,17 +233,12 @@ async def apply_change(request: Request, incident_id: int, change: dict[str, Any
 # wrong.
 
 
-class Position(NamedTuple):
-    """A place in the list of incidents, which is sorted by creation time and then by id."""
-
-    created_at: datetime
-    id: int
-
-
+# A place in the list of incidents, which is sorted by creation time and then by id.
+Position = tuple[datetime, int]
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def encode_cursor(position: tuple[datetime, int]) -> str:
+def encode_cursor(position: Position) -> str:
     """Make a cursor: microseconds since 1970, id and checksum, `1705314600123456-41-1138a614`."""
     created_at, incident_id = position
     place = f"{(created_at - EPOCH) // timedelta(microseconds=1)}-{incident_id}"
@@ -256,7 +250,7 @@ def decode_cursor(cursor: str) -> Position:
     with contextlib.suppress(ValueError, OverflowError):
         microseconds, incident_id, _ = cursor.rsplit("-", 2)
         created_at = EPOCH + timedelta(microseconds=int(microseconds))
-        position = Position(created_at, int(incident_id))
+        position = created_at, int(incident_id)
         if encode_cursor(position) == cursor:
             return position
     raise ValueError("it is not a cursor; take it as it is from the Link header of a page")
@@ -385,7 +379,7 @@ async def fetch_page(query: ListQuery, list_format: ListFormat, after: Position 
         statuses, sources = tuple(query.status or STATUSES), tuple(query.source or SOURCES)
     # The newest come first, so the smaller position is further on. Every id is above 0.
     bounds = [after] if after else []
-    bounds += [Position(query.until, 0)] if query.until else []
+    bounds += [(query.until, 0)] if query.until else []
     created_at, incident_id = min(bounds, default=(None, None))
     values = {
         "statuses": statuses,
@@ -668,8 +662,7 @@ async def apply_event(request: Request) -> Response:
 
 async def apply_alerts(request: Request) -> Response:
     """Take a webhook of Prometheus Alertmanager or Grafana: each of its alerts by itself."""
-    advice = "send fewer alerts at once, with max_alerts in Alertmanager"
-    group = await parse_body(request, AlertGroup, max_size=MAX_WEBHOOK_BYTES, advice=advice)
+    group = await parse_body(request, AlertGroup)
     alerts, ignored = {}, []
     for index, alert in enumerate(group.alerts):
         if not isinstance(alert, Alert):
@@ -962,7 +955,7 @@ class RequestMiddleware:
         scope["request_id"] = choose_request_id(scope)
         scope["status"] = None  # of the response, before it has begun
         scope["app"] = self  # Without it, Starlette's router would send a 404 of its own.
-        scope["method"] = scope["method"].upper()  # as zttp takes it: browsers send `patch` as it is
+        scope["method"] = scope["method"].upper()  # JavaScript's fetch() sends `patch` as it is.
         if scope["path"].startswith("http://"):  # A client may send a whole URL (RFC 9112, 3.2.2).
             scope["path"] = "/" + scope["path"][7:].partition("/")[2]
 
@@ -1137,17 +1130,8 @@ def validate_query(query_string: bytes, model: type[Model]) -> Model:
     return validate(values, "query parameter", model)
 
 
-async def parse_body(
-    request: Request,
-    model: type[Model],
-    *,
-    max_size: int = MAX_BODY_BYTES,
-    advice: str = "send less text",
-) -> Model:
-    """Parse the JSON body; 400, 408, 413, 415 or 422 when the model does not take it.
-
-    `advice` says what to do about a body that is over `max_size`.
-    """
+async def parse_body(request: Request, model: type[Model]) -> Model:
+    """Parse the JSON body; 400, 408, 413, 415 or 422 when the model does not take it."""
     codings = join_header_lines(request, "content-encoding")
     if codings and codings.lower() != "identity":
         # RFC 9110, 15.5.16: the response names the codings that are taken.
@@ -1155,7 +1139,7 @@ async def parse_body(
         raise Problem(415, detail, {"Accept-Encoding": "identity"})
     if not JSON_PATTERN.match(request.headers.get("content-type", "")):
         raise Problem(415, f"Send JSON in UTF-8 with the header Content-Type: {JSON_TYPE}")
-    body = await read_body(request, max_size, advice)
+    body = await read_body(request, MAX_WEBHOOK_BYTES if model is AlertGroup else MAX_BODY_BYTES)
     try:
         values = parse_json(body, is_lenient=issubclass(model, MonitoringModel))
     except (ValueError, RecursionError) as error:
@@ -1164,14 +1148,15 @@ async def parse_body(
     return validate(values, "field", model)
 
 
-async def read_body(request: Request, max_size: int, advice: str) -> bytearray:
-    """Read the body; 408 when it takes too long, 413 with advice when it is too long."""
+async def read_body(request: Request, max_size: int) -> bytearray:
+    """Read the body; 408 when it takes too long, 413 when it is too long."""
     body = bytearray()
     try:
         async with asyncio.timeout(MAX_BODY_SECONDS):
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > max_size:
+                    advice = "send less at once (Alertmanager has max_alerts for that)"
                     raise Problem(413, f"The body is over {max_size} bytes; {advice}.")
     except TimeoutError:
         raise Problem(408, "The body took too long to come.", {"Connection": "close"}) from None
@@ -1403,19 +1388,15 @@ LIST_FORMATS: dict[str, ListFormat] = {each.name: each for each in (JSON, NDJSON
 
 
 def choose_format(request: Request, *formats: ListFormat) -> ListFormat:
-    """Choose a format by the Accept header; the last one when the header names none of them."""
-    return match_accept(join_header_lines(request, "accept") or "*/*", formats)
+    """Choose the format that the Accept header names first; the last one when it names none."""
+    accept = (join_header_lines(request, "accept") or "").lower()
 
+    def find_name(list_format: ListFormat) -> int:
+        return accept.find(list_format.media_type.partition(";")[0])
 
-@functools.lru_cache(100)  # clients repeat the same headers
-def match_accept(accept: str, formats: tuple[ListFormat, ...]) -> ListFormat:
-    """Find the format that fits an Accept header best; of several, the last one."""
-    media_types = {list_format.media_type.split(";")[0]: list_format for list_format in formats}
-    try:
-        best = mimeparse.best_match(list(media_types), accept.lower())
-    except mimeparse.MimeTypeParseException:
-        best = ""
-    return media_types.get(best, formats[-1])
+    return min(
+        (each for each in formats if find_name(each) >= 0), key=find_name, default=formats[-1]
+    )
 
 
 def list_response(

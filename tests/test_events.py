@@ -512,7 +512,7 @@ async def test_a_body_may_be_as_long_as_the_limit_and_no_longer(client: AsyncCli
 
         assert longest.is_success
         assert_problem(too_long, 413)
-        assert ("max_alerts" in too_long.json()["detail"]) == (path == ALERTS)
+        assert "max_alerts" in too_long.json()["detail"]
 
 
 async def test_a_webhook_takes_each_alert_by_itself_and_counts_one_that_is_there_twice_once(

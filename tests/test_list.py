@@ -191,10 +191,10 @@ async def test_an_empty_list_is_complete_in_every_format(client: AsyncClient) ->
 # Accept headers, by the format that they choose.
 ACCEPT_HEADERS: dict[str, list[str | None]] = {
     "application/json": [
-        *(None, "", "application/*", "application/xml", "text/csv, application/json", ";;;"),
+        *(None, "", "application/*", "application/xml", "application/json, text/csv", ";;;"),
         "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8",
     ],
-    "application/x-ndjson": ["text/csv;q=0.5,application/x-ndjson;q=0.6,*/*;q=0.1"],
+    "application/x-ndjson": ["application/x-ndjson;q=0.6,text/csv;q=0.5,*/*;q=0.1"],
     "text/csv": ["TEXT/CSV; charset=utf-8", 'text/csv;q="'],
 }
 

@@ -445,12 +445,10 @@ def test_a_request_that_is_meant_to_be_expensive_is_cheap(server: Server, reques
     assert sum(after[:2]) - sum(before[:2]) < 5 * 0.1
 
 
-def test_different_long_headers_and_queries_do_not_fill_the_memory() -> None:
+def test_different_long_queries_do_not_fill_the_memory() -> None:
     for number in range(300):
-        incidents.match_accept(f"text/csv, x/{number}", (incidents.CSV, incidents.JSON))
         incidents.validate_query(b"limit=%d" % (number + 1), incidents.ListQuery)
 
-    assert incidents.match_accept.cache_info().currsize <= 100
     assert incidents.validate_query.cache_info().currsize <= 200
 
 
