@@ -429,20 +429,13 @@ async def get_timeline(request: Request) -> Response:
     """Show what happened to an incident, oldest first."""
     incident_id = parse_incident_id(request)
     query = parse_query(request, TimelineQuery)
+    # No entry has to settle first: whoever adds one to an incident locks the incident, so its
+    # entries are committed in the order of their ids.
+    values = {"incident_id": incident_id, "kinds": KINDS, "up_to": None, "with_incident": False}
+    values |= {"size": query.limit or STREAM_PAGE, "format": JSON.name}
 
-    async def fetch_after(entry_id: int) -> Any:
-        # No need to wait for settled ids: whoever adds an entry to an incident locks it first, so
-        # the entries of one incident are committed in the order of their ids.
-        return await database.fetchrow(
-            SQL.timeline_page,
-            incident_id=incident_id,
-            kinds=KINDS,
-            after=entry_id,
-            up_to=None,
-            size=query.limit or STREAM_PAGE,
-            format=JSON.name,
-            with_incident=False,
-        )
+    def fetch_after(entry_id: int) -> Any:
+        return database.fetchrow(SQL.timeline_page, after=entry_id, **values)
 
     page = await fetch_after(query.after)
     if not page["incident_exists"]:
@@ -919,21 +912,18 @@ PAGE_ROUTES = [
 ]
 
 
-# ── How a request is answered: middleware ─────────────────────────────────────────────────────────
-# Every request passes `RequestMiddleware`, then its `ApiRoute`, then its handler. Whoever writes a
-# handler need know only that each error that it raises becomes a problem, and that
-# `request.scope["actor"]` names who asks.
-
-PROCESS_ID = secrets.token_hex(4)
-REQUEST_NUMBERS = itertools.count(1)
+# ── How a request is answered: middleware and tokens ──────────────────────────────────────────────
+# Every request passes `RequestMiddleware`, then its `ApiRoute`, which authenticates it, then its
+# handler. Whoever writes a handler need know only that each error that it raises becomes a problem,
+# and that `request.scope["actor"]` names who asks, or is "anonymous" when there is no API_TOKENS.
 
 
 def choose_request_id(scope: Scope) -> str:
-    """Give the client's own X-Request-ID, if it is fit for a log line, or one like 5f1e9c1c-7."""
+    """Give the client's own X-Request-ID, if it is fit for a log line, or a random one."""
     for name, value in scope["headers"]:
         if name == b"x-request-id" and re.fullmatch(rb"[\w.-]{1,100}", value):
             return str(value, "ascii")
-    return f"{PROCESS_ID}-{next(REQUEST_NUMBERS)}"
+    return secrets.token_hex(8)
 
 
 class RequestMiddleware:
@@ -1037,17 +1027,12 @@ class ExplainedCors(CORSMiddleware):
         return problem_response(Problem(403, f"{reason}: CORS_ORIGINS lists who may call this."))
 
 
-# ── How a request is answered: tokens ─────────────────────────────────────────────────────────────
-# Who may do what. Without API_TOKENS, everybody may do everything and is called "anonymous". Each
-# `ApiRoute` that is not public authenticates its requests before its handler runs.
-
-
 class Token(NamedTuple):
     """A bearer token of API_TOKENS. Its name becomes the actor on the timeline."""
 
     name: str
     secret: bytes
-    permission: str | None  # "read" or "report" (events and alerts) and nothing else; None: all
+    permission: str | None  # "read", "report" (send events and alerts), or None for everything
 
 
 def authenticate(request: Request, routing_key: str | None = None) -> None:
@@ -1070,13 +1055,10 @@ def authenticate(request: Request, routing_key: str | None = None) -> None:
         challenge += ', error="invalid_token"' if sent else ""
         raise Problem(401, detail, {"WWW-Authenticate": challenge})
     request.scope["actor"] = token.name
-    limit = None  # what the token is limited to, if this request is something else
-    if token.permission == "read" and request.method not in ("GET", "HEAD"):
-        limit = "read"
-    elif token.permission == "report" and request.scope["route"].access == "token":
-        limit = "send events and alerts"
-    if limit:
-        detail = f"The token of {token.name} may only {limit}; use another one."
+    access = request.scope["route"].access
+    allowed = {"read": request.method in ("GET", "HEAD"), "report": access != "token", None: True}
+    if not allowed[token.permission]:
+        detail = f"The token of {token.name} may only {token.permission}; use another one."
         challenge += ', error="insufficient_scope"'
         raise Problem(403, detail, {"WWW-Authenticate": challenge})
 

@@ -448,7 +448,7 @@ def test_a_token_is_asked_for_until_it_may_read(open_board: OpenBoard, colleague
     expect(page.locator("#token")).to_be_visible()
     page.keyboard.press("Escape")
     enter_token(page, REPORTER_TOKEN)
-    expect(page.locator("#token output")).to_contain_text("may only send events and alerts")
+    expect(page.locator("#token output")).to_contain_text("may only report")
     enter_token(page, WRITER_TOKEN)
     expect(page.locator("#connection")).to_have_text(LIVE)
     page.reload()

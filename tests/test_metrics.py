@@ -81,7 +81,7 @@ COUNTED = [
     ("GET", "/incidents/?stauts=open", "/incidents/", "GET", "422"),
     ("PATCH", "/incidents/7/status/", f"{INCIDENT}/status", "PATCH", "415"),
     ("DELETE", "/incidents/1", INCIDENT, "other", "405"),
-    ("get", "/incidents/1", INCIDENT, "other", "405"),
+    ("get", "/incidents/1", INCIDENT, "GET", "404"),
     ("GET", "/docs/nope.js", "/docs/{file:path}", "GET", "404"),
     ("BREW", "/nope/1", "unknown", "other", "404"),
     ("GET", "/incidents%0A", "unknown", "other", "404"),

@@ -44,7 +44,7 @@ async def test_a_request_id_that_the_client_sends_is_kept_unless_it_could_do_har
         assert response.json()["request_id"] in made
         assert "set-cookie" not in response.headers
     assert len(made) == 9
-    assert all(re.fullmatch(r"[0-9a-f]{8}-[0-9]+", request_id) for request_id in made)
+    assert all(re.fullmatch(r"[0-9a-f]{16}", request_id) for request_id in made)
 
 
 async def test_an_error_of_the_service_is_logged_with_its_request_but_without_any_value_of_a_row(
