@@ -2252,7 +2252,8 @@ def choose_user(data_dir: Path) -> dict[str, Any]:
 # uvicorn and its parser zttp speak HTTP. Here is only what they leave open: a limit on time,
 # refusals as problem documents, and clients that do not read.
 
-MAX_HEAD_SECONDS = 10
+MAX_HEAD_SECONDS = 10  # for the first head of a connection
+MAX_IDLE_SECONDS = 75  # until the next head has come; proxies keep idle connections for 60 seconds
 MAX_UNREAD_SECONDS = 60
 
 
@@ -2289,40 +2290,30 @@ class JoiningTransport:
 
 
 class LimitedProtocol(ZttpProtocol):
-    """uvicorn's HTTP protocol, with ten seconds for a head, and with problems as its refusals.
+    """uvicorn's HTTP protocol, with a limit on the time for a head, and problems as its refusals.
 
     zttp itself refuses a URL or a header over 16 KiB, 64 KiB in all, and more than 99 headers.
     """
 
-    head_timer: asyncio.TimerHandle | None = None
-
     def connection_made(self, transport: Any) -> None:
-        """Wait for the first request."""
+        """Wait ten seconds for the head of the first request, and for the next the usual time."""
         super().connection_made(JoiningTransport(transport, self.loop))  # type: ignore[arg-type]
-        self.head_timer = self.loop.call_later(MAX_HEAD_SECONDS, self.transport.close)
+        timer = self.loop.call_later(MAX_HEAD_SECONDS, self.timeout_keep_alive_handler)
+        self.timeout_keep_alive_task = timer
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection at once, and not when the timer ends."""
-        super().connection_lost(exc)
-        if self.head_timer:
-            self.head_timer.cancel()
+        """Forget the connection. After an error, uvicorn would keep it until the timer ends."""
+        super().connection_lost(None)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what has come. The rest of a URL and its headers must come within ten seconds."""
+        """Parse what has come. uvicorn stops the timer at the first byte; here, a head must end."""
         if self.cycle is None and data.startswith(b"\x16\x03"):  # TLS: the client means https://
             return self.handle_remote_protocol_error()
         self.read_no_further_while_answering()
-        # After an early refusal, the client may still send the body. For that, it has the time
-        # of an idle connection, and not the ten seconds for a head.
-        is_old_body = self.cycle and self.cycle.response_complete and self.cycle.more_body
-        super().data_received(data)
-        is_waiting = self.cycle is None or self.cycle.response_complete
-        if is_waiting and not self.head_timer:
-            seconds = self.timeout_keep_alive if is_old_body else MAX_HEAD_SECONDS
-            self.head_timer = self.loop.call_later(seconds, self.transport.close)
-        elif self.head_timer and not is_waiting:
-            self.head_timer.cancel()
-            self.head_timer = None
+        try:
+            self.handle_events(self.conn.receive_event(data))
+        except zttp.RemoteProtocolError:
+            self.handle_remote_protocol_error()
 
     def on_response_complete(self) -> None:
         """Start the next request, if it was sent ahead, else read on; uvicorn calls this."""
@@ -2461,7 +2452,7 @@ def main() -> None:
         access_log=False,  # RequestMiddleware writes it
         server_header=False,
         proxy_headers=False,  # the client's address is not used
-        timeout_keep_alive=75,  # proxies keep idle connections for 60 seconds
+        timeout_keep_alive=MAX_IDLE_SECONDS,
         timeout_graceful_shutdown=3,
     )
     server = OrderlyServer(config)
