@@ -123,6 +123,16 @@ class RequestModel(BaseModel, extra="forbid"):
 # Report, read and change one incident. Each handler parses, runs a statement, and replies.
 
 
+async def get_incident(request: Request) -> Response:
+    """Show an incident."""
+    incident_id = parse_incident_id(request)
+    etags = join_header_lines(request, "if-none-match")
+    row = await database.fetchrow(SQL.incident_get, incident_id=incident_id, if_none_match=etags)
+    if row["is_unchanged"]:
+        return Response(None, 304, {"ETag": row["etag"]})
+    return json_response(row)
+
+
 class NewIncident(RequestModel):
     """An incident to report."""
 
@@ -143,24 +153,14 @@ async def create_incident(request: Request) -> Response:
     row = await run_idempotent(request, SQL.incident_create, **values)
     # A relative reference, so that it is also correct where a proxy adds a path: from /incidents/,
     # it is 5, and from /incidents, incidents/5.
-    has_slash = request.scope["raw_path"].endswith(b"/")
-    location = str(row["id"]) if has_slash else f"incidents/{row['id']}"
+    folder = "" if request.scope["raw_path"].endswith(b"/") else "incidents/"
+    location = f"{folder}{row['id']}"
     if row["is_replay"]:
         # The key's first request may have committed while this statement waited for it. Then this
         # statement's snapshot is too old to see the incident, so a second statement reads it.
         row = await database.fetchrow(SQL.incident_get, incident_id=row["id"], if_none_match=None)
         return json_response(row, 201, Location=location, **REPLAYED)
     return json_response(row, 201, Location=location)
-
-
-async def get_incident(request: Request) -> Response:
-    """Show an incident."""
-    incident_id = parse_incident_id(request)
-    etags = join_header_lines(request, "if-none-match")
-    row = await database.fetchrow(SQL.incident_get, incident_id=incident_id, if_none_match=etags)
-    if row["is_unchanged"]:
-        return Response(None, 304, {"ETag": row["etag"]})
-    return json_response(row)
 
 
 class StatusChange(RequestModel):
@@ -1576,7 +1576,6 @@ class Batcher:
       bad call cannot fail the others.
     - After a lost connection nothing is run again, because the batch may have been committed.
     - Writes with the same first parameter, an incident's id or a key, go in separate batches.
-      Each batch is sorted by it, and locks in this order, so two batches cannot deadlock.
     - A statement does not wait for an incident that another transaction holds. It passes that call
       over, and the call is run again a little later. So one held incident delays no other.
     - Identical reads that are still waiting share one result. A read never joins one that was
@@ -1653,22 +1652,20 @@ class Batcher:
         self.workers.discard(asyncio.current_task())
 
     def take_batch(self) -> list[PendingCall]:
-        """Take the oldest waiting calls that somebody still waits for, sorted by what they lock.
+        """Take the oldest waiting calls that somebody still waits for.
 
         A write stays in the queue when the batch already has one with the same first parameter.
         """
-        is_locking = self.statement.parameters and not self.statement.is_read
         batch: list[PendingCall] = []
-        locks: set[Any] = set()
+        keys: set[Any] = set()
         for place, call in list(self.waiting.items()):
-            lock = call.arguments[0] if is_locking else None
-            if lock is None or lock not in locks:  # None locks nothing, and may come often.
-                locks.add(lock)
+            key = None if self.statement.is_read else next(iter(call.arguments), None)
+            if key is None or key not in keys:
+                keys.add(key)
                 batch.append(self.waiting.pop(place))
             if len(batch) == self.statement.batch_size:
                 break
-        wanted = [call for call in batch if not all(f.done() for f in call.futures)]
-        return sorted(wanted, key=lambda call: str(call.arguments[0])) if is_locking else wanted
+        return [call for call in batch if not all(future.done() for future in call.futures)]
 
     async def execute_batch(self, connection: Any, batch: list[PendingCall]) -> None:
         """Run a batch in one round trip and one transaction, or else its calls one by one."""
@@ -2004,9 +2001,8 @@ ASYNCPG_OPTIONS = {
     "target_session_attrs",
 }
 URL_FORM = (
-    "a URL like postgresql://user:password@host:5432/database is needed; "
-    "in a user name or password, write @ : / ? # % as %40 %3A %2F %3F %23 %25; "
-    "everywhere, write @ as %40 and blanks as %20; in the value of an option, write = as %3D"
+    "a URL like postgresql://user:password@host:5432/database is needed, in which names, passwords "
+    "and values have %40 %3A %2F %3F %23 %25 %3D %20 for @ : / ? # % = and blanks"
 )
 
 

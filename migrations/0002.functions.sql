@@ -230,6 +230,7 @@ BEGIN
            SELECT actor, key, digest, nextval(id_sequence)
              FROM unnest(actors, keys, digests) AS request (actor, key, digest)
             WHERE key IS NOT NULL
+            ORDER BY key, actor -- so that two transactions cannot wait for each other
            ON CONFLICT (actor, key) DO UPDATE SET used_at = now(),
               replays = existing.replays + (existing.digest = excluded.digest)::integer
            RETURNING existing.*)

@@ -94,13 +94,14 @@
          FROM decided
         WHERE effect IN ('open', 'count') OR ordinal IN (SELECT ordinal FROM locked)),
 
-       -- ON CONFLICT: another transaction has just added the same key.
+       -- ON CONFLICT: another transaction has just added the same key. All add keys in one order, so
+       -- that two transactions cannot wait for each other.
        added_keys AS (
        INSERT INTO dedup_keys (key, actor, incident_id, description, labels, started_at, changed_at)
        SELECT key, actor, id, description, labels, happened_at, clock_timestamp()
          FROM ready
         WHERE incident_id IS NULL
-        ORDER BY ordinal
+        ORDER BY key, actor
        ON CONFLICT DO NOTHING
        RETURNING incident_id AS new_id),
 

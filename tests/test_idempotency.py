@@ -138,6 +138,26 @@ async def test_simultaneous_posts_with_some_keys_make_one_for_each(
     assert sql("SELECT count(*) FROM timeline") == [(1 + 5,)]
 
 
+async def test_keys_are_claimed_in_one_order_so_that_two_services_cannot_wait_for_each_other(
+    database_url: str,
+) -> None:
+    claim = "SELECT made_id FROM claim_idempotency_keys(%s, %s, %s, 'incidents_id_seq')"
+    with psycopg.connect(database_url) as first, psycopg.connect(database_url) as second:
+        first.execute(claim, (["x"], ["a"], [b""]))
+        both = (["x", "x"], ["b", "a"], [b"", b""])
+        waiting = asyncio.create_task(asyncio.to_thread(second.execute, claim, both))
+        query = "SELECT wait_event_type FROM pg_stat_activity WHERE pid = %s"
+        with psycopg.connect(database_url, autocommit=True) as observer:
+            async with asyncio.timeout(10):
+                while observer.execute(query, (second.info.backend_pid,)).fetchone() != ("Lock",):
+                    await asyncio.sleep(0.01)
+        # The second session has not claimed b yet, because it waits for a.
+        first.execute("SET lock_timeout = '1s'")
+        first.execute(claim, (["x"], ["b"], [b""]))
+        first.rollback()
+        await waiting
+
+
 async def test_of_two_bodies_with_one_key_one_body_wins(client: AsyncClient, sql: Sql) -> None:
     answers = await asyncio.gather(
         *(
