@@ -1635,17 +1635,18 @@ class Batcher:
     async def run_worker(self) -> None:
         """Send batch after batch until no call waits."""
         while self.waiting:
-            batch = self.take_batch()
-            if not batch:
-                continue
+            batch: list[PendingCall] = []
             try:
                 async with self.database.pool.acquire(timeout=QUERY_TIMEOUT) as connection:
                     if self.statement.is_slow:
                         # It may run long, so ask first whether the server answers at all.
                         await connection.fetchval("SELECT 1")
-                    await self.execute_batch(connection, batch)
+                    # Only now, because more calls may have come meanwhile.
+                    batch = self.take_batch()
+                    if batch:
+                        await self.execute_batch(connection, batch)
             except Exception as error:
-                for call in batch:
+                for call in batch or self.take_batch():
                     give_outcome(call.futures, error)
         # There is no await between the check above and this line. Otherwise a call could join the
         # queue in between, count on this worker, and wait for ever.
