@@ -4,6 +4,7 @@ The service may respond to them or close the connection, but no response may be 
 may be logged, and none may take much of its memory or its time.
 """
 
+import asyncio
 import contextlib
 import itertools
 import json
@@ -17,11 +18,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import psutil
 import pytest
+import uvloop
 from helpers import Serve, Server, assert_problem, free_port, wait_until
 
 import incidents
@@ -449,6 +452,24 @@ def test_different_long_queries_do_not_fill_the_memory() -> None:
         incidents.validate_query(b"limit=%d" % (number + 1), incidents.ListQuery)
 
     assert incidents.validate_query.cache_info().currsize <= 200
+
+
+def test_nothing_is_written_to_a_client_that_has_just_left() -> None:
+    errors: list[Any] = []
+
+    async def answer_a_client_that_leaves() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: errors.append(context))
+        service, client = socket.socketpair()
+        transport, _ = await loop.create_connection(asyncio.Protocol, sock=service)
+        incidents.JoiningTransport(transport, loop).write(b"too late")
+        transport.abort()
+        for _ in range(3):  # turns of the loop, in which it closes and would write
+            await asyncio.sleep(0)
+        client.close()
+
+    uvloop.run(answer_a_client_that_leaves())
+    assert errors == []
 
 
 # ── Behind a proxy ────────────────────────────────────────────────────────────────────────────────
