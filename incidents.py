@@ -232,7 +232,6 @@ async def apply_change(request: Request, incident_id: int, change: dict[str, Any
 # of the values that were sent; the validators turn it into what the handler needs, or say what is
 # wrong.
 
-
 # A place in the list of incidents, which is sorted by creation time and then by id.
 Position = tuple[datetime, int]
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -258,14 +257,14 @@ def decode_cursor(cursor: str) -> Position:
 
 def parse_timestamp(text: str) -> datetime:
     """Parse an RFC 3339 time, or a date, which means its beginning in UTC."""
-    # A date, 2024-01-15: take its beginning.
-    text = f"{text}T00:00:00Z" if re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII) else text
-    # A time with its offset, 2024-01-15T10:30:00.123+03:00
-    if not re.fullmatch(r"[\d-]{10}[Tt][\d:]{8}(\.\d+)?([Zz]|[+-]\d\d:\d\d)", text, re.ASCII):
+    # 2024-01-15, or 2024-01-15T10:30:00.123+03:00
+    pattern = r"[\d-]{10}([Tt][\d:]{8}(\.\d+)?([Zz]|[+-]\d\d:\d\d))?"
+    if not re.fullmatch(pattern, text, re.ASCII):
         forms = "a date, 2024-01-15, or a time with its offset, 2024-01-15T10:30:00Z"
         raise ValueError(f"write {forms}; in a URL, the + of an offset is %2B")
     try:
-        return datetime.fromisoformat(text.upper()).astimezone(UTC)
+        moment = datetime.fromisoformat(text.upper())
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
     except OverflowError:
         raise ValueError("it is outside the years 1 to 9999") from None
 
@@ -378,10 +377,9 @@ async def fetch_page(query: ListQuery, list_format: ListFormat, after: Position 
     if query.status or query.source:  # The SQL pairs each status with each source.
         statuses, sources = tuple(query.status or STATUSES), tuple(query.source or SOURCES)
     # The newest come first, so the smaller position is further on. Every id is above 0.
-    bounds = [after] if after else []
-    bounds += [(query.until, 0)] if query.until else []
-    created_at, incident_id = min(bounds, default=(None, None))
-    values = {
+    until = (query.until, 0) if query.until else None
+    created_at, incident_id = min(filter(None, (after, until)), default=(None, None))
+    values: dict[str, Any] = {
         "statuses": statuses,
         "sources": sources,
         "since": query.since,
@@ -392,15 +390,9 @@ async def fetch_page(query: ListQuery, list_format: ListFormat, after: Position 
     }
     if not (query.q or query.label or query.dedup_key):
         return await database.fetchrow(SQL.incident_page, **values)
-    pattern, has_accents = like_pattern(query.q)
-    return await database.fetchrow(
-        SQL.incident_search,
-        **values,
-        pattern=pattern,
-        has_accents=has_accents,
-        label_filter=query.label,
-        dedup_key=query.dedup_key,
-    )
+    values |= {"label_filter": query.label, "dedup_key": query.dedup_key}
+    values["pattern"], values["has_accents"] = like_pattern(query.q)
+    return await database.fetchrow(SQL.incident_search, **values)
 
 
 def like_pattern(text: str | None) -> tuple[str | None, bool]:
