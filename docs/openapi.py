@@ -661,7 +661,7 @@ def find_refusals(route: ApiRoute, headers: Json) -> set[str]:
         "404": "{incident_id}" in route.path,
         "405 500": True,  # a wrong method, a bug
         # A wrong field, or a wrong or unknown query parameter.
-        "422": route.body is not None or route.query is not incidents.MonitoringModel,
+        "422": route.body is not None or route.query is not incidents.ANY_QUERY,
         "412": "If-Match" in headers,
         # The metrics leave out what the database does not tell.
         "503": route.name == "check_readiness" or (is_private and route.name != "get_metrics"),

@@ -32,9 +32,10 @@
                WHERE dedup_keys.key = input.key AND dedup_keys.actor = input.actor
                  FOR NO KEY UPDATE SKIP LOCKED) AS existing ON true),
 
-       -- A locked row is read as it is now, all else as it was when this statement began. A key is
-       -- outdated when the two differ: another transaction holds it, or has just changed it, and
-       -- perhaps its incident too.
+       -- A locked row is read as it is now, all else as it was when this statement began. Here the
+       -- key is read again as it was then. Both are null: there is no such key. Only the first is
+       -- null: another transaction holds the key. Both are there and differ: another transaction has
+       -- just changed the key, and perhaps its incident. The last two make the key outdated.
        compared AS MATERIALIZED (
        SELECT with_keys.*,
               (SELECT status FROM incidents WHERE id = with_keys.incident_id) AS status,

@@ -331,7 +331,7 @@ async def test_behind_pgbouncer_in_session_mode_all_works(serve: Serve, database
     names = ("host", "port", "user", "password")
     target = " ".join(f"{name}={parts[name]}" for name in names if name in parts)
     # Only PostgreSQL's own user may pass to the socket of the embedded server.
-    user = ["-u", incidents.POSTGRES_USER] if os.geteuid() == 0 else []
+    user = ["-u", incidents.EMBEDDED_USER] if os.geteuid() == 0 else []
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         file = Path(folder) / "pgbouncer.ini"

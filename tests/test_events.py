@@ -331,15 +331,14 @@ async def test_a_time_is_kept_as_the_sender_says_it_and_a_wrong_one_is_none(
         assert (await show(client, number))["status"] == "resolved"
 
 
-async def test_an_event_without_a_key_gets_one(client: AsyncClient) -> None:
+async def test_a_trigger_without_a_key_gets_one(client: AsyncClient) -> None:
     event = {"event_action": "trigger", "payload": {"summary": SUMMARY}}
     events = [event, event | {"dedup_key": ""}, event | {"dedup_key": None}]
-    events.append({"event_action": "resolve"})
     answers = [(await client.post(EVENTS, json=event)).json() for event in events]
     keys = {answer["dedup_key"] for answer in answers}
 
-    assert len(keys) == 4 and all(re.fullmatch("[0-9a-f]{32}", key) for key in keys)
-    assert [answer["incident_id"] for answer in answers] == [1, 2, 3, None]
+    assert len(keys) == 3 and all(re.fullmatch("[0-9a-f]{32}", key) for key in keys)
+    assert [answer["incident_id"] for answer in answers] == [1, 2, 3]
     assert await send(client, make_event("resolve", answers[0]["dedup_key"])) == 1
 
 
@@ -483,6 +482,7 @@ WRONG_EVENTS = [
     b'{"event_action": "trigger", "payload": {"summary": %s}}' % (b"9" * 10_000),
     b'{"event_action": "trigger", "payload": {"summary": "\\ud83d", "a": }}',
     json.dumps(make_event("resolve", "🔥" * 256)).encode(),
+    *(b'{"event_action": "resolve"}', b'{"event_action": "acknowledge", "dedup_key": ""}'),
 ]
 
 

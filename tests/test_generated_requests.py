@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 import incidents
-from incidents import KINDS, SOURCES, STATUSES, Position, encode_cursor
+from incidents import KINDS, SOURCES, STATUSES, encode_cursor
 
 Operation = tuple[str, str]  # a method and a path, as they are described
 
@@ -131,8 +131,8 @@ NAMED_HEADERS = [
 ANY_HEADERS = st.lists(st.one_of(NAMED_HEADERS), max_size=3)  # also the same one twice
 JSON_HEADER = (b"content-type", b"application/json")
 
-CURSOR = encode_cursor(Position(datetime(2999, 12, 31, tzinfo=UTC), 7))
-LAST_CURSOR = encode_cursor(Position(datetime.max.replace(tzinfo=UTC), 10**18 - 1))
+CURSOR = encode_cursor((datetime(2999, 12, 31, tzinfo=UTC), 7))
+LAST_CURSOR = encode_cursor((datetime.max.replace(tzinfo=UTC), 10**18 - 1))
 PARAMETERS: dict[str, list[str]] = {
     "status": [*STATUSES, "open,closed", "open,", "OPEN"],
     "source": [*SOURCES, "partner,operator", "system"],

@@ -114,7 +114,7 @@ class Call(NamedTuple):
 def call_of_page(query: Query, after: After = None) -> Call:
     """Give what the service runs for a query of the list."""
     parsed = incidents.validate_query(encode_query(query), incidents.ListQuery)
-    position = after and incidents.Position(incidents.parse_timestamp(after[0]), after[1])
+    position = after and (incidents.parse_timestamp(after[0]), after[1])
     return record_call(incidents.fetch_page(parsed, incidents.JSON, position))
 
 

@@ -157,7 +157,7 @@ WRONG_TOKENS = [
     *(f"a:{TOKEN}:READ", f"a:{TOKEN}:read:read", f"a:{TOKEN};b:{TOKEN}x"),
     f"a:{TOKEN},b:s3cr3t",  # only the second one is wrong
 ]
-URL_FORM = "a URL like postgresql://user:password@host:5432/database is needed; "
+URL_FORM = "a URL like postgresql://user:password@host:5432/database is needed"
 WRONG_URLS = [
     *("mysql://i:Secret123@db/i", "i:Secret123@db", "postgresql://i:Secret123"),
     *("postgresql://i:Secret123%@db/i", "postgresql://i:Begin@Secret123@db/i"),
