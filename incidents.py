@@ -109,8 +109,8 @@ LABEL_NAME = r"^[^:\x00]*[^:\s\x00][^:\x00]*$"
 LabelName = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_NAME, pattern=LABEL_NAME)]
 LabelValue = Annotated[str, Field(max_length=MAX_LABEL_VALUE, pattern=NO_NUL)]
 
-# The default of an optional field. If the field is left out, its value is None, although its type
-# does not say so: Pydantic does not check defaults. If null is sent, it is refused.
+# The default of an optional field, which is None when it is left out, and refused when null is
+# sent. Its type need not allow None, because Pydantic does not check defaults.
 # A default_factory keeps `"default": null` out of docs/openapi.json.
 OMITTED: Any = Field(default_factory=lambda: None)
 
@@ -210,7 +210,7 @@ async def change_incident(request: Request) -> Response:
 
 
 async def apply_change(request: Request, incident_id: int, change: dict[str, Any]) -> Response:
-    """Change some fields of an incident and show it; 412 when If-Match has not its entity tag."""
+    """Change some fields of an incident and show it; 412 unless If-Match lists its ETag."""
     labels = change.get("labels")
     row = await database.fetchrow(
         SQL.incident_change,
@@ -221,9 +221,7 @@ async def apply_change(request: Request, incident_id: int, change: dict[str, Any
         **{name: change.get(name) for name in ("description", "source", "status", "note")},
     )
     if row["is_match"] is False:  # None means that there is no such incident
-        detail = (
-            "If-Match does not have the incident's current ETag; read it again, then change it."
-        )
+        detail = "If-Match lacks the incident's current ETag; read it again, then change it."
         raise Problem(412, detail, {"ETag": row["etag"]})
     return json_response(row)
 
@@ -369,7 +367,8 @@ async def fetch_page(query: ListQuery, list_format: ListFormat, after: Position 
     statuses, sources = None, None
     if query.status or query.source:  # The SQL pairs each status with each source.
         statuses, sources = tuple(query.status or STATUSES), tuple(query.source or SOURCES)
-    # The newest come first, so the smaller position is further on. Every id is above 0.
+    # Of the two upper bounds, the earlier one counts. Every id is above 0, so (until, 0) is before
+    # all incidents that were created at `until`.
     until = (query.until, 0) if query.until else None
     created_at, incident_id = min(filter(None, (after, until)), default=(None, None))
     values: dict[str, Any] = {
@@ -546,7 +545,7 @@ FIRST_LABELS = re.compile(
 # Fields of an event or alert itself, not of its payload or labels, that become labels too.
 FIELD_LABELS = re.compile("client(_url)?|[a-z]+URL|ruleUID")
 
-# So many alerts of a webhook wait at once, because a queue takes MAX_WAITING calls of all clients.
+# At most this many alerts of one webhook are queued at once: all clients share the queue.
 ALERTS_AT_ONCE = 100
 WRONG_ALERT = (
     "An alert is an object with a status, which is firing or resolved, and it may have a "
@@ -670,7 +669,7 @@ async def apply_alert(request: Request, key: str, alert: Alert) -> Any:
     action = "trigger" if alert.status == "firing" else "resolve"
     times = [alert.startsAt, alert.endsAt if action == "resolve" else None]
     happened_at = max(filter(None, times), default=None)
-    # The annotations come first, but where a label has the same name, its value counts.
+    # The annotations come first. Where a label has the same name, its value counts.
     texts = (alert.annotations or {}) | (alert.labels or {})
     return await run_event(request, key, action, happened_at, texts, collect_fields(alert))
 
@@ -912,10 +911,8 @@ PAGE_ROUTES = [
 
 def choose_request_id(scope: Scope) -> str:
     """Give the client's own X-Request-ID, if it is fit for a log line, or a random one."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and re.fullmatch(rb"[\w.-]{1,100}", value):
-            return str(value, "ascii")
-    return secrets.token_hex(8)
+    sent = Headers(scope=scope).get("x-request-id", "")
+    return sent if re.fullmatch(r"[\w.-]{1,100}", sent, re.ASCII) else secrets.token_hex(8)
 
 
 class RequestMiddleware:
@@ -944,11 +941,11 @@ class RequestMiddleware:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 scope["status"] = message["status"]
-                observe_request(scope, time.perf_counter() - started_at)
                 request_id = (b"x-request-id", scope["request_id"].encode())
                 message["headers"] += [request_id, *SECURITY_HEADERS]
                 if "route" in scope and scope["route"].access != "public":
                     message["headers"].append((b"cache-control", b"no-store"))
+                observe_request(scope, time.perf_counter() - started_at)
             await send(message)
 
         self.in_flight += 1
@@ -1047,9 +1044,9 @@ def authenticate(request: Request, routing_key: str | None = None) -> None:
         challenge += ', error="invalid_token"' if sent else ""
         raise Problem(401, detail, {"WWW-Authenticate": challenge})
     request.scope["actor"] = token.name
-    access = request.scope["route"].access
-    allowed = {"read": request.method in ("GET", "HEAD"), "report": access != "token", None: True}
-    if not allowed[token.permission]:
+    is_beyond_read = token.permission == "read" and request.method not in ("GET", "HEAD")
+    is_beyond_report = token.permission == "report" and request.scope["route"].access == "token"
+    if is_beyond_read or is_beyond_report:
         detail = f"The token of {token.name} may only {token.permission}; use another one."
         challenge += ', error="insufficient_scope"'
         raise Problem(403, detail, {"WWW-Authenticate": challenge})
@@ -1346,13 +1343,9 @@ LIST_FORMATS: dict[str, ListFormat] = {each.name: each for each in (JSON, NDJSON
 def choose_format(request: Request, *formats: ListFormat) -> ListFormat:
     """Choose the format that the Accept header names first; the last one when it names none."""
     accept = (join_header_lines(request, "accept") or "").lower()
-
-    def find_name(list_format: ListFormat) -> int:
-        return accept.find(list_format.media_type.partition(";")[0])
-
-    return min(
-        (each for each in formats if find_name(each) >= 0), key=find_name, default=formats[-1]
-    )
+    found = {accept.find(each.media_type.partition(";")[0]): each for each in formats}
+    found.pop(-1, None)
+    return found[min(found)] if found else formats[-1]
 
 
 def list_response(
@@ -1458,11 +1451,8 @@ QUERY_TIMEOUT = 4.5  # seconds until a call gets a 503; a write that was sent ma
 BATCH_SIZE = 32  # calls that go to the server together
 WORKERS = 3  # batches of one statement that are on their way at once
 
-FIRST_LINE = re.compile(
-    # -- write, batch
-    # -- read, at most 30 s, 1 at once
-    r"-- (read|write)(, batch)?(?:, at most ([0-9]+) s, ([0-9]+) at once)?\n"
-)
+# -- write, batch, or -- read, at most 30 s, 1 at once
+FIRST_LINE = re.compile(r"-- (read|write)(, batch)?(?:, at most ([0-9]+) s, ([0-9]+) at once)?\n")
 PARAMETER = re.compile(r"^--   \$[0-9]+ (\w+)  ", re.MULTILINE)  # --   $1 incident_id  bigint[]
 
 
@@ -1477,7 +1467,7 @@ class Statement:
 
     A statement returns exactly one row per call, in the order of the calls, also when it finds
     nothing. Two calls of a write with the same first parameter, an incident's id or a key, are
-    never sent together. When `is_locked` is true in a row, another transaction holds what the call
+    never sent together. When `must_retry` is true in a row, another transaction holds what the call
     would change, and the call is run again.
     """
 
@@ -1513,10 +1503,10 @@ SQL = SimpleNamespace(**{file.stem: Statement(file) for file in HERE.glob("sql/*
 # The hardest part, and the reason for the speed. To trust the rest, it is enough to know the rules
 # in the docstring of `Batcher`; its methods may be skipped.
 
-MAX_WAITING = 1000  # calls of one statement; about a tenth of a second of work
+MAX_WAITING = 1000  # calls of one statement; most do so many in about a tenth of a second
 SLOW_ADVICE = (
-    "This takes too long. Ask for less: a shorter time between since and until, a longer or rarer "
-    "text, or a rarer label."
+    "This takes too long, or others wait for the same. Ask for less: a shorter time between since "
+    "and until, a longer or rarer text, or a rarer label."
 )
 LOCKED_ADVICE = "Another transaction holds this incident, or its key; try again soon."
 # After these errors, a batch is not run again: it may have been committed, or the server takes no
@@ -1558,7 +1548,7 @@ class Batcher:
     - A call is answered only after its batch is committed.
     - If PostgreSQL refuses a batch, nothing of it was stored, so its calls are run one by one: one
       bad call cannot fail the others.
-    - After a lost connection nothing is run again, because the batch may have been committed.
+    - After a lost connection or a timeout, nothing is run again: the batch may be committed.
     - Writes with the same first parameter, an incident's id or a key, go in separate batches.
     - A statement does not wait for an incident that another transaction holds. It passes that call
       over, and the call is run again a little later. So one held incident delays no other.
@@ -1587,13 +1577,13 @@ class Batcher:
             late_error = Problem(503, SLOW_ADVICE)
         while loop.time() < deadline:
             future = self.add_call(arguments)
-            # asyncio.timeout costs five times as much, and would add a tenth to each request.
+            # asyncio.timeout() would cost a tenth of the requests per second.
             timer = loop.call_at(deadline, give_outcome, [future], late_error)
             try:
                 row = await future
             finally:
                 timer.cancel()
-            if not row.get("is_locked"):
+            if not row.get("must_retry"):
                 return row
             late_error = Problem(503, LOCKED_ADVICE)
             # After a long pause, newer calls would have taken the lock again and again.
@@ -1699,7 +1689,7 @@ def list_servers(url: str) -> dict[str, dict[str, Any]]:
     ports = ports * len(hosts) if len(ports) == 1 else ports
     return {
         # None stands for a default of the driver.
-        f"{host or 'localhost'}:{port or 5432}": {"host": host or None, "port": port or None}
+        f"{host or 'localhost'}:{port or 5432}": {"host": host or None, "port": port or "5432"}
         for host, port in zip(hosts, ports, strict=True)
     }
 
@@ -1805,6 +1795,8 @@ async def prepare_session(connection: Any) -> None:
         # rfc3339() in the schema relies on this form of timestamps, and statements that pass over
         # locked rows on this isolation.
         "SET datestyle = 'ISO'; SET default_transaction_isolation = 'read committed';"
+        # A call that waits for a lock must not use up the time of the others in its batch.
+        "SET lock_timeout = '2s';"
         # A statement of a process that was killed ends too. A limit that the role has stays.
         "SELECT set_config('statement_timeout', '35s', false)"
         " WHERE current_setting('statement_timeout') = '0'"
@@ -1932,24 +1924,19 @@ def migrate(url: str, tries: int = 100, pause: float = 3) -> None:
         # yoyo hides the reason when it may not create its tables. This shows it.
         with session.transaction(force_rollback=True):
             session.execute("CREATE TABLE may_a_table_be_made ()")
+        # As parameters only: yoyo's own URL parser does not know several hosts or sockets.
+        backend_url = f"postgresql+psycopg://?{urlencode(conninfo_to_dict(url))}"
         for attempt in range(1, tries + 1):
             try:
-                return apply_migrations(url)
+                with yoyo.get_backend(backend_url) as backend:
+                    migrations = yoyo.read_migrations(str(HERE / "migrations"))
+                    backend.apply_migrations(backend.to_apply(migrations))
+                    return
             except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
                 if attempt == tries:
                     raise
             log.warning("Try %d of %d: a migration waits for a table in use", attempt, tries)
             time.sleep(pause)
-
-
-def apply_migrations(url: str) -> None:
-    """Apply the missing migrations; the caller holds the advisory lock."""
-    # As parameters only: yoyo's own URL parser does not know several hosts or sockets.
-    with yoyo.get_backend(f"postgresql+psycopg://?{urlencode(conninfo_to_dict(url))}") as backend:
-        backend.break_lock()  # a row that a killed process has left behind
-        with backend.lock():
-            migrations = yoyo.read_migrations(str(HERE / "migrations"))
-            backend.apply_migrations(backend.to_apply(migrations))
 
 
 async def fetch_missing_migrations() -> Sequence[str]:
@@ -2161,9 +2148,9 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, *, is_shared: bool = False) -> Iterator[list[int]]:
-    """Lock a folder, and give its descriptor.
+    """Lock a folder, and give a list of its descriptor, for `pass_fds`.
 
-    Windows cannot do that, so only one process at a time may use a data folder there.
+    Windows cannot do that, and the list is empty: one process at a time may use a folder there.
     """
     if sys.platform == "win32":
         yield []
@@ -2391,8 +2378,8 @@ async def lifespan(_: Any) -> AsyncIterator[None]:
 async def end_when_told() -> None:
     """End streams, or a start that waits for its database, when a signal comes.
 
-    uvicorn would wait for them, and calls nothing at that moment. So look at its server, which is
-    the owner of the signal's handler.
+    uvicorn would wait for them, and has no hook for a signal. Its server owns the handler of
+    SIGINT, so find it there and look at it.
     """
     server: Any = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
     while not getattr(server, "should_exit", False):

@@ -8,8 +8,8 @@ DECLARE
     unknown record;
     taken_name text;
 BEGIN
-    -- The tables are ours if this domain is there. 0001 makes all of them at once, but the version
-    -- before made them step by step, and dedup_keys last.
+    -- Only this service has this domain, so the tables are its own. 0001 makes all of them at once,
+    -- but the version before made them step by step, and dedup_keys last.
     IF to_regtype('timeline_note') IS NOT NULL THEN
         IF to_regclass('dedup_keys') IS NULL THEN
             RAISE EXCEPTION 'this database stands between two versions; it was left as it is: '
@@ -25,6 +25,7 @@ BEGIN
     IF columns = 'id integer, description character varying, status incidentstatus, '
                  'source incidentsource, created_at timestamp with time zone' THEN
         -- What 0003 could not copy is refused here, while the replaced system can still run.
+        LOCK TABLE incidents;
         SELECT id, status, source INTO unknown
           FROM incidents
          WHERE (upper(status::text) IN ('OPEN', 'IN_PROGRESS', 'RESOLVED', 'CLOSED')

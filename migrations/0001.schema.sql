@@ -5,8 +5,8 @@
 -- have a migration of this name already, so this file does not run there; 0003 adds what they lack.
 SET lock_timeout = '3s';
 
--- Domains, because PostgreSQL prepares CHECK constraints again for every statement, but domains
--- only once in a session. Ten constraints were half the cost of reporting an incident.
+-- Domains, because PostgreSQL compiles the CHECK constraints of a table for every statement, but
+-- those of a domain once in a session. Ten constraints were half the cost of reporting an incident.
 DO $$
 BEGIN
     IF to_regtype('timeline_note') IS NULL THEN
@@ -62,12 +62,13 @@ CREATE TABLE IF NOT EXISTS timeline (
 );
 -- timeline_page.sql: the timeline of one incident, oldest first.
 CREATE INDEX IF NOT EXISTS timeline_incident_id_idx ON timeline (incident_id, id);
--- timeline_page.sql: the entries of one kind. Most are 'created': those are read by their id.
+-- timeline_page.sql: the entries of one kind. Reporting an incident does not become slower, because
+-- its entry 'created' is not here.
 CREATE INDEX IF NOT EXISTS timeline_kind_id_idx ON timeline (kind, id) WHERE kind <> 'created';
 
 -- The descriptions and labels once more, to search in. An update writes to every index of a table:
 -- with these indexes on incidents, changing a status takes twice as long as without. created_at is
--- here so that the newest hits are known before their incidents are read.
+-- here so that hits are sorted before their incidents are read.
 CREATE TABLE IF NOT EXISTS incident_texts (
     id bigint PRIMARY KEY,
     created_at timestamptz NOT NULL,
@@ -106,12 +107,11 @@ CREATE TABLE IF NOT EXISTS dedup_keys (
     incident_id bigint NOT NULL REFERENCES incidents ON DELETE CASCADE,
     times integer NOT NULL DEFAULT 1,
     last_seen_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    -- For event_apply.sql: what the newest trigger that brought news said, the sender's time of the
-    -- newest trigger, and when the key last said something new, or opened or moved its incident.
-    description text,
-    labels jsonb,
-    started_at timestamptz,
-    changed_at timestamptz,
+    -- For event_apply.sql:
+    description text, -- of the newest trigger that brought news
+    labels jsonb, -- of the same
+    started_at timestamptz, -- the newest trigger, by the sender's clock
+    changed_at timestamptz, -- when an event last did more than count
     PRIMARY KEY (key, actor)
 );
 -- incident_alerts.sql: the keys that point to an incident.

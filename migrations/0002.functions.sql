@@ -1,11 +1,13 @@
 -- depends: 0001.schema
--- The functions and triggers. The body of an SQL function takes the place of its call, so indexes
--- serve it. The body of one that takes a row of a table must be between $$: with RETURN instead,
--- PostgreSQL's releases since autumn 2026 refuse to add a column with a default to that table.
+-- The functions and triggers. PostgreSQL puts the body of a simple SQL function in the place of its
+-- call, so that its conditions can use indexes. The body of one that takes a row of a table must be
+-- between $$: with RETURN instead, PostgreSQL's releases since autumn 2026 refuse to add a column
+-- with a default to that table.
 SET lock_timeout = '3s';
 -- The triggers of the version before go with their functions. This locks incidents before timeline,
 -- as the writes of the service do: the other order could end in a deadlock.
-DROP FUNCTION IF EXISTS copy_new_descriptions, copy_changed_description CASCADE;
+DROP FUNCTION IF EXISTS copy_new_descriptions, copy_changed_description, incident_texts_between
+    CASCADE;
 
 -- A timestamp as RFC 3339 in UTC. PostgreSQL's own text differs only by a blank in its middle (the
 -- service sets DateStyle to ISO). to_char() would make a page a sixth slower.
@@ -89,8 +91,8 @@ CREATE OR REPLACE FUNCTION incidents_between(
        AND (created_at, id) < (coalesce(before_created_at, 'infinity'), coalesce(before_id, 0))
 $$;
 
--- The same, of one status and one source. Comparisons of rows like these fit only an index that
--- begins with their columns: with equal signs, PostgreSQL might choose that of the creation times.
+-- The same, of one status and one source. Only the index that begins with these fits comparisons of
+-- rows: with equal signs, PostgreSQL might choose that of the creation times.
 CREATE OR REPLACE FUNCTION incidents_of(
     a_status text, a_source text, since timestamptz, before_created_at timestamptz,
     before_id bigint) RETURNS SETOF incidents LANGUAGE sql STABLE PARALLEL SAFE AS $$
@@ -100,15 +102,6 @@ CREATE OR REPLACE FUNCTION incidents_of(
            < (a_status, a_source, coalesce(before_created_at, 'infinity'), coalesce(before_id, 0))
 $$;
 
--- The same of all, but of the copies to search in.
-CREATE OR REPLACE FUNCTION incident_texts_between(
-    since timestamptz, before_created_at timestamptz, before_id bigint)
-    RETURNS SETOF incident_texts LANGUAGE sql STABLE PARALLEL SAFE AS $$
-    SELECT * FROM incident_texts
-     WHERE created_at >= coalesce(since, '-infinity')
-       AND (created_at, id) < (coalesce(before_created_at, 'infinity'), coalesce(before_id, 0))
-$$;
-
 -- The form in which texts are compared (Unicode's NFC, which most texts have): a letter with an
 -- accent is one character. A database with another encoding than UTF-8 cannot normalize.
 CREATE OR REPLACE FUNCTION search_form(value text) RETURNS text
@@ -116,8 +109,8 @@ CREATE OR REPLACE FUNCTION search_form(value text) RETURNS text
     RETURN CASE WHEN getdatabaseencoding() <> 'UTF8' OR value IS NFC NORMALIZED THEN value
                 ELSE normalize(value) END;
 
--- Whether a description has a text, a pattern for ILIKE. The plain description is compared first,
--- because search_form() takes longest; with accents, that could miss some.
+-- Whether a description has a text, a pattern for ILIKE. search_form() decides. The comparison with
+-- the description as it is saves most calls of it; with accents, it could miss some.
 CREATE OR REPLACE FUNCTION contains_text(description text, pattern text, has_accents boolean)
     RETURNS boolean LANGUAGE sql STABLE PARALLEL SAFE
     RETURN (has_accents OR description ILIKE pattern) AND search_form(description) ILIKE pattern;
@@ -132,21 +125,23 @@ CREATE OR REPLACE FUNCTION incident_matches(
        AND (label_filter IS NULL OR (incident).labels @@ label_filter)
 $$;
 
--- How incident_search.sql should look for incidents. This counts how many incidents between the
--- bounds pass each filter, from the 1,001st newest to the 2,000th: the newest may be a burst of one
--- problem. Ten that pass are one in a hundred: a page of 50 is full after about 5,000 incidents.
---   'list'    read the list from its newest incident: many pass, it is short, or no index helps
---   'chosen'  the same by status and source: few have those, but many of these few pass the rest
---   'texts'   use the index of texts: few incidents have the text
---   'labels'  use the index of labels: few incidents have the labels
--- In PL/pgSQL, because a session keeps its plan; an SQL function is planned for each statement.
+-- How incident_search.sql should look for incidents. This counts how many incidents of a sample
+-- pass each filter: of those between the bounds, from the 1,001st newest to the 2,000th, because
+-- the newest may be a burst of one problem. If ten pass, a page of 50 is full after about 5,000.
+--   'list'       read the list from its newest incident: many pass, it is short, or no index helps
+--   'by_status'  the same by status and source: few have those, but many of these few pass the rest
+--   'texts'      use the index of texts: few incidents have the text
+--   'labels'     use the index of labels: few incidents have the labels
+-- In PL/pgSQL, because a session keeps its plan. Before PostgreSQL 18, an SQL function is planned
+-- for each statement.
 CREATE OR REPLACE FUNCTION choose_search(
     statuses text[], sources text[], since timestamptz, before_created_at timestamptz,
     before_id bigint, pattern text, has_accents boolean, label_filter jsonpath)
     RETURNS text LANGUAGE plpgsql STABLE PARALLEL SAFE AS $$
 DECLARE
-    -- A text of one or two letters ('%ab%', but not '%a b%') has no trigram: PostgreSQL would read
-    -- the whole index, and cannot be cancelled meanwhile. Null when there is no pattern.
+    -- Whether the index cannot help: a text of one or two letters ('%ab%', but not '%a b%') has no
+    -- trigram. PostgreSQL would read the whole index, and cannot be cancelled meanwhile. It is null
+    -- when there is no pattern.
     is_short constant boolean := pattern !~ '[[:alnum:]]{3}|[^[:alnum:]%_\\][[:alnum:]]'
         OR show_trgm(pattern) = '{}'; -- as of Cyrillic letters where LC_CTYPE is C
     hits record;
@@ -154,9 +149,9 @@ BEGIN
     SELECT count(*) AS counted, count(*) FILTER (WHERE has_text) AS with_text,
            count(*) FILTER (WHERE has_labels) AS with_labels,
            count(*) FILTER (WHERE has_text AND has_labels) AS with_both,
-           count(*) FILTER (WHERE has_text AND has_labels AND is_chosen) AS with_all
+           count(*) FILTER (WHERE has_text AND has_labels AND has_status) AS with_all
       INTO hits
-      FROM (SELECT incident_matches(incident, statuses, sources, NULL, NULL, NULL) AS is_chosen,
+      FROM (SELECT incident_matches(incident, statuses, sources, NULL, NULL, NULL) AS has_status,
                    incident_matches(incident, NULL, NULL, pattern, has_accents, NULL) AS has_text,
                    incident_matches(incident, NULL, NULL, NULL, NULL, label_filter) AS has_labels
               FROM incidents_between(since, before_created_at, before_id) AS incident
@@ -165,7 +160,7 @@ BEGIN
     RETURN CASE WHEN hits.counted < 1000 OR hits.with_all >= 10 THEN 'list'
                 -- No index has a short text. If the labels are frequent too, none helps.
                 WHEN hits.with_both >= 10 OR is_short AND hits.with_labels >= 100
-                THEN CASE WHEN statuses IS NULL THEN 'list' ELSE 'chosen' END
+                THEN CASE WHEN statuses IS NULL THEN 'list' ELSE 'by_status' END
                 WHEN hits.with_text < hits.with_labels AND is_short IS NOT TRUE THEN 'texts'
                 ELSE 'labels' END;
 END
@@ -184,18 +179,19 @@ BEGIN
 END
 $$;
 
--- The labels of an incident after a sender, who said `said` before, says `says`. A label that the
--- sender says as before stays as the incident has it. One that the sender no longer says goes,
--- unless a person has changed it since. When there are over 32, new labels are left out.
-CREATE OR REPLACE FUNCTION follow_sender(labels jsonb, said jsonb, says jsonb) RETURNS jsonb
+-- Apply to the labels of an incident what its sender changed from its previous to its current
+-- labels. A label that the sender repeats stays as the incident has it. One that the sender has
+-- dropped goes, unless a person has changed it since. If there are over 32, new ones are left out.
+CREATE OR REPLACE FUNCTION follow_sender(labels jsonb, previous jsonb, current jsonb) RETURNS jsonb
     LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE AS $$
     SELECT coalesce(jsonb_object_agg(name, value), '{}')
       FROM (SELECT name, value
-              FROM jsonb_object_keys(labels || says) AS name
+              FROM jsonb_object_keys(labels || current) AS name
                    CROSS JOIN LATERAL (
-                   SELECT CASE WHEN says -> name IS NOT DISTINCT FROM said -> name
+                   SELECT CASE WHEN current -> name IS NOT DISTINCT FROM previous -> name
                                THEN labels ->> name
-                               ELSE coalesce(says ->> name, nullif(labels ->> name, said ->> name))
+                               ELSE coalesce(current ->> name,
+                                             nullif(labels ->> name, previous ->> name))
                           END AS value) AS new
              WHERE value IS NOT NULL
              ORDER BY labels ? name DESC, name
@@ -253,17 +249,15 @@ $$;
 CREATE OR REPLACE FUNCTION set_first_times() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF NEW.status = 'in_progress' THEN
-        NEW.in_progress_at := NEW.updated_at;
+        NEW.in_progress_at := coalesce(NEW.in_progress_at, NEW.updated_at);
     ELSE
-        NEW.resolved_at := NEW.updated_at;
+        NEW.resolved_at := coalesce(NEW.resolved_at, NEW.updated_at);
     END IF;
     RETURN NEW;
 END
 $$;
 CREATE OR REPLACE TRIGGER incidents_set_first_times BEFORE UPDATE ON incidents
-    FOR EACH ROW WHEN (NEW.status <> OLD.status
-                       AND (NEW.status = 'in_progress' AND NEW.in_progress_at IS NULL
-                            OR NEW.status = 'resolved' AND NEW.resolved_at IS NULL))
+    FOR EACH ROW WHEN (NEW.status <> OLD.status AND NEW.status IN ('in_progress', 'resolved'))
     EXECUTE FUNCTION set_first_times();
 
 -- Copy new texts. A copy may be left from an incident that somebody has deleted by hand.

@@ -8,8 +8,8 @@ ALTER TABLE dedup_keys
     ADD COLUMN IF NOT EXISTS labels jsonb,
     ADD COLUMN IF NOT EXISTS started_at timestamptz,
     ADD COLUMN IF NOT EXISTS changed_at timestamptz;
--- It had added this rule NOT VALID: check the entries that were there. Writes wait for that, 0.4 s
--- for each million entries.
+-- The version before had added this rule NOT VALID. To check the entries that were there, writes
+-- wait 0.4 s for each million of them.
 ALTER DOMAIN timeline_field VALIDATE CONSTRAINT timeline_field_check;
 
 -- The incidents of the replaced system keep their ids, texts and times. That system had no rule on

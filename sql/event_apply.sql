@@ -6,10 +6,10 @@
 -- resolve moves it from either of them to resolved. An event that is older than the newest trigger
 -- of its key does not change an unresolved incident.
 --
--- incident_id is the one that the key points to, null for an unknown key. When is_locked is true,
+-- incident_id is the one that the key points to, null for an unknown key. When must_retry is true,
 -- the event has done nothing and is to be run again: another transaction holds its incident or its
--- key, or has just changed or added the key. The statement itself waits in one case only: another
--- transaction is adding the same key.
+-- key, or has just changed or added the key. The statement itself waits for a row in one case only:
+-- another transaction is adding the same key.
 --   $1 key          text[]         no key twice, not even for two actors
 --   $2 action       text[]         trigger, acknowledge or resolve
 --   $3 actor        text[]
@@ -34,8 +34,8 @@
 
        -- A locked row is read as it is now, all else as it was when this statement began. Here the
        -- key is read again as it was then. Both are null: there is no such key. Only the first is
-       -- null: another transaction holds the key. Both are there and differ: another transaction has
-       -- just changed the key, and perhaps its incident. The last two make the key outdated.
+       -- null: another transaction holds the key. Both are there and differ: another one has just
+       -- changed the key, and perhaps its incident. The last two make the key outdated.
        compared AS MATERIALIZED (
        SELECT with_keys.*,
               (SELECT status FROM incidents WHERE id = with_keys.incident_id) AS status,
@@ -95,8 +95,8 @@
          FROM decided
         WHERE effect IN ('open', 'count') OR ordinal IN (SELECT ordinal FROM locked)),
 
-       -- ON CONFLICT: another transaction has just added the same key. All add keys in one order, so
-       -- that two transactions cannot wait for each other.
+       -- ON CONFLICT: another transaction has just added the same key. All add keys in the same
+       -- order, so that two transactions cannot wait for each other.
        added_keys AS (
        INSERT INTO dedup_keys (key, actor, incident_id, description, labels, started_at, changed_at)
        SELECT key, actor, id, description, labels, happened_at, clock_timestamp()
@@ -161,9 +161,11 @@
               AS entry (kind, field, from_value, to_value)
         WHERE from_value IS DISTINCT FROM to_value)
 
+-- An event must be run again when it should do something and is not among the ready ones, or when
+-- another transaction has added its key first, so that it has opened nothing.
 SELECT coalesce(opened.id, decided.incident_id) AS incident_id,
        decided.effect <> 'ignore'
-       AND (ready.id IS NULL OR decided.effect = 'open' AND opened.id IS NULL) AS is_locked
+       AND (ready.id IS NULL OR decided.effect = 'open' AND opened.id IS NULL) AS must_retry
   FROM decided
        LEFT JOIN ready USING (ordinal)
        LEFT JOIN opened ON opened.id = ready.id

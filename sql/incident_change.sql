@@ -3,8 +3,8 @@
 -- Change incidents, and write an entry on the timeline for each field and each label that gets
 -- another value, and one for a note, which does not change the incident itself. No incident may be
 -- in a batch twice. body and etag are null when there is no such incident. Nothing is changed when
--- is_match is false, because If-Match lacks the incident's etag, or when is_locked is true, because
--- another transaction holds the incident; Batcher then runs the call again.
+-- is_match is false, because If-Match lacks the incident's etag, or when must_retry is true: then
+-- another transaction holds the incident, and Batcher runs the call again.
 --   $1 incident_id  bigint[]
 --   $2 description  text[]    null to keep it
 --   $3 source       text[]    null to keep it
@@ -74,8 +74,8 @@
               VALUES ('edited', 'description', description, new_description, NULL),
                      ('edited', 'source', source, new_source, NULL)
                UNION ALL
-              SELECT 'edited', edit.field, edit.from_value, edit.to_value, NULL
-                FROM changed_labels(labels, new_labels) AS edit
+              SELECT 'edited', label.field, label.from_value, label.to_value, NULL
+                FROM changed_labels(labels, new_labels) AS label
                UNION ALL
               VALUES ('status', NULL, status, new_status, NULL),
                      ('note', NULL, NULL, NULL, note))
@@ -86,7 +86,7 @@ SELECT coalesce(changed.body, locked.body)::json AS body,
        coalesce(changed.etag, locked.etag) AS etag,
        is_match,
        locked.id IS NULL
-       AND EXISTS (SELECT FROM incidents WHERE incidents.id = input.id) AS is_locked
+       AND EXISTS (SELECT FROM incidents WHERE incidents.id = input.id) AS must_retry
   FROM input
        LEFT JOIN locked USING (ordinal)
        LEFT JOIN changed ON changed.id = locked.id

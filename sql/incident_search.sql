@@ -41,42 +41,41 @@
                SELECT created_at, id, incident
                  FROM incidents_of(wanted_status.status, wanted_source.source, $3, $4, $5)
                       AS incident
-                WHERE (SELECT way FROM choice) = 'chosen'
+                WHERE (SELECT way FROM choice) = 'by_status'
                   AND incident_matches(incident, NULL, NULL, $8, $9, $10)
                 ORDER BY status DESC, source DESC, created_at DESC, id DESC
                 LIMIT $6 + 1) AS newest
 
         UNION ALL
 
-       -- Few have the text or the labels: the indexes of incident_texts find them. The index of
-       -- labels is used only where its own condition, labels <> '{}', is repeated. With OFFSET 0,
-       -- PostgreSQL fetches the incidents one by one, and stops when the page is full.
+       -- Few have the text, the labels or the dedup_key: indexes find them. The index of labels is
+       -- used only where its own condition, labels <> '{}', is repeated. A dedup_key points to one
+       -- incident of each actor that uses it. With OFFSET 0, PostgreSQL fetches the incidents one
+       -- by one, and stops when the page is full.
        (SELECT hit.created_at, hit.id, incident
           FROM (SELECT created_at, id
-                  FROM incident_texts_between($3, $4, $5)
+                  FROM incident_texts
                  WHERE (SELECT way FROM choice) = 'texts' AND description ILIKE $8
                  UNION ALL
                 SELECT created_at, id
-                  FROM incident_texts_between($3, $4, $5)
+                  FROM incident_texts
                  WHERE (SELECT way FROM choice) = 'labels' AND labels @@ $10 AND labels <> '{}'
+                 UNION ALL
+                SELECT created_at, id
+                  FROM dedup_keys
+                       JOIN incident_texts ON id = incident_id
+                 WHERE (SELECT way FROM choice) = 'keys' AND key = $11
                  ORDER BY created_at DESC, id DESC) AS hit
                CROSS JOIN LATERAL (
                SELECT incident
                  FROM incidents AS incident
                 WHERE incident.id = hit.id
                OFFSET 0) AS found
-         WHERE incident_matches(incident, $1, $2, $8, $9, $10)
+         WHERE hit.created_at >= coalesce($3, '-infinity')
+           AND (hit.created_at, hit.id) < (coalesce($4, 'infinity'), coalesce($5, 0))
+           AND incident_matches(incident, $1, $2, $8, $9, $10)
          ORDER BY hit.created_at DESC, hit.id DESC
          LIMIT $6 + 1)
-
-        UNION ALL
-
-       -- A dedup_key points to one incident of each actor that uses it.
-        SELECT created_at, id, incident
-          FROM dedup_keys
-               JOIN incidents_between($3, $4, $5) AS incident ON incident.id = incident_id
-         WHERE (SELECT way FROM choice) = 'keys' AND key = $11
-           AND incident_matches(incident, $1, $2, $8, $9, $10)
 
         ORDER BY created_at DESC, id DESC
         LIMIT $6 + 1),

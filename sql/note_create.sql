@@ -1,7 +1,7 @@
 -- write, batch
 --
 -- Append notes to the timelines of incidents. id and body are null when there is no such incident,
--- or when is_locked is true, because another transaction holds the incident; Batcher then runs the
+-- or when must_retry is true, because another transaction holds the incident; Batcher then runs the
 -- call again.
 -- An Idempotency-Key works as in incident_create.sql.
 --   $1 idempotency_key  text[]    null for none
@@ -9,9 +9,9 @@
 --   $3 actor            text[]
 --   $4 incident_id      bigint[]
 --   $5 note             text[]
--- SKIP LOCKED passes over an incident that another transaction holds, so that one held incident
--- delays no other.
-  WITH locked AS MATERIALIZED (
+  WITH -- SKIP LOCKED passes over an incident that another transaction holds, so that one held
+       -- incident delays no other.
+       locked AS MATERIALIZED (
        SELECT id, greatest(updated_at, noted_at) AS last_entry_at
          FROM incidents
         WHERE id = ANY ($4::bigint[])
@@ -55,7 +55,7 @@
 
 SELECT id, body, is_replay, is_same_request,
        NOT is_possible
-       AND EXISTS (SELECT FROM incidents WHERE incidents.id = with_ids.incident_id) AS is_locked
+       AND EXISTS (SELECT FROM incidents WHERE incidents.id = with_ids.incident_id) AS must_retry
   FROM with_ids
        LEFT JOIN created USING (id)
  ORDER BY ordinal;

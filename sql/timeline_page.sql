@@ -23,7 +23,7 @@
 
         UNION ALL
 
-       -- The entries of all incidents. Most are of the kind 'created', so few are passed over.
+       -- The entries of all incidents, if 'created' is among the kinds: they are read by their id.
        (SELECT id, entry
           FROM timeline AS entry
          WHERE $1 IS NULL AND 'created' = ANY ($2) AND kind = ANY ($2) AND id > $3 AND id <= $4
@@ -32,8 +32,8 @@
 
         UNION ALL
 
-       -- The same without 'created': the other kinds have an index, so that none is passed over.
-       -- Only that index fits comparisons of whole rows.
+       -- The same without 'created', kind by kind: the other kinds have an index. Only that index
+       -- fits these comparisons of rows.
        (SELECT oldest.id, oldest.entry
           FROM unnest($2) AS wanted (kind)
                CROSS JOIN LATERAL (

@@ -90,7 +90,7 @@ async def test_a_slow_search_ends_with_advice_and_a_quick_one_is_answered_meanwh
 async def test_only_a_text_with_trigrams_uses_their_index(sql: Sql) -> None:
     insert_incidents(sql, 2000)
     short = ["ъ", "аб", "🔥", "🔥🔥🔥", "של", "%%%", "__", "\\\\\\", "ъ%", "è"]
-    expected = dict.fromkeys(short, ("list", "chosen"))
+    expected = dict.fromkeys(short, ("list", "by_status"))
     expected |= dict.fromkeys(["провод", "10.0.0.1", "я я"], ("texts", "texts"))
     for text, ways in expected.items():
         pattern, has_accents = incidents.like_pattern(text)

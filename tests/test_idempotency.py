@@ -138,6 +138,22 @@ async def test_simultaneous_posts_with_some_keys_make_one_for_each(
     assert sql("SELECT count(*) FROM timeline") == [(1 + 5,)]
 
 
+@pytest.mark.slow
+async def test_a_key_that_another_session_holds_fails_only_its_own_request(
+    client: AsyncClient, database_url: str
+) -> None:
+    await client.post("/incidents/", json=NEW_INCIDENT, headers=KEY)
+    with psycopg.connect(database_url) as session:
+        session.execute("SELECT key FROM idempotency_keys FOR UPDATE")
+        headers = [KEY if number == 10 else {} for number in range(32)]
+        answers = await asyncio.gather(
+            *(client.post("/incidents/", json=NEW_INCIDENT, headers=each) for each in headers)
+        )
+
+    expected = [503 if each else 201 for each in headers]
+    assert [answer.status_code for answer in answers] == expected
+
+
 async def test_keys_are_claimed_in_one_order_so_that_two_services_cannot_wait_for_each_other(
     database_url: str,
 ) -> None:

@@ -133,12 +133,9 @@ def test_a_killed_migration_is_finished_later(new_database: NewDatabase, serve: 
         wait_until(lambda: fetch(url, f"{SESSIONS} AND wait_event_type = 'Lock'"))
         server.process.kill()
         server.process.wait(10)
-        left = fetch(url, "SELECT pid FROM yoyo_lock")
 
-    assert left == [(server.process.pid,)]
     incidents.migrate(url)
     assert find_applied(url) == list(NAMES)
-    assert fetch(url, "SELECT pid FROM yoyo_lock") == []
 
 
 # ── The replaced system's database ────────────────────────────────────────────────────────────────

@@ -204,9 +204,9 @@ SEARCHES: list[tuple[Query, str, int]] = [
     ({"label": ["team:db", "wire:1"]}, "list", LIMIT),
     ({"label": ["team:db"], "q": "сеть"}, "list", LIMIT),
     ({"q": "авария", "until": "2024-01-02T07:00:00Z"}, "list", 2),  # few incidents in all
-    ({"q": "сеть", "status": "open"}, "chosen", LIMIT),
-    ({"label": ["team:db"], "q": "сеть", "status": "in_progress,open"}, "chosen", LIMIT),
-    ({"label": ["team:db"], "status": "open"}, "chosen", LIMIT),
+    ({"q": "сеть", "status": "open"}, "by_status", LIMIT),
+    ({"label": ["team:db"], "q": "сеть", "status": "in_progress,open"}, "by_status", LIMIT),
+    ({"label": ["team:db"], "status": "open"}, "by_status", LIMIT),
     ({"q": "АВАР"}, "texts", LIMIT),
     ({"q": "ниоткуда"}, "texts", 0),
     ({"q": "взрыв"}, "texts", LIMIT),  # a burst, of which there are no older ones
@@ -225,7 +225,7 @@ COSTLY_SEARCHES: list[tuple[Query, str, int]] = [
     ({"q": "потоп", "source": "operator"}, "texts", LIMIT),
     ({"q": "цц"}, "list", 0),
     ({"label": ["team:db"], "q": "цц"}, "list", 0),
-    ({"label": ["team:db"], "q": "цц", "status": "open"}, "chosen", 0),
+    ({"label": ["team:db"], "q": "цц", "status": "open"}, "by_status", 0),
 ]
 
 
