@@ -1572,9 +1572,7 @@ class Batcher:
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.statement.seconds
-        late_error: Exception = TimeoutError()
-        if self.statement.is_slow:
-            late_error = Problem(503, SLOW_ADVICE)
+        late_error = Problem(503, SLOW_ADVICE) if self.statement.is_slow else TimeoutError()
         while loop.time() < deadline:
             future = self.add_call(arguments)
             # asyncio.timeout() would cost a tenth of the requests per second.
