@@ -731,8 +731,9 @@ async def get_alerts(request: Request) -> Response:
     return json_response(row)
 
 
-# ── The API: statistics ───────────────────────────────────────────────────────────────────────────
-# The counting is done in sql/stats.sql.
+# ── The API: statistics and the service itself ────────────────────────────────────────────────────
+# Statistics, which sql/stats.sql counts; probes and metrics; and the pages of docs/pages, which load
+# everything from this server.
 
 
 class StatsQuery(Period):
@@ -755,10 +756,6 @@ async def get_stats(request: Request) -> Response:
             raise Problem(422, detail)
     row = await database.fetchrow(SQL.stats, since=since, until=until, by_day=bool(query.by))
     return json_response(row)
-
-
-# ── The API: the service itself ───────────────────────────────────────────────────────────────────
-# Probes, metrics, and the pages of docs/pages, which load everything from this server.
 
 
 async def get_root(request: Request) -> Response:
@@ -1443,9 +1440,11 @@ async def update_unresolved() -> None:
     OLDEST_OPEN.set(row["oldest_open_seconds"] or 0)
 
 
-# ── How it is stored: statements ──────────────────────────────────────────────────────────────────
+# ── How it is stored: statements and group commit ─────────────────────────────────────────────────
 # Each file of `sql/` is one statement, and handlers run it by `database.fetchrow`. Whoever writes a
-# statement must know what its file declares, which the docstring of `Statement` says.
+# statement must know what its file declares, which the docstring of `Statement` says. `Batcher` runs
+# the calls of a statement together, and is the reason for the speed. To trust the rest, it is enough
+# to know the rules in its docstring; its methods may be skipped.
 
 QUERY_TIMEOUT = 4.5  # seconds until a call gets a 503; a write that was sent may still be stored
 BATCH_SIZE = 32  # calls that go to the server together
@@ -1498,10 +1497,6 @@ class Statement:
 
 SQL = SimpleNamespace(**{file.stem: Statement(file) for file in HERE.glob("sql/*.sql")})
 
-
-# ── How it is stored: group commit ────────────────────────────────────────────────────────────────
-# The hardest part, and the reason for the speed. To trust the rest, it is enough to know the rules
-# in the docstring of `Batcher`; its methods may be skipped.
 
 MAX_WAITING = 1000  # calls of one statement; most do so many in about a tenth of a second
 SLOW_ADVICE = (
