@@ -732,7 +732,7 @@ async def get_alerts(request: Request) -> Response:
 
 
 # ── The API: statistics and the service itself ────────────────────────────────────────────────────
-# Statistics, which sql/stats.sql counts; probes and metrics; and the pages of docs/pages, which load
+# Statistics, which sql/stats.sql counts, probes, metrics, and the pages of docs/pages, which load
 # everything from this server.
 
 
@@ -1441,10 +1441,10 @@ async def update_unresolved() -> None:
 
 
 # ── How it is stored: statements and group commit ─────────────────────────────────────────────────
-# Each file of `sql/` is one statement, and handlers run it by `database.fetchrow`. Whoever writes a
-# statement must know what its file declares, which the docstring of `Statement` says. `Batcher` runs
-# the calls of a statement together, and is the reason for the speed. To trust the rest, it is enough
-# to know the rules in its docstring; its methods may be skipped.
+# Each file of `sql/` is one statement, and handlers run it by `database.fetchrow`. To write one, you
+# must know what its file declares: read the docstring of `Statement`. `Batcher` runs the calls of a
+# statement together, and is the reason for the speed. To trust the rest, it is enough to know the
+# rules in its docstring; its methods may be skipped.
 
 QUERY_TIMEOUT = 4.5  # seconds until a call gets a 503; a write that was sent may still be stored
 BATCH_SIZE = 32  # calls that go to the server together
