@@ -1441,7 +1441,7 @@ async def update_unresolved() -> None:
 
 
 # ── How it is stored: statements and group commit ─────────────────────────────────────────────────
-# Each file of `sql/` is one statement, and handlers run it by `database.fetchrow`. To write one, you
+# Each file of `sql/` is a statement, and handlers run it by `database.fetchrow`. To write one, you
 # must know what its file declares: read the docstring of `Statement`. `Batcher` runs the calls of a
 # statement together, and is the reason for the speed. To trust the rest, it is enough to know the
 # rules in its docstring; its methods may be skipped.
