@@ -100,7 +100,7 @@ NOT_BLANK = r"^[^\x00]*[^\s\x00][^\x00]*$"
 MAX_TEXT = 5000  # characters
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT, pattern=NOT_BLANK)]
 
-MAX_LABELS = 32  # of an incident; merge_labels() in the migrations has the same limit
+MAX_LABELS = 32  # of an incident; two functions in the migrations have the same limit
 MAX_LABEL_NAME = 100  # characters
 MAX_LABEL_VALUE = 1000
 
@@ -210,7 +210,7 @@ async def change_incident(request: Request) -> Response:
 
 
 async def apply_change(request: Request, incident_id: int, change: dict[str, Any]) -> Response:
-    """Change some fields of an incident and show it; 412 unless If-Match lists its ETag."""
+    """Change some fields of an incident and show it; 412 when its ETag is not in If-Match."""
     labels = change.get("labels")
     row = await database.fetchrow(
         SQL.incident_change,
@@ -370,7 +370,8 @@ async def fetch_page(query: ListQuery, list_format: ListFormat, after: Position 
     # Of the two upper bounds, the earlier one counts. Every id is above 0, so (until, 0) is before
     # all incidents that were created at `until`.
     until = (query.until, 0) if query.until else None
-    created_at, incident_id = min(filter(None, (after, until)), default=(None, None))
+    bounds = [bound for bound in (after, until) if bound]
+    created_at, incident_id = min(bounds, default=(None, None))
     values: dict[str, Any] = {
         "statuses": statuses,
         "sources": sources,
@@ -393,7 +394,8 @@ def like_pattern(text: str | None) -> tuple[str | None, bool]:
         return None, False
     sent = "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
     pattern = unicodedata.normalize("NFC", sent)  # é is one character, not e and an accent
-    has_accents = not sent == pattern == unicodedata.normalize("NFD", pattern)
+    # Of such letters, a description may hold another form.
+    has_accents = pattern != sent or pattern != unicodedata.normalize("NFD", pattern)
     return pattern, has_accents
 
 
@@ -464,9 +466,10 @@ async def list_timeline(request: Request) -> Response:
     after = int(last_id) if last_id else query.after
     list_format = choose_format(request, EVENT_STREAM, NDJSON, JSON)
     wait = 0 if request.method == "HEAD" else query.wait
-    if after == "latest" or feed.settled_id < 0 or not (wait or list_format is EVENT_STREAM):
-        # Those who wait are woken by a watcher. The others look now, and so does the first of all,
-        # because a standby must be refused before a stream sends its 200.
+    is_woken = wait > 0 or list_format is EVENT_STREAM  # by the feed's watcher
+    if after == "latest" or feed.settled_id < 0 or not is_woken:
+        # The others look now, and so does the first of all: a standby must be refused before a
+        # stream sends its 200.
         is_known = await feed.update_settled_id_soon()
         if after == "latest":
             if not is_known:
@@ -930,7 +933,7 @@ class RequestMiddleware:
         started_at = time.perf_counter()
         scope["request_id"] = choose_request_id(scope)
         scope["status"] = None  # of the response, before it has begun
-        scope["app"] = self  # Without it, Starlette's router would send a 404 of its own.
+        scope["app"] = self  # With it, Starlette's router raises its 404 instead of sending it.
         scope["method"] = scope["method"].upper()  # JavaScript's fetch() sends `patch` as it is.
         if scope["path"].startswith("http://"):  # A client may send a whole URL (RFC 9112, 3.2.2).
             scope["path"] = "/" + scope["path"][7:].partition("/")[2]
@@ -940,6 +943,7 @@ class RequestMiddleware:
                 scope["status"] = message["status"]
                 request_id = (b"x-request-id", scope["request_id"].encode())
                 message["headers"] += [request_id, *SECURITY_HEADERS]
+                # Starlette's router sets "route" when a path fits.
                 if "route" in scope and scope["route"].access != "public":
                     message["headers"].append((b"cache-control", b"no-store"))
                 observe_request(scope, time.perf_counter() - started_at)
@@ -1129,7 +1133,7 @@ async def read_body(request: Request, max_size: int) -> bytearray:
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > max_size:
-                    advice = "send less at once (Alertmanager has max_alerts for that)"
+                    advice = "send less at once; Alertmanager has the setting max_alerts"
                     raise Problem(413, f"The body is over {max_size} bytes; {advice}.")
     except TimeoutError:
         raise Problem(408, "The body took too long to come.", {"Connection": "close"}) from None
@@ -1376,12 +1380,12 @@ async def stream_pages(
 
     When a read fails, the response breaks off, so that a part of the list never looks complete.
     """
-    yield list_format.opening
+    yield list_format.opening + page["body"]
     while page["has_more"]:
-        yield page["body"]
-        yield list_format.separator
         page = await fetch_after(page["position"])
-    yield page["body"] + list_format.closing
+        if page["body"]:  # The rest may have been changed meanwhile, and pass the filters no more.
+            yield list_format.separator + page["body"]
+    yield list_format.closing
 
 
 def link_header(request: Request, position: Any) -> str:
@@ -1534,9 +1538,10 @@ def complete_futures(futures: Iterable[asyncio.Future[Any]], outcome: Any) -> No
 class Batcher:
     """Runs waiting calls of one SQL statement together, in one round trip and one commit.
 
-    Most of a write's cost is the trip to PostgreSQL and the wait for its disk. While batches are on
-    their way, three at most, new calls queue up here; then they are sent together, as arrays. A
-    call that finds no batch on its way is sent at once, so a single client never waits for others.
+    Most of a write's cost is the trip to PostgreSQL and the wait for its disk. While three batches
+    are on their way, new calls queue up here; then they are sent together, as arrays. With fewer on
+    their way, a call is sent at once, so a single client never waits for others. (A slow statement
+    says itself how many of its calls may be on their way.)
     The calls of a statement that takes no arrays are pipelined: sent together, and executed one
     after another.
 
@@ -1874,7 +1879,7 @@ class Feed:
             self.listeners -= 1
 
     async def look_for_entries(self) -> None:
-        """Look for new entries until nobody listens any more."""
+        """Look for new entries, until nobody listens any more when a look ends."""
         while self.listeners:
             try:
                 await self.update_settled_id()
@@ -2134,8 +2139,8 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
             yield f"postgresql://postgres@/postgres?host={host}&port={port}"
         finally:
             with lock_folder(data_dir) as stopping, contextlib.suppress(BlockingIOError):
-                if sys.platform != "win32":
-                    fcntl.flock(using[0], fcntl.LOCK_EX | fcntl.LOCK_NB)  # only the last gets it
+                if sys.platform != "win32":  # This fails while another process shares the lock.
+                    fcntl.flock(using[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
                 run("pg_ctl", "stop", "-m", "fast", pass_fds=stopping, check=False)
 
 
@@ -2266,7 +2271,7 @@ class LimitedProtocol(ZttpProtocol):
         super().connection_lost(None)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what has come. uvicorn stops the timer at the first byte; here, a head must end."""
+        """Parse what has come. Unlike uvicorn, leave the timer running until a head is whole."""
         if self.cycle is None and data.startswith(b"\x16\x03"):  # TLS: the client means https://
             return self.handle_remote_protocol_error()
         self.read_no_further_while_answering()

@@ -32,10 +32,10 @@
                WHERE dedup_keys.key = input.key AND dedup_keys.actor = input.actor
                  FOR NO KEY UPDATE SKIP LOCKED) AS existing ON true),
 
-       -- A locked row is read as it is now, all else as it was when this statement began. Here the
-       -- key is read again as it was then. Both are null: there is no such key. Only the first is
-       -- null: another transaction holds the key. Both are there and differ: another one has just
-       -- changed the key, and perhaps its incident. The last two make the key outdated.
+       -- locked_key is the key as it is now, and seen is the key as it was when this statement began.
+       -- Neither is there: there is no such key. Only seen is there: another transaction holds the
+       -- key. They differ: another transaction has just changed the key, and perhaps its incident.
+       -- In the last two cases the key is outdated.
        compared AS MATERIALIZED (
        SELECT with_keys.*,
               (SELECT status FROM incidents WHERE id = with_keys.incident_id) AS status,
@@ -116,6 +116,7 @@
                                  ELSE existing.description END,
               labels = CASE WHEN effect IN ('open', 'edit') THEN ready.labels
                             ELSE existing.labels END,
+              -- A new incident begins with its own trigger, also after one with a later time.
               started_at = CASE effect WHEN 'open' THEN coalesce(happened_at, existing.started_at)
                                        WHEN 'move' THEN existing.started_at
                                        ELSE greatest(happened_at, existing.started_at) END,

@@ -9,12 +9,12 @@
 --   $5 before_id          bigint
 --   $6 size               integer      incidents at most
 --   $7 format             text         json, ndjson or csv
---   $8 pattern            text         for ILIKE, in the form of search_form(); null for any text
+--   $8 pattern            text         for ILIKE, in Unicode's NFC; null for any text
 --   $9 has_accents        boolean      whether a letter in it may also be two characters: é
 --   $10 label_filter      jsonpath     for the operator @@; null for any labels
 --   $11 dedup_key         text         of any actor; null for no such filter
--- Only the part of the union that choice names reads rows: 'keys', or the way that choose_search()
--- in 0002.functions.sql gives.
+-- Only the part of the union that choice names reads rows: 'keys', or what choose_search() in
+-- 0002.functions.sql returns, 'list', 'by_status', 'texts' or 'labels'.
   WITH choice AS MATERIALIZED (
        SELECT CASE WHEN $11::text IS NOT NULL THEN 'keys'
                    ELSE choose_search(

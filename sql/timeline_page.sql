@@ -1,9 +1,9 @@
 -- read
 --
 -- One page of the timeline, oldest first: its lines, and in position the id after which the next
--- page begins. When no entries follow, that is the greater of $3 and $4. has_more is true when
--- entries follow, and incident_exists is false when there is no incident $1. With $4, a standby
--- refuses this (SQLSTATE 25006): it may lack some entries before that one.
+-- page begins. When no entries follow, that is the greater of after and up_to. has_more is true
+-- when entries follow, and incident_exists is false when there is no such incident. With up_to, a
+-- standby refuses this (SQLSTATE 25006): it may lack some entries before that one.
 --   $1 incident_id    bigint   only the entries of this incident, null for all
 --   $2 kinds          text[]   only entries of these kinds, each of them once
 --   $3 after          bigint   only entries after this one

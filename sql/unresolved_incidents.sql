@@ -1,8 +1,8 @@
 -- read, at most 8 s, 1 at once
 --
--- How many incidents are open or in progress, by source, and how old the oldest open one is, in
+-- How many incidents there are of each status and source, and how old the oldest open one is, in
 -- seconds, or null.
---   $1 statuses  text[]
+--   $1 statuses  text[]  open and in_progress
 --   $2 sources   text[]
 -- All of it is in one index. The incidents themselves are read only as far as they were not
 -- vacuumed.

@@ -443,6 +443,20 @@ async def test_a_list_that_is_being_read_holds_no_connection_and_gets_no_newer_i
     assert sql("SELECT count(*) FROM incidents") == [(303 + len(parts),)]
 
 
+async def test_a_list_whose_rest_leaves_its_filter_meanwhile_is_still_json(
+    client: AsyncClient, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(incidents, "STREAM_PAGE", 50)
+    query = incidents.ListQuery(source=["partner"])
+    fetch_after = functools.partial(incidents.fetch_page, query, incidents.JSON)
+    page = await fetch_after(None)
+    sql("UPDATE incidents SET source = 'operator'")
+    parts = [part async for part in incidents.stream_pages(incidents.JSON, page, fetch_after)]
+
+    assert page["has_more"]
+    assert len(json.loads(b"".join(parts))) == 50
+
+
 def test_a_streamed_list_ends_when_its_client_or_the_database_goes_away(
     serve: Serve, sql: Sql, database_url: str, database_unavailable: Any
 ) -> None:
