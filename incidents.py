@@ -48,7 +48,7 @@ from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
-from urllib.parse import parse_qs, quote, urlencode
+from urllib.parse import parse_qs, parse_qsl, quote, urlencode
 
 import asyncpg
 import psycopg
@@ -56,7 +56,7 @@ import uvicorn
 import yoyo
 import zttp
 from dotenv.parser import parse_stream
-from prometheus_client import Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, Gauge, Histogram, generate_latest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, WithJsonSchema
 from pydantic.functional_validators import AfterValidator, BeforeValidator
@@ -79,7 +79,7 @@ if sys.platform != "win32":
 
 HERE = Path(__file__).resolve().parent
 
-# uvicorn's general log, despite its name. It prints however the service was started.
+# Despite its name, uvicorn's main logger. It is configured however the service is started.
 log = logging.getLogger("uvicorn.error")
 
 
@@ -94,7 +94,7 @@ STATUSES: tuple[str, ...] = get_args(Status)
 SOURCES: tuple[str, ...] = get_args(Source)
 KINDS: tuple[str, ...] = get_args(Kind)
 
-# PostgreSQL cannot store NUL. NOT_BLANK also refuses a text of blanks only.
+# PostgreSQL cannot store NUL. NOT_BLANK also refuses text that is only whitespace.
 NO_NUL = r"^[^\x00]*$"
 NOT_BLANK = r"^[^\x00]*[^\s\x00][^\x00]*$"
 MAX_TEXT = 5000  # characters
@@ -109,8 +109,8 @@ LABEL_NAME = r"^[^:\x00]*[^:\s\x00][^:\x00]*$"
 LabelName = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_NAME, pattern=LABEL_NAME)]
 LabelValue = Annotated[str, Field(max_length=MAX_LABEL_VALUE, pattern=NO_NUL)]
 
-# The default of an optional field, which is None when it is left out, and refused when null is
-# sent. Its type need not allow None, because Pydantic does not check defaults.
+# Default of an optional field: it reads as None when omitted; an explicit null is refused. The
+# annotation need not allow None, because Pydantic does not validate defaults.
 # A default_factory keeps `"default": null` out of docs/openapi.json.
 OMITTED: Any = Field(default_factory=lambda: None)
 
@@ -221,7 +221,7 @@ async def apply_change(request: Request, incident_id: int, change: dict[str, Any
         **{name: change.get(name) for name in ("description", "source", "status", "note")},
     )
     if row["is_match"] is False:  # None means that there is no such incident
-        detail = "If-Match lacks the incident's current ETag; read it again, then change it."
+        detail = "If-Match does not list the incident's current ETag; read it again and retry."
         raise Problem(412, detail, {"ETag": row["etag"]})
     return json_response(row)
 
@@ -251,7 +251,7 @@ def decode_cursor(cursor: str) -> Position:
         position = created_at, int(incident_id)
         if encode_cursor(position) == cursor:
             return position
-    raise ValueError("it is not a cursor; take it as it is from the Link header of a page")
+    raise ValueError("it is not a cursor; copy it unchanged from the Link header of a page")
 
 
 def parse_timestamp(text: str) -> datetime:
@@ -468,8 +468,8 @@ async def list_timeline(request: Request) -> Response:
     wait = 0 if request.method == "HEAD" else query.wait
     is_woken = wait > 0 or list_format is EVENT_STREAM  # by the feed's watcher
     if after == "latest" or feed.settled_id < 0 or not is_woken:
-        # The others look now, and so does the first of all: a standby must be refused before a
-        # stream sends its 200.
+        # All others look now. So does the very first request, because a standby must be refused
+        # before a stream sends its 200.
         is_known = await feed.update_settled_id_soon()
         if after == "latest":
             if not is_known:
@@ -504,16 +504,16 @@ async def fetch_entries(query: FeedQuery, list_format: ListFormat, after: int) -
     )
 
 
-KEEPALIVE_SECONDS = 15  # proxies close a connection on which nothing comes for a minute
+KEEPALIVE_SECONDS = 15  # proxies close a connection that is silent for a minute
 
 
 async def stream_entries(query: FeedQuery, position: int) -> AsyncIterator[bytes]:
     """Yield entries as Server-Sent Events (HTML standard, 9.2), until the service is stopped.
 
-    The stream outlasts a failing database: after an error response, browsers do not come back.
+    The stream outlasts a failing database: after an error response, browsers do not reconnect.
     """
     # A browser connects again after 2000 milliseconds, and sends the id that it got last. An id
-    # without data moves that id on, also when the filters hide every entry.
+    # without data moves that id on, even when the filters hide every entry.
     yield b"retry: 2000\nid: %d\n\n" % position
     sent_at = time.monotonic()
     while not feed.is_closing:
@@ -572,10 +572,10 @@ def to_object(value: Any, info: ValidationInfo) -> Any:
 
 
 def to_time(value: Any) -> datetime | None:
-    """Parse a time with its offset. None when it cannot be, or is in the year 1 or days ahead.
+    """Parse a time. None if it is malformed, has no offset, is in year 1 or over a day ahead.
 
-    Go writes the year 1 for no time. After a time in the future, all events would look late; a day
-    is left for clocks that are wrong.
+    Go writes the year 1 for no time. If a future time were accepted, all later events would look
+    stale; a day allows for clocks that are wrong.
     """
     with contextlib.suppress(ValueError, OverflowError):
         moment = datetime.fromisoformat(to_text(value).upper())
@@ -616,7 +616,7 @@ class Alert(MonitoringModel):
 class AlertGroup(MonitoringModel):
     """A webhook of Prometheus Alertmanager (version 4) or of Grafana: a group of alerts."""
 
-    # What is not an alert is kept as it is, so that it does not stop the others.
+    # Malformed alerts are kept as they are, so that they do not block the others.
     alerts: list[Annotated[Alert | SkipJsonSchema[Any], Field(union_mode="left_to_right")]] = Field(
         max_length=10_000, examples=[[{"status": "firing", "fingerprint": "a5d6f0c2b3e49871"}]]
     )
@@ -654,11 +654,11 @@ async def apply_alerts(request: Request) -> Response:
         if not key:  # Some senders have none. The labels name the problem too.
             labels = json.dumps(alert.labels, sort_keys=True)
             key = hashlib.sha256(labels.encode()).hexdigest()[:16]
-        alerts[key] = alert  # When a key is there twice, the later alert counts.
+        alerts[key] = alert  # If a key occurs twice, the later alert wins.
     if ignored and not alerts:
         raise Problem(422, f"None of the alerts can be understood. {WRONG_ALERT}")
     incident_ids: dict[str, int | None] = {}
-    # When one part fails, what came before it is stored already, and perhaps some of it.
+    # If a part fails, earlier parts are already stored, and perhaps some of its own alerts.
     for start in range(0, len(alerts), ALERTS_AT_ONCE):
         part = [*alerts][start : start + ALERTS_AT_ONCE]
         results = await asyncio.gather(*(apply_alert(request, key, alerts[key]) for key in part))
@@ -672,7 +672,7 @@ async def apply_alert(request: Request, key: str, alert: Alert) -> Any:
     action = "trigger" if alert.status == "firing" else "resolve"
     times = [alert.startsAt, alert.endsAt if action == "resolve" else None]
     happened_at = max(filter(None, times), default=None)
-    # The annotations come first. Where a label has the same name, its value counts.
+    # The annotations come first. Of two with the same name, the label wins.
     texts = (alert.annotations or {}) | (alert.labels or {})
     return await apply_to_incident(request, key, action, happened_at, texts, collect_fields(alert))
 
@@ -702,9 +702,9 @@ def collect_fields(message: Event | Alert) -> dict[str, Any]:
 def describe_event(fallback: str, *sources: dict[str, Any]) -> dict[str, str]:
     """Return the description and the labels, as JSON, of what a tool says. Nothing is refused.
 
-    What TEXT_NAMES names becomes the description, and the rest labels. Without such texts, the
-    description is all that is said, or else the fallback. Of two values with the same name, that of
-    the first source counts.
+    Fields named in TEXT_NAMES form the description, and the others become labels. Without such
+    fields, everything is joined into the description; failing that, it is the fallback. Of two
+    fields with the same name, that of the first source wins.
     """
     said: dict[str, str] = {}
     items = itertools.chain(*(source.items() for source in sources))
@@ -719,7 +719,7 @@ def describe_event(fallback: str, *sources: dict[str, Any]) -> dict[str, str]:
     if not description:
         description = ", ".join(f"{name}={text}" for name, text in said.items())
     description = description[:MAX_TEXT] if description[:MAX_TEXT].strip() else fallback
-    # What has no name that a label can have is left out.
+    # Fields whose name cannot be the name of a label are dropped.
     names = [name for name in said if len(name) <= MAX_LABEL_NAME and re.match(LABEL_NAME, name)]
     if len(names) > MAX_LABELS:
         names.sort(key=lambda name: (not FIRST_LABELS.fullmatch(name), "://" not in said[name]))
@@ -728,7 +728,7 @@ def describe_event(fallback: str, *sources: dict[str, Any]) -> dict[str, str]:
 
 
 async def get_alerts(request: Request) -> Response:
-    """Show which key of a monitoring tool points to an incident, and how often it came."""
+    """Show which key of a monitoring tool points to an incident, and how often it was sent."""
     incident_id = parse_incident_id(request)
     row = await database.fetchrow(SQL.incident_alerts, incident_id=incident_id)
     return json_response(row)
@@ -786,7 +786,7 @@ async def check_readiness(request: Request) -> Response:
 async def get_metrics(request: Request) -> Response:
     """Show metrics of this process, and how many incidents are unresolved, for Prometheus."""
     await update_unresolved()
-    return Response(generate_latest(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(generate_latest(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 # The documentation's pages, and the bundles of Swagger UI and ReDoc from their package.
@@ -821,8 +821,8 @@ async def get_docs_file(request: Request) -> Response:
 # `ROUTES` lists the whole API, and docs/openapi.py describes it from this table.
 
 
-# A query whose parameters are all refused, and one whose parameters are all ignored: browsers and
-# monitoring tools add some of their own.
+# NO_QUERY refuses all query parameters. ANY_QUERY ignores them: browsers and monitoring tools add
+# their own.
 NO_QUERY, ANY_QUERY = RequestModel, MonitoringModel
 
 
@@ -836,7 +836,7 @@ class ApiRoute(Route):
     - "routing_key": the same, but the body may hold the token, so the handler authenticates.
     - "public": everybody.
 
-    Where no `query` is named, "token" refuses all query parameters, and the others ignore them.
+    Without a `query`, "token" routes refuse query parameters, and the others ignore them.
     """
 
     def __init__(
@@ -863,7 +863,7 @@ class ApiRoute(Route):
         if scope["method"] not in (self.methods or ()):
             routes = [route for route in scope["router"].routes if route.path == self.path]
             allowed = ", ".join(sorted({method for route in routes for method in route.methods}))
-            raise Problem(405, f"This path takes {allowed} only.", {"Allow": allowed})
+            raise Problem(405, f"This path accepts {allowed} only.", {"Allow": allowed})
         if self.access in ("token", "report"):
             authenticate(request)
         if self.query is NO_QUERY and scope["query_string"]:
@@ -905,7 +905,7 @@ PAGE_ROUTES = [
 # ── How a request is answered: middleware and tokens ──────────────────────────────────────────────
 # Every request passes `RequestMiddleware`, then its `ApiRoute`, which authenticates it, then its
 # handler. Whoever writes a handler need know only that each error that it raises becomes a problem,
-# and that `request.scope["actor"]` names who asks: "anonymous" without API_TOKENS, and nobody on a
+# and that `request.scope["actor"]` names who asks: "anonymous" without API_TOKENS, and unset on a
 # public route.
 
 
@@ -1061,7 +1061,7 @@ def authenticate(request: Request, routing_key: str | None = None) -> None:
 JSON_TYPE = "application/json; charset=utf-8"
 # Also application/merge-patch+json.
 JSON_PATTERN = re.compile(r"application/([\w.-]+\+)?json *(;|$)", re.IGNORECASE)
-# Half of a surrogate pair in JSON, \ud83d. Group 1 has what is to stay: a pair, or a backslash \\.
+# A lone surrogate escape, \ud83d. Group 1 is what to keep: a full pair, or an escaped backslash.
 HALF_CHARACTER = re.compile(r"(\\\\|\\u[Dd][89ABab]..\\u[Dd][C-Fc-f]..)|\\u[Dd][89A-Fa-f]..")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Some clients begin a body with it.
 MAX_BODY_BYTES = 512 * 1024  # PagerDuty's limit for an event, and enough for 32 long labels
@@ -1104,7 +1104,7 @@ def validate_query(query_string: bytes, model: type[Model]) -> Model:
 
 
 async def parse_body(request: Request, model: type[Model]) -> Model:
-    """Parse the JSON body; 400, 408, 413, 415 or 422 when the model does not take it."""
+    """Parse the JSON body; 400, 408, 413, 415 or 422 when it is not what the model describes."""
     codings = join_header_lines(request, "content-encoding")
     if codings and codings.lower() != "identity":
         # RFC 9110, 15.5.16: the response names the codings that are taken.
@@ -1115,7 +1115,7 @@ async def parse_body(request: Request, model: type[Model]) -> Model:
     max_size = MAX_WEBHOOK_BYTES if model is AlertGroup else MAX_BODY_BYTES
     text: Any = await read_body(request, max_size)
     try:
-        if issubclass(model, MonitoringModel):  # Tools cut their texts; the rest is not to be lost.
+        if issubclass(model, MonitoringModel):  # Tools truncate texts mid-character; keep the rest.
             text = text.decode("utf-8", "replace")
             text = HALF_CHARACTER.sub(lambda match: match[1] or "\ufffd", text)
         values = from_json(text)
@@ -1136,7 +1136,9 @@ async def read_body(request: Request, max_size: int) -> bytearray:
                     advice = "send less at once; Alertmanager has the setting max_alerts"
                     raise Problem(413, f"The body is over {max_size} bytes; {advice}.")
     except TimeoutError:
-        raise Problem(408, "The body took too long to come.", {"Connection": "close"}) from None
+        raise Problem(
+            408, "The body took too long to arrive; send it again.", {"Connection": "close"}
+        ) from None
     return body.removeprefix(BYTE_ORDER_MARK)
 
 
@@ -1148,14 +1150,14 @@ def validate(values: Any, noun: str, model: type[Model]) -> Model:
         error = validation_error
     names = ", ".join(model.model_fields) or "none"
     if error.error_count() > MAX_ERRORS:
-        detail = f"There are {error.error_count()} errors. There may be these {noun}s: {names}."
+        detail = f"There are {error.error_count()} errors. Allowed {noun}s: {names}."
         raise Problem(422, detail)
     texts = {
         "missing": f"This {noun} is required.",
-        "extra_forbidden": f"There is no such {noun} here; there is: {names}.",
+        "extra_forbidden": f"Unknown {noun}; allowed: {names}.",
         "model_type": f"A JSON object is needed, with: {names}.",
         "dict_type": "A JSON object is needed.",
-        "string_pattern_mismatch": "Write some text that can be read, without NUL characters.",
+        "string_pattern_mismatch": "This must not be blank, and must not contain NUL.",
     }
     errors = []
     for item in error.errors(include_url=False, include_context=False, include_input=False):
@@ -1163,7 +1165,9 @@ def validate(values: Any, noun: str, model: type[Model]) -> Model:
         detail = texts.get(item["type"], item["msg"].removeprefix("Value error, "))
         if len(path) > 2 and path[-1] == "[key]":  # Pydantic's mark of a wrong name of a label
             path = path[:-1]
-            detail = "A label's name has 1 to 100 characters, not only blanks, and no colon or NUL."
+            detail = (
+                "A label's name has 1 to 100 characters, not only whitespace, and no colon or NUL."
+            )
         errors.append({"pointer": make_json_pointer(path), "detail": detail})
     first = f"{errors[0]['pointer']}: {errors[0]['detail']}".removeprefix("#: ")
     problem = Problem(422, f"Correct this and send it again. {first}")
@@ -1188,13 +1192,13 @@ async def run_idempotent(request: Request, statement: Statement, **values: Any) 
         key = re.sub(r'^"(.*)"$', r"\1", key)  # The draft standard writes the key in quotes.
         if not re.fullmatch("[ -~]{1,255}", key):
             raise Problem(422, "An Idempotency-Key has 1 to 255 ASCII characters; send another.")
-        # Without None, so that a parameter that is added one day changes no digest that is stored.
+        # None is left out, so that a parameter added later changes no stored digest.
         sent = json.dumps([value for value in values.values() if value is not None])
         digest = hashlib.sha256(sent.encode()).digest()
     values |= {"idempotency_key": key, "digest": digest, "actor": request.scope["actor"]}
     row = await database.fetchrow(statement, **values)
     if not row["is_same_request"]:
-        raise Problem(422, "This Idempotency-Key came with another request; send a new one.")
+        raise Problem(422, "This Idempotency-Key was sent with another request; use a new one.")
     return row
 
 
@@ -1252,11 +1256,11 @@ def to_problem(error: Exception) -> Problem:
         detail = f"The database cannot serve this now ({type(error).__name__}); try again soon."
         return Problem(503, detail)
     if isinstance(error, asyncpg.DataError):
-        return Problem(422, f"A value cannot be taken: {describe_error(error)}.")
+        return Problem(422, f"A value was refused: {describe_error(error)}.")
     if isinstance(error, ClientDisconnect):
         return Problem(400, "The body ended too early; send it again.")
     if isinstance(error, HTTPException):  # raised by the router and by StaticFiles
-        return Problem(404, "There is nothing at this path; /docs lists what there is.")
+        return Problem(404, "There is nothing at this path; /docs lists the paths.")
     return Problem(500, "The service failed on this request; its log says why.")
 
 
@@ -1276,7 +1280,7 @@ TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}
 def problem_response(problem: Problem, request_id: str = "", *, is_event: bool = False) -> Response:
     """Reply with a problem. RFC 9457: with about:blank, the title is the status phrase.
 
-    `is_event` adds what PagerDuty's clients read of a refusal: their senders' logs then say why.
+    `is_event` adds the fields that PagerDuty's clients read, so that the sender's log shows why.
     """
     # PagerDuty has no 422.
     status = 400 if is_event and problem.status_code == 422 else problem.status_code
@@ -1301,7 +1305,7 @@ def problem_response(problem: Problem, request_id: str = "", *, is_event: bool =
 # SQL writes the JSON of every row, so a body is only framed here. A list without a limit is sent
 # page by page, in constant memory and without a connection that waits for a slow reader.
 
-NO_SUCH_INCIDENT = "There is no such incident; GET /incidents/ lists those that there are."
+NO_SUCH_INCIDENT = "There is no such incident; GET /incidents/ lists all of them."
 
 
 def json_response(row: Any, status: int = 200, **headers: str) -> Response:
@@ -1393,14 +1397,14 @@ def link_header(request: Request, position: Any) -> str:
 
     `position` is where the next page begins: an entry's id, or a `Position`; None at the end.
     """
-    parts = request.scope["query_string"].decode().split("&")
-    kept = "&".join(part for part in parts if not part.startswith("after="))
-    filters = quote(kept, safe="%&=+,:;@/?!$'()*")  # already encoded, but perhaps with a < or >
-    first = f'<?{filters}>; rel="first"'
+    parameters = parse_qsl(request.scope["query_string"].decode(), keep_blank_values=True)
+    filters = [(name, value) for name, value in parameters if name != "after"]
+    first = f'<?{urlencode(filters, safe=",:")}>; rel="first"'
     if position is None:
         return first
     cursor = position if isinstance(position, int) else encode_cursor(position)
-    return f'<?{filters}&after={cursor}>; rel="next", {first}'
+    following = urlencode([*filters, ("after", cursor)], safe=",:")
+    return f'<?{following}>; rel="next", {first}'
 
 
 # ── How a request is answered: metrics ────────────────────────────────────────────────────────────
@@ -1456,7 +1460,7 @@ WORKERS = 3  # batches of one statement that are on their way at once
 
 # -- write, batch, or -- read, at most 30 s, 1 at once
 FIRST_LINE = re.compile(r"-- (read|write)(, batch)?(?:, at most ([0-9]+) s, ([0-9]+) at once)?\n")
-PARAMETER = re.compile(r"^--   \$[0-9]+ (\w+)  ", re.MULTILINE)  # --   $1 incident_id  bigint[]
+PARAMETER = re.compile(r"^--   \$([0-9]+) (\w+)  ", re.MULTILINE)  # --   $1 incident_id  bigint[]
 
 
 class Statement:
@@ -1466,9 +1470,9 @@ class Statement:
     - `-- read, batch` is executed once for many calls: each parameter is an array, with one element
       per call. The others are executed once per call, which is enough for most routes.
     - `-- read, at most 30 s, 1 at once` may be slow. Its calls have a limit of their own, each is
-      sent by itself, and at most so many at the same time.
+      sent by itself, and at most that many at the same time.
 
-    A statement returns exactly one row per call, in the order of the calls, also when it finds
+    A statement returns exactly one row per call, in the order of the calls, even when it finds
     nothing. Two calls of a write with the same first parameter, an incident's id or a key, are
     never sent together. When `must_retry` is true in a row, another transaction holds what the call
     would change, and the call is run again.
@@ -1478,13 +1482,16 @@ class Statement:
         """Read a file; a `ValueError` says what is wrong with its comments."""
         self.name, self.text = file.stem, file.read_text("utf-8")
         first = FIRST_LINE.match(self.text)
-        self.parameters = tuple(PARAMETER.findall(self.text))
+        declared = PARAMETER.findall(self.text)
+        self.parameters = tuple(name for _, name in declared)
         self.names = frozenset(self.parameters)
-        if not first or len(set(re.findall(r"\$[0-9]+", self.text))) != len(self.parameters):
+        numbers = [number for number, _ in declared]
+        used = set(re.findall(r"\$([0-9]+)", self.text))
+        if not first or numbers != sorted(used, key=int):
             raise ValueError(
                 f"sql/{file.name} must begin with a line like '-- read', '-- write, batch' or "
                 "'-- read, at most 30 s, 1 at once', and have a line like '--   $1 name  type' "
-                "for each of its parameters"
+                "for each of its parameters, in their order"
             )
         access, batch, seconds, workers = first.groups()
         self.is_read, self.is_batch, self.is_slow = access == "read", bool(batch), bool(seconds)
@@ -1502,14 +1509,14 @@ class Statement:
 SQL = SimpleNamespace(**{file.stem: Statement(file) for file in HERE.glob("sql/*.sql")})
 
 
-MAX_WAITING = 1000  # calls of one statement; most do so many in about a tenth of a second
+MAX_WAITING = 1000  # calls of one statement; about a tenth of a second of work, unless it is slow
 SLOW_ADVICE = (
     "This takes too long, or others wait for the same. Ask for less: a shorter time between since "
     "and until, a longer or rarer text, or a rarer label."
 )
 LOCKED_ADVICE = "Another transaction holds this incident, or its key; try again soon."
-# After these errors, a batch is not run again: it may have been committed, or the server takes no
-# writes. And all connections are made anew: the server seems to be gone, or is a standby now.
+# A batch is not run again after these errors: it may have been committed, or the server is
+# read-only. All connections are replaced too: the server is probably gone, or now a standby.
 EXPIRING_ERRORS = (
     TimeoutError,
     asyncpg.PostgresConnectionError,
@@ -1541,7 +1548,7 @@ class Batcher:
     Most of a write's cost is the trip to PostgreSQL and the wait for its disk. While three batches
     are on their way, new calls queue up here; then they are sent together, as arrays. With fewer on
     their way, a call is sent at once, so a single client never waits for others. (A slow statement
-    says itself how many of its calls may be on their way.)
+    declares how many of its calls may be on their way.)
     The calls of a statement that takes no arrays are pipelined: sent together, and executed one
     after another.
 
@@ -1584,7 +1591,7 @@ class Batcher:
             if not row.get("must_retry"):
                 return row
             late_error = Problem(503, LOCKED_ADVICE)
-            # After a long pause, newer calls would have taken the lock again and again.
+            # With a longer pause, newer calls would keep taking the lock first.
             await asyncio.sleep(0.03)
         raise late_error
 
@@ -1613,7 +1620,7 @@ class Batcher:
                     if self.statement.is_slow:
                         # It may run long, so ask first whether the server answers at all.
                         await connection.fetchval("SELECT 1")
-                    # Only now, because more calls may have come meanwhile.
+                    # Only now, because more calls may have arrived meanwhile.
                     batch = self.take_batch()
                     if batch:
                         await self.execute_batch(connection, batch)
@@ -1621,7 +1628,7 @@ class Batcher:
                 for call in batch or self.take_batch():
                     complete_futures(call.futures, error)
         # There is no await between the check above and this line. Otherwise a call could join the
-        # queue in between, count on this worker, and wait for ever.
+        # queue in between, count on this worker, and wait forever.
         self.workers.discard(asyncio.current_task())
 
     def take_batch(self) -> list[PendingCall]:
@@ -1656,7 +1663,8 @@ class Batcher:
         except asyncpg.PostgresError as error:
             if len(batch) > 1:
                 for call in batch:
-                    await self.execute_batch(connection, [call])
+                    if not all(future.done() for future in call.futures):
+                        await self.execute_batch(connection, [call])
                 return
             rows = [error]  # for its only call
         if len(rows) != len(batch):
@@ -1686,7 +1694,7 @@ def list_servers(url: str) -> dict[str, dict[str, Any]]:
     ports = str(parts.get("port", "")).split(",")
     ports = ports * len(hosts) if len(ports) == 1 else ports
     return {
-        # None stands for a default of the driver.
+        # Without a host, the driver uses PGHOST or its default.
         f"{host or 'localhost'}:{port or 5432}": {"host": host or None, "port": port or "5432"}
         for host, port in zip(hosts, ports, strict=True)
     }
@@ -1763,9 +1771,9 @@ class Database:
             if is_unavailable(error):
                 self.log_failure(error)
             raise
-        # Only a write shows that the database serves again: reads also work on a standby, and while
-        # the disk is full. At a limit of connections, calls fail and succeed in turn; with a second
-        # between, not each change is logged.
+        # Only a write shows that the database serves again: reads work on a standby too, and while
+        # the disk is full. At the connection limit, calls alternately fail and succeed; the gap of
+        # a second keeps each flip out of the log.
         if self.failed_at and not statement.is_read and started_at > self.failed_at + 1:
             log.warning("The database at %s serves again", self.address)
             self.failed_at, self.logged_at = None, float("-inf")
@@ -1784,18 +1792,18 @@ async def prepare_session(connection: Any) -> None:
     # Return json columns as raw bytes: they are the response body.
     binary: Any = {"schema": "pg_catalog", "format": "binary"}
     await connection.set_type_codec("json", encoder=bytes, decoder=bytes, **binary)
-    # These are no options of the connection, because PgBouncer would refuse them.
+    # These are not startup parameters, because PgBouncer would refuse them.
     await connection.execute(
         # Plan a statement once, and not for each call. JIT costs more than it saves.
         "SET plan_cache_mode = force_generic_plan; SET jit = off;"
         # A plan that was made while a table was small would scan all of it until the next ANALYZE.
         "SET enable_seqscan = off;"
-        # rfc3339() in the schema relies on this form of timestamps, and statements that pass over
-        # locked rows on this isolation.
+        # rfc3339() in the schema relies on this date style, and statements with SKIP LOCKED on this
+        # isolation level.
         "SET datestyle = 'ISO'; SET default_transaction_isolation = 'read committed';"
         # A call that waits for a lock must not use up the time of the others in its batch.
         "SET lock_timeout = '2s';"
-        # A statement of a process that was killed ends too. A limit that the role has stays.
+        # This ends statements left behind by a killed process. A limit set on the role is kept.
         "SELECT set_config('statement_timeout', '35s', false)"
         " WHERE current_setting('statement_timeout') = '0'"
     )
@@ -1919,7 +1927,7 @@ def migrate(url: str, tries: int = 100, pause: float = 3) -> None:
         try_lock = "SELECT pg_try_advisory_lock(hashtext('migrations of incidents'))"
         while session.execute(try_lock).fetchone() != (True,):
             time.sleep(0.1)
-        # yoyo hides the reason when it may not create its tables. This shows it.
+        # yoyo hides why it cannot create its tables. This shows the reason.
         with session.transaction(force_rollback=True):
             session.execute("CREATE TABLE may_a_table_be_made ()")
         # As parameters only: yoyo's own URL parser does not know several hosts or sockets.
@@ -1971,7 +1979,7 @@ ASYNCPG_OPTIONS = {
 }
 URL_FORM = (
     "a URL like postgresql://user:password@host:5432/database is needed, in which names, passwords "
-    "and values have %40 %3A %2F %3F %23 %25 %3D %20 for @ : / ? # % = and blanks"
+    "and values have %40 %3A %2F %3F %23 %25 %3D %20 for @ : / ? # % = and spaces"
 )
 
 
@@ -2022,7 +2030,7 @@ def parse_tokens(text: str) -> list[Token]:
         )
     names = {token.name for token in tokens}
     if len(names) < len(tokens) or len({token.secret for token in tokens}) < len(tokens):
-        raise ValueError("a name or a secret is there twice; each token needs its own")
+        raise ValueError("a name or a secret is used twice; each token needs its own")
     return tokens
 
 
@@ -2055,7 +2063,7 @@ class Settings(BaseSettings, env_ignore_empty=True, extra="ignore", str_strip_wh
 
 
 def check_env_file(file: Path) -> None:
-    """Refuse a `.env` with a line that would be passed over: it may be the one with the tokens."""
+    """Refuse a `.env` with a line that the parser would skip: it may be API_TOKENS."""
     try:
         bindings = parse_stream(io.StringIO(file.read_text("utf-8-sig") if file.exists() else ""))
     except (OSError, UnicodeDecodeError) as error:
@@ -2076,7 +2084,7 @@ def get_settings() -> Settings:
     if "://" in os.environ.get("API_PORT", ""):
         del os.environ["API_PORT"]
     try:
-        # utf-8-sig also takes the byte order mark with which PowerShell 5.1 begins a file.
+        # utf-8-sig also accepts the byte order mark with which PowerShell 5.1 begins a file.
         return Settings(_env_file=file, _env_file_encoding="utf-8-sig")  # type: ignore[call-arg]
     except ValidationError as error:
         lines = []
@@ -2103,8 +2111,8 @@ INITDB_OPTIONS = (
 ADDRESS = "-h '' -k ."
 if sys.platform == "win32":
     ADDRESS = f"-h 127.0.0.1 -p {20_000 + os.getpid() % 20_000}"
-# The log has a file for each day of the week, which the next week replaces. In terse lines there
-# are no rows, and no statements are logged.
+# One log file per weekday, overwritten a week later. Terse lines contain no row data, and no
+# statements are logged.
 EMBEDDED_SETTINGS = (
     f"{ADDRESS} -c logging_collector=on -c log_directory=logs -c log_filename=%a.log "
     "-c log_truncate_on_rotation=on -c log_error_verbosity=terse -c log_min_error_statement=panic"
@@ -2118,7 +2126,7 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
     Processes may share it: each has a lock on the folder `base`, and the last one stops the server.
     """
     for name in [name for name in os.environ if name.startswith("PG")]:
-        del os.environ[name]  # It is about another server, but the drivers would follow it.
+        del os.environ[name]  # It describes another server, but the drivers would honour it.
     data_dir = data_dir.resolve()
     if sys.platform != "win32" and (len(os.fsencode(data_dir)) > 88 or "," in str(data_dir)):
         raise RuntimeError(f"DATA_DIR={data_dir} is too long for a socket, or has a comma")
@@ -2127,7 +2135,7 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
         with lock_folder(data_dir) as starting:
             options = {"cwd": data_dir, **choose_user(data_dir)}
             run: Callable[..., bool] = functools.partial(run_program, **options)
-            # initdb keeps the lock, should this process be killed. The server must not have it.
+            # initdb inherits the lock, and holds it if this process is killed. The server must not.
             if not (data_dir / "PG_VERSION").exists():
                 run("initdb", *INITDB_OPTIONS.split(), pass_fds=starting)
             if not run("pg_ctl", "status", check=False):
@@ -2162,7 +2170,7 @@ def lock_folder(folder: Path, *, is_shared: bool = False) -> Iterator[list[int]]
 
 
 def run_program(program: str, *arguments: str, check: bool = True, **options: Any) -> bool:
-    """Run a program of PostgreSQL; `RuntimeError` says in its own words why it failed."""
+    """Run a program of PostgreSQL; on failure, `RuntimeError` with the program's own message."""
     with tempfile.TemporaryFile() as output:  # not a pipe, which the server would keep open
         done = subprocess.run(
             [find_programs() / program, "-D", ".", *arguments],
@@ -2200,7 +2208,7 @@ def choose_user(data_dir: Path) -> dict[str, Any]:
     if data_dir.stat().st_uid == 0:
         if any(data_dir.iterdir()):
             raise RuntimeError(f"DATA_DIR={data_dir} has files of root; name another folder")
-        # It fails when the user is there already.
+        # This fails if the user already exists.
         command = ["/usr/sbin/useradd", "--system", EMBEDDED_USER]
         if subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0:
             log.warning("useradd --system %s, because root may not run PostgreSQL", EMBEDDED_USER)
@@ -2218,7 +2226,7 @@ def choose_user(data_dir: Path) -> dict[str, Any]:
 # refusals as problem documents, and clients that do not read.
 
 MAX_HEAD_SECONDS = 10  # for the first head of a connection
-MAX_IDLE_SECONDS = 75  # until the next head has come; proxies keep idle connections for 60 seconds
+MAX_IDLE_SECONDS = 75  # until the next head is complete; proxies keep idle connections for 60
 MAX_UNREAD_SECONDS = 60
 
 
@@ -2261,7 +2269,7 @@ class LimitedProtocol(ZttpProtocol):
     """
 
     def connection_made(self, transport: Any) -> None:
-        """Wait ten seconds for the head of the first request, and for the next the usual time."""
+        """Allow MAX_HEAD_SECONDS for the first head, and MAX_IDLE_SECONDS for later ones."""
         super().connection_made(JoiningTransport(transport, self.loop))  # type: ignore[arg-type]
         timer = self.loop.call_later(MAX_HEAD_SECONDS, self.timeout_keep_alive_handler)
         self.timeout_keep_alive_task = timer
@@ -2271,7 +2279,7 @@ class LimitedProtocol(ZttpProtocol):
         super().connection_lost(None)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what has come. Unlike uvicorn, leave the timer running until a head is whole."""
+        """Parse incoming bytes. Unlike uvicorn, let the timer run until a head is complete."""
         if self.cycle is None and data.startswith(b"\x16\x03"):  # TLS: the client means https://
             return self.handle_remote_protocol_error()
         self.read_no_further_while_answering()
@@ -2304,13 +2312,13 @@ class LimitedProtocol(ZttpProtocol):
 
     def handle_remote_protocol_error(self) -> None:
         """Refuse what is not HTTP or too long, and close the connection; uvicorn calls this."""
-        hint = "In a URL, percent-encode blanks and letters outside ASCII (curl: --data-urlencode)."
+        hint = "In a URL, percent-encode spaces and non-ASCII characters (curl: --data-urlencode)."
         problem = Problem(400, f"This is not an HTTP request. {hint}")
         if "size limit" in str(sys.exception()):
             problem = Problem(431, "The URL or the headers are too long; send less.")
         response = problem_response(problem)
         headers = [*self.server_state.default_headers, *response.raw_headers, *SECURITY_HEADERS]
-        if self.cycle:  # Its handler may wait for a body that will not come.
+        if self.cycle:  # Its handler may wait for a body that will not arrive.
             self.cycle.disconnected, self.cycle.waiting_for_100_continue = True, False
         with contextlib.suppress(zttp.LocalProtocolError):  # Another response may have begun.
             self.conn.send_response(response.status_code, [*headers, (b"connection", b"close")])
@@ -2328,7 +2336,7 @@ def open_listener(host: str, port: int) -> socket.socket:
     """Listen on an address and print it; exit code 1 when that cannot be done."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        # :: takes IPv6 and IPv4.
+        # :: accepts IPv6 and IPv4.
         listener = socket.create_server((host, port), family=family, dualstack_ipv6=host == "::")
     except OSError as error:
         sys.exit(f"Cannot listen on {host}:{port}: {error.strerror}. Set API_PORT or API_HOST.")
@@ -2341,7 +2349,7 @@ def open_listener(host: str, port: int) -> socket.socket:
     return listener
 
 
-# ── How it is run: the start and the end ──────────────────────────────────────────────────────────
+# ── How it is run: startup and shutdown ───────────────────────────────────────────────────────────
 # `lifespan` starts and ends the service, also under `uvicorn incidents:app`; `main` adds the limits
 # above, log lines with a time, and exit codes.
 
@@ -2374,10 +2382,10 @@ async def lifespan(_: Any) -> AsyncIterator[None]:
 
 
 async def end_when_told() -> None:
-    """End streams, or a start that waits for its database, when a signal comes.
+    """On a signal, end streams, or abort a start that is waiting for its database.
 
-    uvicorn would wait for them, and has no hook for a signal. Its server owns the handler of
-    SIGINT, so find it there and look at it.
+    uvicorn would wait for both and offers no hook for a signal, so find its server through the
+    handler of SIGINT, and poll it.
     """
     server: Any = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
     while not getattr(server, "should_exit", False):
