@@ -1,11 +1,12 @@
 """The benchmark: this service and common alternatives, side by side on this machine.
 
-    uv run tests/bench/run.py           the whole benchmark, about 15 minutes; writes results.md
-    uv run tests/bench/run.py --quick   fewer and shorter rounds, about 2 minutes; only prints
+    uv run tests/bench/run.py           the whole benchmark, about 18 minutes; writes results.md
+    uv run tests/bench/run.py --quick   fewer and shorter rounds, about 3 minutes; only prints
 
-It needs wrk, curl and Node.js with npm. PostgreSQL comes from the dependency group `embedded`. The
-benchmark starts and stops everything itself. Read it from the top: servers and their data, load,
-the whole list, growth, single calls, the report, `main`.
+It needs wrk, curl and Node.js with npm. Go with pgx is measured too if it is there; on Debian, that
+is golang-go and golang-github-jackc-pgx-v4-dev. PostgreSQL comes from the dependency group
+`embedded`. The benchmark starts and stops everything itself. Read it from the top: servers and
+their data, load, the whole list, growth, single calls, the report, `main`.
 """
 
 import argparse
@@ -49,8 +50,8 @@ from psycopg.conninfo import conninfo_to_dict  # noqa: E402
 
 OURS, FASTAPI, FASTIFY = "this service", "FastAPI + SQLAlchemy", "Fastify + postgres.js"
 BATCHING = "Fastify, batching"  # the honest test of the idea of batching
-PEERS = (FASTAPI, FASTIFY, BATCHING)
-SERVERS = (OURS, *PEERS)
+GO = "Go net/http + pgx"  # left out if it is not installed
+SERVERS = (OURS, FASTAPI, FASTIFY, BATCHING, GO)
 FEW, MANY, WHOLE = 10_000, 1_000_000, 300_000  # numbers of incidents
 RARE = 50  # how many of them are in progress
 
@@ -118,6 +119,8 @@ def start_command(name: str, port: int, user: str, host: str, database: str) -> 
         app += ["--loop", "uvloop", "--http", "httptools", "--no-access-log", "--workers", "1"]
         return [*app, "--port", str(port)], {"DATABASE_URL": f"postgresql+asyncpg://{address}"}
     env = {"PGHOST": host, "PGUSER": user, "PGDATABASE": database, "PORT": str(port)}
+    if name == GO:
+        return ["./go_peer"], env  # in the folder where it was built, where all servers start
     env |= {"BATCH": "1"} if name == BATCHING else {}
     return ["node", str(BENCH / "fastify/app.js")], env | {"NODE_ENV": "production"}
 
@@ -587,14 +590,15 @@ def count_lost(ours: Sequence[float], theirs: Sequence[float], more_is_better: b
 def format_summary(results: Results) -> str:
     """Make the table with the targets."""
     rounds, rows = results.rounds, []
+    peers = [name for name in SERVERS[1:] if ("POST", 64, name) in rounds]
 
     def figures(route: str, field: str) -> list[list[float]]:
-        return [[getattr(r, field) for r in rounds[route, 64, name]] for name in SERVERS]
+        return [[getattr(r, field) for r in rounds[route, 64, name]] for name in (OURS, *peers)]
 
     for route in (*TARGETS, "GET /health/live"):
         rates = figures(route, "rate")
         row = [f"{route}, requests/s", *(f"{median(rate):,.0f}" for rate in rates)]
-        for peer, theirs in zip(PEERS, rates[1:], strict=True):
+        for peer, theirs in zip(peers, rates[1:], strict=True):
             target = TARGETS.get(route, {}).get(peer)
             ratio = median(rates[0]) / median(theirs)
             row.append("× " + with_target(ratio, target, True, count_lost(rates[0], theirs)))
@@ -602,7 +606,8 @@ def format_summary(results: Results) -> str:
     for route in TARGETS:
         p99 = figures(route, "p99")
         row = [f"{route}, p99 in ms", *(f"{median(one):.1f}" for one in p99)]
-        for theirs, target in zip(p99[1:], (None, 1, None), strict=True):
+        for peer, theirs in zip(peers, p99[1:], strict=True):
+            target = 1 if peer == FASTIFY else None
             ratio = median(p99[0]) / median(theirs)
             row.append("× " + with_target(ratio, target, False, count_lost(p99[0], theirs, False)))
         rows.append(row)
@@ -616,9 +621,10 @@ def format_summary(results: Results) -> str:
         # The memory grows with the first list only, which a median would hide.
         a, b = (max(x) if field == "grown" else median(x) for x in (ours, theirs))
         ratio = a / b
-        cells = with_target(a, target, more), with_target(b, None, more), ""
+        cells = with_target(a, target, more), with_target(b, None, more)
         verdict = "× " + with_target(ratio, ratio_target, more, count_lost(ours, theirs, more))
-        rows.append([f"whole list of {WHOLE:,}, {text}", *cells, "", verdict, "", ""])
+        blank = [""] * (len(peers) - 1)
+        rows.append([f"whole list of {WHOLE:,}, {text}", *cells, *blank, verdict, *blank])
     post, live = (median(figures(x, "rate")[0]) for x in ("POST", "GET /health/live"))
     ratios = [["POST in % of our /health/live", with_target(100 * post / live, 55, True)]]
     batched, direct = zip(*results.single_calls, strict=True)
@@ -630,8 +636,8 @@ def format_summary(results: Results) -> str:
         if name != "POST":
             label = f"page by {name}, at {MANY:,} × at {FEW:,}"
             ratios.append([label, with_target(many / few, 1.5, False)])
-    rows += [[*cells, "", "", "", "", "", ""] for cells in ratios]
-    head = ["64 connections, medians", *SERVERS, *(f"ours × {peer}" for peer in PEERS)]
+    rows += [[*cells, *[""] * (2 * len(peers))] for cells in ratios]
+    head = ["64 connections, medians", OURS, *peers, *(f"ours × {peer}" for peer in peers)]
     return table(head, rows)
 
 
@@ -663,7 +669,7 @@ def format_details(results: Results) -> str:
     return text
 
 
-def describe_environment(postgres: str) -> str:
+def describe_environment(postgres: str, names: Sequence[str]) -> str:
     """Describe the machine and the versions of everything that is measured."""
     with psycopg.connect(postgres) as session:
         shown = session.execute(
@@ -685,6 +691,9 @@ def describe_environment(postgres: str) -> str:
     for name in ("fastify", "postgres"):
         package = json.loads((BENCH / f"fastify/node_modules/{name}/package.json").read_text())
         known.append(f"{name.replace('postgres', 'postgres.js')} {package['version']}")
+    if GO in names:
+        go = subprocess.run(["go", "env", "GOVERSION"], capture_output=True, text=True, check=True)
+        known.append(f"Go {go.stdout.strip().removeprefix('go')} with pgx 4")
     node = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout
     wrk = subprocess.run(["wrk", "--version"], capture_output=True, text=True).stdout.split()[1]
     memory = psutil.virtual_memory().total / 2**30
@@ -710,7 +719,8 @@ This service does more than the others: it has labels, an index for text search 
 for the whole list, constraints on the columns, entity tags, request ids and security headers.
 Identical reads that wait at the same time share one result, which only "the same page for all"
 shows; "pages that differ" have four filters and 41 sizes. "Fastify, batching" sends calls together
-as this service does, in arrays.
+as this service does, in arrays. "Go net/http + pgx" is one process that may use all cores, as is
+usual for Go; it is left out where Go or pgx is missing.
 """
 
 # ── Main ──────────────────────────────────────────────────────────────────────────────────────────
@@ -729,6 +739,21 @@ def need_tools() -> None:
         subprocess.run(["npm", "install", *options], cwd=BENCH / "fastify", check=True, stdout=2)
 
 
+def build_go(folder: Path) -> bool:
+    """Build the Go program in a folder, and tell whether Go and pgx are there for it."""
+    folders = (os.environ.get("GOPATH"), "/usr/share/gocode")  # where Debian has its packages
+    settings = {"GOPATH": os.pathsep.join(filter(None, folders)), "GO111MODULE": "off"}
+    env = os.environ | settings | {"GOFLAGS": ""}  # so nothing is downloaded
+    pgx = ["go", "list", "github.com/jackc/pgx/v4/pgxpool"]
+    if not shutil.which("go") or subprocess.run(pgx, env=env, capture_output=True).returncode:
+        log_progress(f"{GO} is left out: Go or pgx is missing")
+        return False
+    log_progress("go build")
+    command = ["go", "build", "-o", str(folder / "go_peer"), str(BENCH / "go/main.go")]
+    subprocess.run(command, env=env, check=True, stdout=2)
+    return True
+
+
 def exit_on_signal(number: int, frame: Any) -> NoReturn:
     """Leave all `with` blocks, which stops everything. A second signal does not disturb that."""
     for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -736,7 +761,7 @@ def exit_on_signal(number: int, frame: Any) -> NoReturn:
     sys.exit(128 + number)
 
 
-def measure(postgres: str, folder: Path, quick: bool) -> Results:
+def measure(postgres: str, folder: Path, names: Sequence[str], quick: bool) -> Results:
     """Measure everything, in an order in which nothing disturbs what is measured later."""
     with psycopg.connect(postgres) as session:
         postmaster = psutil.Process(session.info.backend_pid).parent()
@@ -744,7 +769,7 @@ def measure(postgres: str, folder: Path, quick: bool) -> Results:
     wrk = Wrk(folder, postmaster)
     plan = {64: (2, 2)} if quick else {64: (5, 3), 1: (3, 2), 256: (3, 2)}
     with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(run_server(postgres, folder, x, FEW)) for x in SERVERS]
+        servers = [stack.enter_context(run_server(postgres, folder, x, FEW)) for x in names]
         check_same_answers(servers)
         rounds = measure_routes(wrk, servers, plan)
         calls = time_single_calls(servers[0].database, 3 if quick else 9, 300)
@@ -766,8 +791,8 @@ def measure(postgres: str, folder: Path, quick: bool) -> Results:
 
 def main() -> None:
     """Run the benchmark, print its summary and, unless it is a quick run, write results.md."""
-    parser = argparse.ArgumentParser(description="Compare this service with two others.")
-    parser.add_argument("--quick", action="store_true", help="about two minutes, writes no file")
+    parser = argparse.ArgumentParser(description="Compare this service with others.")
+    parser.add_argument("--quick", action="store_true", help="about three minutes, writes no file")
     quick = parser.parse_args().quick
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, exit_on_signal)
@@ -777,9 +802,10 @@ def main() -> None:
         sys.path.insert(0, str(ROOT))
         import incidents
 
+        names = [x for x in SERVERS if x != GO or build_go(Path(name))]
         with incidents.embedded_postgres(Path(name) / "postgres") as postgres:
-            environment = describe_environment(postgres)
-            results = measure(postgres, Path(name), quick)
+            environment = describe_environment(postgres, names)
+            results = measure(postgres, Path(name), names, quick)
         os.chdir(ROOT)
     report = f"{environment}\n\n{format_summary(results)}"
     print(report)
