@@ -911,8 +911,10 @@ PAGE_ROUTES = [
 
 def choose_request_id(scope: Scope) -> str:
     """Return the client's own X-Request-ID, if it is fit for a log line, or a random id."""
-    sent = Headers(scope=scope).get("x-request-id", "")
-    return sent if re.fullmatch(r"[\w.-]{1,100}", sent, re.ASCII) else secrets.token_hex(8)
+    for name, value in scope["headers"]:  # Headers(scope=scope) would cost 2 µs.
+        if name == b"x-request-id" and re.fullmatch(rb"[\w.-]{1,100}", value):
+            return str(value, "ascii")
+    return secrets.token_hex(8)
 
 
 class RequestMiddleware:
