@@ -1510,7 +1510,6 @@ class Statement:
 
 SQL = SimpleNamespace(**{file.stem: Statement(file) for file in HERE.glob("sql/*.sql")})
 
-
 MAX_WAITING = 1000  # calls of one statement; about a tenth of a second of work, unless it is slow
 SLOW_ADVICE = (
     "This takes too long, or others wait for the same. Ask for less: a shorter time between since "
@@ -1550,9 +1549,8 @@ class Batcher:
     Most of a write's cost is the trip to PostgreSQL and the wait for its disk. While three batches
     are on their way, new calls queue up here; then they are sent together, as arrays. With fewer on
     their way, a call is sent at once, so a single client never waits for others. (A slow statement
-    declares how many of its calls may be on their way.)
-    The calls of a statement that takes no arrays are pipelined: sent together, and executed one
-    after another.
+    declares how many of its calls may be on their way.) The calls of a statement that takes no
+    arrays are pipelined: sent together, and executed one after another.
 
     - A call is answered only after its batch is committed.
     - If PostgreSQL refuses a batch, nothing of it was stored, so its calls are run one by one: one
