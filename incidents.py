@@ -4,12 +4,12 @@ A handler parses its request, runs an SQL statement and replies. Each statement 
 and most write the JSON of the response; `SQL.incident_create` is `sql/incident_create.sql`.
 Refusals are raised as `Problem` and sent as `application/problem+json` (RFC 9457).
 
-The module is read from the top. Its four parts begin at these headings:
+Read the module from the top. Its four parts begin at these headings:
 
 1. The API: what clients may send, the handlers by subject, and `ROUTES`, which lists their paths.
 2. How a request is answered: middleware, tokens, parsing, problems, formats of lists, metrics.
 3. How it is stored: statements, group commit, connections, the feed, migrations.
-4. How it is run: settings, the embedded PostgreSQL, HTTP, the start and the end.
+4. How it is run: settings, the embedded PostgreSQL, HTTP, startup and shutdown.
 
 For a new route, write its handler in the section of its subject, and add it to `ROUTES`. The
 README's section "Add a route" lists the other files.
@@ -155,10 +155,10 @@ async def create_incident(request: Request) -> Response:
     labels = json.dumps(new.labels, sort_keys=True) if new.labels else None
     values = {"description": new.description, "source": new.source, "labels": labels}
     row = await run_idempotent(request, SQL.incident_create, **values)
-    # A relative reference, so that it is also correct where a proxy adds a path: from /incidents/,
-    # it is 5, and from /incidents, incidents/5.
-    folder = "" if request.scope["raw_path"].endswith(b"/") else "incidents/"
-    location = f"{folder}{row['id']}"
+    # Relative, so that it stays correct behind a proxy that adds a path: 5 from /incidents/, and
+    # incidents/5 from /incidents.
+    prefix = "" if request.scope["raw_path"].endswith(b"/") else "incidents/"
+    location = f"{prefix}{row['id']}"
     if row["is_replay"]:
         # The key's first request may have committed while this statement waited for it. Then this
         # statement's snapshot is too old to see the incident, so a second statement reads it.
@@ -337,7 +337,7 @@ class Period(RequestModel):
 
 
 class ListQuery(Period):
-    """Which incidents to list, and in which form. `q` is part of a description, in any case."""
+    """Which incidents to list, and in which form. `q` is text to find, in either case."""
 
     status: Annotated[list[Status], CommaSeparated] = OMITTED
     source: Annotated[list[Source], CommaSeparated] = OMITTED
@@ -394,7 +394,7 @@ def like_pattern(text: str | None) -> tuple[str | None, bool]:
         return None, False
     sent = "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
     pattern = unicodedata.normalize("NFC", sent)  # é is one character, not e and an accent
-    # Of such letters, a description may hold another form.
+    # The description may store the same letters in the other form.
     has_accents = pattern != sent or pattern != unicodedata.normalize("NFD", pattern)
     return pattern, has_accents
 
@@ -466,9 +466,10 @@ async def list_timeline(request: Request) -> Response:
     after = int(last_id) if last_id else query.after
     list_format = choose_format(request, EVENT_STREAM, NDJSON, JSON)
     wait = 0 if request.method == "HEAD" else query.wait
-    is_woken = wait > 0 or list_format is EVENT_STREAM  # by the feed's watcher
-    if after == "latest" or feed.settled_id < 0 or not is_woken:
-        # All others look now. So does the very first request, because a standby must be refused
+    is_live = wait > 0 or list_format is EVENT_STREAM
+    if after == "latest" or feed.settled_id < 0 or not is_live:
+        # Long polls and streams get settled_id from the feed's watcher. Every other request must
+        # look for it now, and so must the first request of a process: a standby has to be refused
         # before a stream sends its 200.
         is_known = await feed.update_settled_id_soon()
         if after == "latest":
@@ -477,7 +478,7 @@ async def list_timeline(request: Request) -> Response:
             after = feed.settled_id
     if list_format is EVENT_STREAM:
         events = iter(()) if request.method == "HEAD" else stream_entries(query, after)
-        headers = {"X-Accel-Buffering": "no", "Vary": "Accept"}  # otherwise nginx would buffer it
+        headers = {"X-Accel-Buffering": "no", "Vary": "Accept"}  # The first is for nginx.
         return StreamingResponse(events, headers=headers, media_type=list_format.media_type)
     deadline = time.monotonic() + wait
     fetch_after = functools.partial(fetch_entries, query, list_format)
@@ -512,8 +513,8 @@ async def stream_entries(query: FeedQuery, position: int) -> AsyncIterator[bytes
 
     The stream outlasts a failing database: after an error response, browsers do not reconnect.
     """
-    # A browser connects again after 2000 milliseconds, and sends the id that it got last. An id
-    # without data moves that id on, even when the filters hide every entry.
+    # A browser connects again after 2000 milliseconds, and sends the id that it got last. An event
+    # with only an id still moves that id forward, even when the filters hide every entry.
     yield b"retry: 2000\nid: %d\n\n" % position
     sent_at = time.monotonic()
     while not feed.is_closing:
@@ -719,7 +720,7 @@ def describe_event(fallback: str, *sources: dict[str, Any]) -> dict[str, str]:
     if not description:
         description = ", ".join(f"{name}={text}" for name, text in said.items())
     description = description[:MAX_TEXT] if description[:MAX_TEXT].strip() else fallback
-    # Fields whose name cannot be the name of a label are dropped.
+    # Drop fields whose name is not valid as the name of a label.
     names = [name for name in said if len(name) <= MAX_LABEL_NAME and re.match(LABEL_NAME, name)]
     if len(names) > MAX_LABELS:
         names.sort(key=lambda name: (not FIRST_LABELS.fullmatch(name), "://" not in said[name]))
@@ -904,9 +905,9 @@ PAGE_ROUTES = [
 
 # ── How a request is answered: middleware and tokens ──────────────────────────────────────────────
 # Every request passes `RequestMiddleware`, then its `ApiRoute`, which authenticates it, then its
-# handler. Whoever writes a handler need know only that each error that it raises becomes a problem,
-# and that `request.scope["actor"]` names who asks: "anonymous" without API_TOKENS, and unset on a
-# public route.
+# handler. To write a handler, you need only know that every exception becomes a problem, and that
+# `request.scope["actor"]` names the caller: "anonymous" without API_TOKENS, and unset on a public
+# route.
 
 
 def choose_request_id(scope: Scope) -> str:
@@ -920,8 +921,8 @@ def choose_request_id(scope: Scope) -> str:
 class RequestMiddleware:
     """Wraps the router. Gives each request an id, answers errors, adds headers and logs.
 
-    Starlette's own error layers are not used, because they raise an error once more after they
-    have answered it, so that uvicorn logs a second traceback; they also cost 10 µs per request.
+    Starlette's own error layers are not used, because they re-raise an error after answering it, so
+    that uvicorn logs a second traceback; they also cost 10 µs per request.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -1016,7 +1017,8 @@ class ExplainedCors(CORSMiddleware):
         if response.status_code == 200:
             return response
         reason = bytes(response.body).decode()  # for example "Disallowed CORS origin"
-        return problem_response(Problem(403, f"{reason}: CORS_ORIGINS lists who may call this."))
+        advice = " CORS_ORIGINS lists the sites that may call this." if "origin" in reason else ""
+        return problem_response(Problem(403, f"{reason}.{advice}"))
 
 
 class Token(NamedTuple):
@@ -1038,7 +1040,7 @@ def authenticate(request: Request, routing_key: str | None = None) -> None:
         return
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
     sent = (secret.strip() if scheme.lower() == "bearer" else routing_key or "").encode()
-    # compare_digest takes the same time for each wrong secret, so it cannot be guessed by timing.
+    # compare_digest does not reveal by its time how much of a secret is right.
     token = next((token for token in known if hmac.compare_digest(token.secret, sent)), None)
     challenge = 'Bearer realm="incidents"'
     if not token:
@@ -1363,9 +1365,9 @@ def list_response(
     fetch_after: Callable[[Any], Any],
     **headers: str,
 ) -> Response:
-    """Reply with a page and a Link to the next one, or without a limit, with the whole list.
+    """Reply with one page and a Link to the next or, without a limit, with the whole list.
 
-    `page` is the first page of it. `fetch_after` fetches the page that follows a position.
+    `page` is the first page of the response. `fetch_after` fetches the page after a position.
     """
     headers["Vary"] = "Accept"
     if limit:
@@ -1389,7 +1391,7 @@ async def stream_pages(
     yield list_format.opening + page["body"]
     while page["has_more"]:
         page = await fetch_after(page["position"])
-        if page["body"]:  # The rest may have been changed meanwhile, and pass the filters no more.
+        if page["body"]:  # Later rows may have changed meanwhile and no longer match the filters.
             yield list_format.separator + page["body"]
     yield list_format.closing
 
@@ -1453,8 +1455,8 @@ async def update_unresolved() -> None:
 # ── How it is stored: statements and group commit ─────────────────────────────────────────────────
 # Each file of `sql/` is a statement, and handlers run it by `database.fetchrow`. To write one, you
 # must know what its file declares: read the docstring of `Statement`. `Batcher` runs the calls of a
-# statement together, and is the reason for the speed. To trust the rest, it is enough to know the
-# rules in its docstring; its methods may be skipped.
+# statement together, and is the reason for the speed. To trust it, the rules in its docstring are
+# enough; you may skip its methods.
 
 QUERY_TIMEOUT = 4.5  # seconds until a call gets a 503; a write that was sent may still be stored
 BATCH_SIZE = 32  # calls that go to the server together
@@ -1564,10 +1566,10 @@ class Batcher:
     """
 
     def __init__(self, database: Database, statement: Statement) -> None:
-        self.database = database
-        self.statement = statement
+        self.database, self.statement = database, statement
         self.waiting: dict[Any, PendingCall] = {}
         self.workers: set[asyncio.Task[None]] = set()
+        self.free_workers = 0  # those that have not taken their next batch yet
         self.batch_calls = BATCH_CALLS.labels(statement.name)
         WAITING_CALLS.labels(statement.name).set_function(lambda: len(self.waiting))
 
@@ -1603,10 +1605,11 @@ class Batcher:
         if place not in self.waiting:
             if len(self.waiting) >= MAX_WAITING:
                 raise Problem(503, "Too many requests wait; try again soon.")
-            # Start a worker with the first call of each batch that waits: at 0, 32 and 64 calls.
-            is_worker_needed = len(self.waiting) % self.statement.batch_size == 0
+            # Start a worker when those that are free will take only calls that wait already.
+            is_worker_needed = len(self.waiting) >= self.free_workers * self.statement.batch_size
             if is_worker_needed and len(self.workers) < self.statement.workers:
                 self.workers.add(asyncio.create_task(self.run_worker()))
+                self.free_workers += 1
             self.waiting[place] = PendingCall(arguments, [])
         self.waiting[place].futures.append(future)
         return future
@@ -1627,6 +1630,8 @@ class Batcher:
             except Exception as error:
                 for call in batch or self.take_batch():
                     complete_futures(call.futures, error)
+            self.free_workers += 1
+        self.free_workers -= 1
         # There is no await between the check above and this line. Otherwise a call could join the
         # queue in between, count on this worker, and wait forever.
         self.workers.discard(asyncio.current_task())
@@ -1636,6 +1641,7 @@ class Batcher:
 
         A write stays in the queue when the batch already has one with the same first parameter.
         """
+        self.free_workers -= 1
         batch: list[PendingCall] = []
         keys: set[Any] = set()
         for place, call in list(self.waiting.items()):
@@ -1762,7 +1768,7 @@ class Database:
     async def fetchrow(self, statement: Statement, **values: Any) -> Any:
         """Run a statement with these parameters; return its row, after its changes are committed.
 
-        Raises `Problem` 503, or an error of which `to_problem` makes one.
+        Raises `Problem` 503, or an error that `to_problem` converts.
         """
         started_at = time.monotonic()
         try:
@@ -1826,7 +1832,7 @@ CONNECTIONS.labels("in_use").set_function(
 # ── How it is stored: the feed ────────────────────────────────────────────────────────────────────
 # An id is drawn before its transaction commits, so an entry may appear after one with a higher id,
 # and a reader of `GET /timeline` that went on from there would lose it. So entries are shown only
-# up to `settled_id`, below which nothing can appear any more. How it is found may be skipped.
+# up to `settled_id`: none with that id or a lower one can still appear. You may skip the details.
 
 FEED_PAUSE = 0.1  # seconds between two looks for new entries
 FEED_PAUSE_PER_LISTENER = 0.0003  # so that a thousand listeners leave most time to the writers
@@ -1930,7 +1936,7 @@ def migrate(url: str, tries: int = 100, pause: float = 3) -> None:
         # yoyo hides why it cannot create its tables. This shows the reason.
         with session.transaction(force_rollback=True):
             session.execute("CREATE TABLE may_a_table_be_made ()")
-        # As parameters only: yoyo's own URL parser does not know several hosts or sockets.
+        # Pass only parameters: yoyo's own URL parser does not know several hosts or sockets.
         backend_url = f"postgresql+psycopg://?{urlencode(conninfo_to_dict(url))}"
         for attempt in range(1, tries + 1):
             try:
@@ -1958,7 +1964,7 @@ async def ensure_migrated() -> None:
     """Apply missing migrations. When none is missing, the role need not own the schema."""
     if not await fetch_missing_migrations():
         return
-    # To the server that answered: libpq would first wait for those that are silent.
+    # Connect to the server that answered: libpq would first wait for those that are silent.
     url = make_conninfo(database.url, **database.servers[str(database.server)])
     try:
         await asyncio.to_thread(migrate, url)
@@ -1970,7 +1976,8 @@ async def ensure_migrated() -> None:
 # Settings come from the environment and from `.env`. When the service starts, it says in one line
 # what is wrong with a setting. You may skip the parsers.
 
-# asyncpg would send other options to the server. It is told host and port for each connection.
+# The options that asyncpg understands: it would send any other to the server. Host and port are
+# set for each connection.
 ASYNCPG_OPTIONS = {
     *("user", "password", "passfile", "service", "dbname", "application_name", "options"),
     *("sslmode", "sslnegotiation", "sslrootcert", "sslcert", "sslkey", "sslcrl", "sslpassword"),
@@ -2056,7 +2063,7 @@ class Settings(BaseSettings, env_ignore_empty=True, extra="ignore", str_strip_wh
     api_port: Annotated[int, Field(ge=1, le=65535)] = 8000
     debug: bool = False
     access_log: bool = False
-    # Two lists. Any keeps BaseSettings, which parses defaults too, from reading them as JSON.
+    # Both become lists, also the default "". With list as the type, BaseSettings would want JSON.
     api_tokens: Annotated[Any, BeforeValidator(parse_tokens)] = ""
     cors_origins: Annotated[Any, BeforeValidator(parse_origins)] = ""
     db_pool_size: Annotated[int, Field(ge=1, le=100)] = 10
@@ -2126,7 +2133,7 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
     Processes may share it: each has a lock on the folder `base`, and the last one stops the server.
     """
     for name in [name for name in os.environ if name.startswith("PG")]:
-        del os.environ[name]  # It describes another server, but the drivers would honour it.
+        del os.environ[name]  # They describe another server, but the drivers would obey them.
     data_dir = data_dir.resolve()
     if sys.platform != "win32" and (len(os.fsencode(data_dir)) > 88 or "," in str(data_dir)):
         raise RuntimeError(f"DATA_DIR={data_dir} is too long for a socket, or has a comma")
@@ -2156,7 +2163,7 @@ def embedded_postgres(data_dir: Path) -> Iterator[str]:
 def lock_folder(folder: Path, *, is_shared: bool = False) -> Iterator[list[int]]:
     """Lock a folder, and yield a list of its descriptor, for `pass_fds`.
 
-    Windows cannot do that, and the list is empty: one process at a time may use a folder there.
+    On Windows nothing is locked and the list is empty, so only one process may use the folder.
     """
     if sys.platform == "win32":
         yield []
@@ -2209,7 +2216,7 @@ def choose_user(data_dir: Path) -> dict[str, Any]:
         if any(data_dir.iterdir()):
             raise RuntimeError(f"DATA_DIR={data_dir} has files of root; name another folder")
         # This fails if the user already exists.
-        command = ["/usr/sbin/useradd", "--system", EMBEDDED_USER]
+        command = ["/usr/sbin/useradd", "--system", "--user-group", EMBEDDED_USER]
         if subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0:
             log.warning("useradd --system %s, because root may not run PostgreSQL", EMBEDDED_USER)
         shutil.chown(data_dir, EMBEDDED_USER, EMBEDDED_USER)
@@ -2322,7 +2329,7 @@ class LimitedProtocol(ZttpProtocol):
             self.cycle.disconnected, self.cycle.waiting_for_100_continue = True, False
         with contextlib.suppress(zttp.LocalProtocolError):  # Another response may have begun.
             self.conn.send_response(response.status_code, [*headers, (b"connection", b"close")])
-            self.conn.send_data(response.body)  # not to a HEAD
+            self.conn.send_data(response.body)  # zttp refuses this for a HEAD.
         self.transport.write(self.conn.data_to_send())
         # To close at once would reset the connection, and a client that is still sending would not
         # see the answer. Nothing more is read.

@@ -1,6 +1,6 @@
 -- Make room for the tables of 0001. The replaced system (FastAPI, SQLAlchemy) has a table called
 -- "incidents" too; it is renamed, and 0003 copies its rows. Somebody else's tables are left alone.
--- "The version before" is that of commit 5d17a7d, the last one before release 1.0.
+-- "The previous version" is that of commit 5d17a7d, the last one before release 1.0.
 SET lock_timeout = '3s';
 DO $$
 DECLARE
@@ -9,7 +9,7 @@ DECLARE
     taken_name text;
 BEGIN
     -- Only this service has this domain, so the tables are its own. 0001 makes all of them at once,
-    -- but the version before made them step by step, and dedup_keys last.
+    -- but the previous version made them step by step, and dedup_keys last.
     IF to_regtype('timeline_note') IS NOT NULL THEN
         IF to_regclass('dedup_keys') IS NULL THEN
             RAISE EXCEPTION 'this database stands between two versions; it was left as it is: '
@@ -45,7 +45,7 @@ BEGIN
       FROM unnest('{incidents,timeline,incident_texts,idempotency_keys,dedup_keys}'::text[]) AS name
      WHERE to_regclass(name) IS NOT NULL;
     IF FOUND THEN
-        RAISE EXCEPTION 'the database has a table "%" that is not of this service; '
+        RAISE EXCEPTION 'the database has a table "%" that does not belong to this service; '
             'it was left as it is: rename it, or use another database', taken_name;
     END IF;
 END

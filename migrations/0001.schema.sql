@@ -1,12 +1,13 @@
 -- depends: 0000.make-room
 -- The tables. Every statement may be run twice: yoyo commits a migration and its note of it on two
 -- connections, and a crash may come between. A statement waits for a lock for three seconds at
--- most, because all others that want the table queue behind it. Databases of the version before
+-- most, because every later query on the table queues behind it. Databases of the previous version
 -- have a migration of this name already, so this file does not run there; 0003 adds what they lack.
 SET lock_timeout = '3s';
 
--- Domains, because PostgreSQL compiles the CHECK constraints of a table for every statement, but
--- those of a domain once in a session. Ten constraints were half the cost of reporting an incident.
+-- Domains, because PostgreSQL parses and plans the CHECK constraints of a table for every
+-- statement, but those of a domain once in a session. Ten constraints were half the cost of
+-- reporting an incident.
 DO $$
 BEGIN
     IF to_regtype('timeline_note') IS NULL THEN

@@ -4,13 +4,13 @@
 -- between $$: with RETURN instead, PostgreSQL's releases since autumn 2026 refuse to add a column
 -- with a default to that table.
 SET lock_timeout = '3s';
--- The triggers of the version before go with their functions. This locks incidents before timeline,
--- as the writes of the service do: the other order could end in a deadlock.
+-- Dropping the functions of the previous version also drops its triggers. This locks incidents
+-- before timeline, as the writes of the service do: the other order could end in a deadlock.
 DROP FUNCTION IF EXISTS copy_new_descriptions, copy_changed_description, incident_texts_between
     CASCADE;
 
--- A timestamp as RFC 3339 in UTC. PostgreSQL's own text differs only by a blank in its middle (the
--- service sets DateStyle to ISO). to_char() would make a page a sixth slower.
+-- A timestamp as RFC 3339 in UTC. It differs from PostgreSQL's own text only by the T and the Z
+-- (the service sets DateStyle to ISO). to_char() would make a page a sixth slower.
 CREATE OR REPLACE FUNCTION rfc3339(value timestamptz) RETURNS text
     LANGUAGE sql STABLE PARALLEL SAFE
     RETURN replace((value AT TIME ZONE 'UTC')::text, ' ', 'T') || 'Z';
@@ -65,7 +65,7 @@ CREATE OR REPLACE FUNCTION timeline_line(entry timeline, incident text, format t
         || CASE format WHEN 'sse' THEN E'\n\n' WHEN 'ndjson' THEN E'\n' ELSE '' END
 $$;
 
--- The lines of a page, as what stands between the brackets of JSON, or as they are.
+-- The lines of a page as one body. For JSON: the elements of an array, without its brackets.
 CREATE OR REPLACE FUNCTION join_lines(lines text[], format text) RETURNS bytea
     LANGUAGE sql STABLE PARALLEL SAFE
     RETURN convert_to(coalesce(
@@ -109,8 +109,8 @@ CREATE OR REPLACE FUNCTION search_form(value text) RETURNS text
     RETURN CASE WHEN getdatabaseencoding() <> 'UTF8' OR value IS NFC NORMALIZED THEN value
                 ELSE normalize(value) END;
 
--- Whether a description has a text, a pattern for ILIKE. search_form() decides. The comparison with
--- the description as it is saves most calls of it; with accents, it could miss some.
+-- Whether a description contains a text (a pattern of ILIKE). The second comparison decides. The
+-- first avoids most calls of search_form(); it is skipped for accents, where it could miss matches.
 CREATE OR REPLACE FUNCTION contains_text(description text, pattern text, has_accents boolean)
     RETURNS boolean LANGUAGE sql STABLE PARALLEL SAFE
     RETURN (has_accents OR description ILIKE pattern) AND search_form(description) ILIKE pattern;
@@ -125,11 +125,11 @@ CREATE OR REPLACE FUNCTION incident_matches(
        AND (label_filter IS NULL OR (incident).labels @@ label_filter)
 $$;
 
--- How incident_search.sql should look for incidents. This counts how many incidents of a sample
--- pass each filter: of those between the bounds, from the 1,001st newest to the 2,000th, because
--- the newest may be a burst of one problem. If ten pass, a page of 50 is full after about 5,000.
+-- Choose how incident_search.sql looks for incidents, by counting how many of a sample pass each
+-- filter. The sample is the 1,001st to the 2,000th newest within the bounds; newer ones may be a
+-- burst of one problem. If ten of them pass, a page of 50 is full after about 5,000.
 --   'list'       read the list from its newest incident: many pass, it is short, or no index helps
---   'by_status'  the same by status and source: few have those, but many of these few pass the rest
+--   'by_status'  the same by status and source: few have those, but many of them pass the rest
 --   'texts'      use the index of texts: few incidents have the text
 --   'labels'     use the index of labels: few incidents have the labels
 -- In PL/pgSQL, because a session keeps its plan. Before PostgreSQL 18, an SQL function is planned
@@ -154,9 +154,10 @@ BEGIN
       FROM (SELECT incident_matches(incident, statuses, sources, NULL, NULL, NULL) AS has_status,
                    incident_matches(incident, NULL, NULL, pattern, has_accents, NULL) AS has_text,
                    incident_matches(incident, NULL, NULL, NULL, NULL, label_filter) AS has_labels
-              FROM incidents_between(since, before_created_at, before_id) AS incident
-             ORDER BY created_at DESC, id DESC
-            OFFSET 1000 LIMIT 1000) AS sample;
+              FROM (SELECT incident
+                      FROM incidents_between(since, before_created_at, before_id) AS incident
+                     ORDER BY created_at DESC, id DESC
+                    OFFSET 1000 LIMIT 1000) AS sample) AS matches;
     RETURN CASE WHEN hits.counted < 1000 OR hits.with_all >= 10 THEN 'list'
                 -- No index has a short text. If the labels are frequent too, none helps.
                 WHEN hits.with_both >= 10 OR is_short AND hits.with_labels >= 100
@@ -286,7 +287,7 @@ CREATE OR REPLACE TRIGGER incidents_copy_changed_text AFTER UPDATE ON incidents
     FOR EACH ROW WHEN (NEW.description <> OLD.description OR NEW.labels <> OLD.labels)
     EXECUTE FUNCTION copy_changed_text();
 
--- Keep the timeline as it was written, also from who uses psql with the service's own role.
+-- Keep the timeline as it was written, even from someone using psql with the service's own role.
 CREATE OR REPLACE FUNCTION refuse_timeline_change() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     RAISE EXCEPTION 'the timeline is append-only: % is refused; add a note instead', TG_OP;

@@ -1,5 +1,5 @@
 -- Stop the service first. This forgets the incidents that were taken over, and all that was
--- reported since, also where the version before had taken them over.
+-- reported since, also where the previous version had taken them over.
 SET lock_timeout = '3s';
 DO $$
 BEGIN

@@ -1,15 +1,15 @@
 -- depends: 0002.functions
--- Bring a database of the version before up to date, or copy the incidents of the replaced system.
+-- Bring a database of the previous version up to date, or copy the replaced system's incidents.
 SET lock_timeout = '3s';
--- The dedup_keys of the version before get the columns that they have in 0001. They are locked
+-- The dedup_keys of the previous version get the columns that they have in 0001. They are locked
 -- before the timeline, as events lock them: the other order could end in a deadlock.
 ALTER TABLE dedup_keys
     ADD COLUMN IF NOT EXISTS description text,
     ADD COLUMN IF NOT EXISTS labels jsonb,
     ADD COLUMN IF NOT EXISTS started_at timestamptz,
     ADD COLUMN IF NOT EXISTS changed_at timestamptz;
--- The version before had added this rule NOT VALID. To check the entries that were there, writes
--- wait 0.4 s for each million of them.
+-- The previous version added this constraint NOT VALID. Validating it blocks writes for 0.4 s per
+-- million entries.
 ALTER DOMAIN timeline_field VALIDATE CONSTRAINT timeline_field_check;
 
 -- The incidents of the replaced system keep their ids, texts and times. That system had no rule on

@@ -4,7 +4,8 @@
 -- to is unresolved, a trigger is counted instead, and where it says something else than the trigger
 -- before it, the incident is changed. An acknowledge moves the incident from open to in_progress, a
 -- resolve moves it from either of them to resolved. An event that is older than the newest trigger
--- of its key does not change an unresolved incident.
+-- of its key does not change an unresolved incident; where the incident is resolved or closed, even
+-- an older trigger opens a new one.
 --
 -- incident_id is the one that the key points to, null for an unknown key. When must_retry is true,
 -- the event has done nothing and is to be run again: another transaction holds its incident or its
@@ -18,7 +19,7 @@
 --   $6 happened_at  timestamptz[]  by the sender's clock, null when it tells no time
 -- In the steps, what an event says has plain names, what its key said before begins with last_, and
 -- what its incident has begins with old_ or new_.
-  WITH -- The events, each with its key. SKIP LOCKED passes over a key that another transaction
+  WITH -- The events, each with its key. SKIP LOCKED skips a key that another transaction
        -- holds: it has nulls here, and is_outdated is true for it below.
        with_keys AS MATERIALIZED (
        SELECT input.*, existing.*
@@ -32,10 +33,10 @@
                WHERE dedup_keys.key = input.key AND dedup_keys.actor = input.actor
                  FOR NO KEY UPDATE SKIP LOCKED) AS existing ON true),
 
-       -- locked_key is the key as it is now, and seen is the key as it was when this statement began.
-       -- Neither is there: there is no such key. Only seen is there: another transaction holds the
-       -- key. They differ: another transaction has just changed the key, and perhaps its incident.
-       -- In the last two cases the key is outdated.
+       -- seen is the key in this statement's snapshot, and locked_key is its current version. Both
+       -- are null: the key does not exist. Only locked_key is null: another transaction holds the
+       -- key. They differ: another transaction has just changed or added the key, and perhaps its
+       -- incident. In the last two cases the key is outdated.
        compared AS MATERIALIZED (
        SELECT with_keys.*,
               (SELECT status FROM incidents WHERE id = with_keys.incident_id) AS status,
@@ -43,14 +44,14 @@
                  FROM dedup_keys AS seen
                 WHERE (seen.key, seen.actor) = (with_keys.key, with_keys.actor))
               IS DISTINCT FROM locked_key AS is_outdated,
-              -- Addresses of the sender and images are no news: each Alertmanager of a cluster has
-              -- its own.
+              -- Links to the sender and images are ignored: they differ between the Alertmanagers
+              -- of a cluster.
               (description, labels - ignored) = (last_description, last_labels - ignored)
               AS is_repeat
          FROM with_keys
               CROSS JOIN (
               VALUES (ARRAY['client_url', 'generatorURL', 'imageURL', 'image 1']))
-              AS no_news (ignored)),
+              AS noise (ignored)),
 
        -- wait: run the event again; count: count the trigger; edit: count it and change description
        -- and labels; open: make an incident; move: change the status; ignore: do nothing.
@@ -67,8 +68,8 @@
                    ELSE 'ignore' END AS effect
          FROM compared),
 
-       -- The incidents to change. SKIP LOCKED passes over one that another transaction holds, and
-       -- the status passes over one that another transaction has just moved.
+       -- The incidents to change. SKIP LOCKED skips one that another transaction holds, and
+       -- the status skips one that another transaction has just moved.
        locked AS MATERIALIZED (
        SELECT incident.*, ordinal, actor,
               CASE WHEN effect = 'edit' THEN status
@@ -106,7 +107,7 @@
        ON CONFLICT DO NOTHING
        RETURNING incident_id AS new_id),
 
-       -- A trigger that is only counted changes no text, also because it may be an older one.
+       -- A trigger that is only counted changes no text: it repeats the last one, or is older.
        changed_keys AS (
        UPDATE dedup_keys AS existing
           SET incident_id = id,

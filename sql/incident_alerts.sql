@@ -1,8 +1,8 @@
 -- read
 --
--- The dedup_key that points to an incident: who sends it, how many triggers with it came for this
--- incident, when the last one came, and what the newest one that brought news said. The array is
--- empty when no key points to the incident; body is null when there is no such incident.
+-- The dedup_key that points to an incident, as an array of at most one: who sends it, how many
+-- triggers it received for this incident, when the last one came, and what the newest one that
+-- brought news said. body is null when there is no such incident.
 --   $1 incident_id  bigint
 SELECT (SELECT to_json(ARRAY(
                SELECT json_build_object(

@@ -21,7 +21,7 @@
                                         note, label_patch, ordinal)),
 
        -- The rows are locked before they are read, so that the old values on the timeline are
-       -- current. SKIP LOCKED passes over a row that another transaction holds, so that one held
+       -- current. SKIP LOCKED skips a row that another transaction holds, so that one held
        -- incident delays no other. The time comes from clock_timestamp(), because now() may be
        -- earlier than a change that is seen here, and from greatest(), because a clock may go back.
        locked AS (

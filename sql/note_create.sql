@@ -9,7 +9,7 @@
 --   $3 actor            text[]
 --   $4 incident_id      bigint[]
 --   $5 note             text[]
-  WITH -- SKIP LOCKED passes over an incident that another transaction holds, so that one held
+  WITH -- SKIP LOCKED skips an incident that another transaction holds, so that one held
        -- incident delays no other.
        locked AS MATERIALIZED (
        SELECT id, greatest(updated_at, noted_at) AS last_entry_at
@@ -17,7 +17,7 @@
         WHERE id = ANY ($4::bigint[])
           FOR NO KEY UPDATE SKIP LOCKED),
 
-       -- An Idempotency-Key is not used up when no note is added.
+       -- The key stays unused if no note is added.
        input AS MATERIALIZED (
        SELECT CASE WHEN locked.id IS NOT NULL THEN idempotency_key END AS idempotency_key,
               actor, incident_id, note, ordinal, last_entry_at,

@@ -2,7 +2,7 @@
 --
 -- How many incidents there are by status and by source, and how many seconds passed from creation
 -- to the first time in progress and to the first time resolved: mean, median and 95th percentile,
--- null when no incident got there. With by_day, also the same for each day in UTC.
+-- null when no incident reached it. With by_day, also the same for each day in UTC.
 --   $1 since   timestamptz  created at this time or later, null for no bound
 --   $2 until   timestamptz  created before this time, null for no bound
 --   $3 by_day  boolean      since and until must be given too
@@ -17,8 +17,8 @@
 
         UNION ALL
 
-       -- A row of nulls for each day, so that one without incidents is there too. count(status)
-       -- passes over it.
+       -- A row of nulls for each day, so that days without incidents appear too; count(status)
+       -- skips it.
        SELECT first_day + number, NULL, NULL, NULL, NULL
          FROM (SELECT ($1 AT TIME ZONE 'UTC')::date,
                       ($2 AT TIME ZONE 'UTC' - interval '1 microsecond')::date)

@@ -109,6 +109,21 @@ async def test_each_batch_that_waits_has_a_worker_and_identical_reads_share_one(
     await async_wait_until(lambda: is_idle(database))
 
 
+async def test_a_call_of_another_incident_does_not_wait_for_those_that_wait_for_one(
+    database: Database,
+) -> None:
+    change = database.batchers["incident_change"]
+    for incident_id in (1, 1):
+        change.add_call((incident_id, *change.statement.parameters[1:]))
+    [first] = change.take_batch()  # as the worker does; the other call has the same incident
+    change.add_call((2, *change.statement.parameters[1:]))
+
+    assert first.arguments[0] == 1
+    assert len(change.workers) == 2
+    change.waiting.clear()
+    await async_wait_until(lambda: is_idle(database))
+
+
 async def test_a_read_sees_everything_that_was_acknowledged_before_it(database: Database) -> None:
     acknowledged = 0
 

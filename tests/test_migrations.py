@@ -252,7 +252,7 @@ async def test_a_take_over_can_be_rolled_back_and_loses_nothing_old(replaced: st
 # ── Databases that are refused, and left as they are ──────────────────────────────────────────────
 
 FOREIGN = (
-    'the database has a table "{}" that is not of this service; '
+    'the database has a table "{}" that does not belong to this service; '
     "it was left as it is: rename it, or use another database"
 )
 ALTER_REPLACED = f"{REPLACED_SCHEMA}; ALTER TABLE incidents"
