@@ -48,7 +48,7 @@ from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
-from urllib.parse import parse_qs, parse_qsl, quote, urlencode
+from urllib.parse import parse_qs, quote, urlencode
 
 import asyncpg
 import psycopg
@@ -1401,14 +1401,14 @@ def link_header(request: Request, position: Any) -> str:
 
     `position` is where the next page begins: an entry's id, or a `Position`; None at the end.
     """
-    parameters = parse_qsl(request.scope["query_string"].decode(), keep_blank_values=True)
-    filters = [(name, value) for name, value in parameters if name != "after"]
-    first = f'<?{urlencode(filters, safe=",:")}>; rel="first"'
+    parts = request.scope["query_string"].decode().split("&")
+    kept = "&".join(part for part in parts if not part.startswith("after="))
+    filters = quote(kept, safe="%&=+,:;@/?!$'()*")  # already encoded, but perhaps with a < or >
+    first = f'<?{filters}>; rel="first"'
     if position is None:
         return first
     cursor = position if isinstance(position, int) else encode_cursor(position)
-    following = urlencode([*filters, ("after", cursor)], safe=",:")
-    return f'<?{following}>; rel="next", {first}'
+    return f'<?{filters}&after={cursor}>; rel="next", {first}'
 
 
 # ── How a request is answered: metrics ────────────────────────────────────────────────────────────
