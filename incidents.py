@@ -229,7 +229,7 @@ async def apply_change(request: Request, incident_id: int, change: dict[str, Any
 # ── The API: lists ────────────────────────────────────────────────────────────────────────────────
 # First what a query may hold, then the list itself. `parse_query` gives each parameter as the list
 # of the values that were sent; the validators turn it into what the handler needs, or say what is
-# wrong.
+# wrong. Formats and paging are under "JSON and lists" in part 2.
 
 # A place in the list of incidents, which is sorted by creation time and then by id.
 Position = tuple[datetime, int]
@@ -468,9 +468,9 @@ async def list_timeline(request: Request) -> Response:
     wait = 0 if request.method == "HEAD" else query.wait
     is_live = wait > 0 or list_format is EVENT_STREAM
     if after == "latest" or feed.settled_id < 0 or not is_live:
-        # Long polls and streams get settled_id from the feed's watcher. Every other request must
-        # look for it now, and so must the first request of a process: a standby has to be refused
-        # before a stream sends its 200.
+        # Long polls and streams rely on the feed's watcher for settled_id. Other requests must look
+        # for it now. So must the first request of a process, so that a standby refuses before a
+        # stream has sent its 200.
         is_known = await feed.update_settled_id_soon()
         if after == "latest":
             if not is_known:
@@ -552,8 +552,8 @@ FIELD_LABELS = re.compile("client(_url)?|[a-z]+URL|ruleUID")
 # At most this many alerts of one webhook are queued at once: all clients share the queue.
 ALERTS_AT_ONCE = 100
 WRONG_ALERT = (
-    "An alert is an object with a status, which is firing or resolved, and it may have a "
-    "fingerprint of at most 255 characters."
+    "An alert is an object with a status (firing or resolved) and optionally a fingerprint of at "
+    "most 255 characters."
 )
 
 
@@ -567,7 +567,7 @@ def to_text(value: Any) -> str:
 
 def to_object(value: Any, info: ValidationInfo) -> Any:
     """Keep an object or a null. Another value, like 5 for `payload`, becomes `{"payload": 5}`."""
-    if value == []:  # PHP's empty object
+    if value == []:  # how PHP writes an empty object
         return {}
     return value if value is None or isinstance(value, dict) else {info.field_name: value}
 
@@ -575,7 +575,7 @@ def to_object(value: Any, info: ValidationInfo) -> Any:
 def to_time(value: Any) -> datetime | None:
     """Parse a time. None if it is malformed, has no offset, is in year 1 or over a day ahead.
 
-    Go writes the year 1 for no time. If a future time were accepted, all later events would look
+    Go sends the year 1 for "no time". If a future time were accepted, all later events would look
     stale; a day allows for clocks that are wrong.
     """
     with contextlib.suppress(ValueError, OverflowError):
@@ -714,7 +714,7 @@ def describe_event(fallback: str, *sources: dict[str, Any]) -> dict[str, str]:
         if text.strip() and not name.startswith("__"):  # Grafana's private annotations
             said.setdefault(name, text)
     lines = [said.pop(name) for name in TEXT_NAMES if name in said]
-    # A label cuts a long value, so the description has it whole.
+    # A label cuts a long value, so the description has more of it.
     lines += [f"{name}: {text}" for name, text in said.items() if len(text) > MAX_LABEL_VALUE]
     description = "\n".join(dict.fromkeys(lines))
     if not description:
@@ -750,7 +750,7 @@ MAX_DAYS = 366
 
 
 async def get_stats(request: Request) -> Response:
-    """Count incidents by status and source, and time their way to in progress and resolved."""
+    """Count incidents by status and source, with their times to in progress and resolved."""
     query = parse_query(request, StatsQuery)
     since, until = query.since, query.until
     if query.by:
@@ -851,8 +851,8 @@ class ApiRoute(Route):
         access: Literal["token", "report", "routing_key", "public"] = "token",
     ) -> None:
         super().__init__(path, endpoint, methods=[method])
-        # Each path works with and without its last slash: ^/stats$ becomes ^/stats/?\Z. (A $ would
-        # also fit before a line break.)
+        # Each path works with and without a trailing slash: ^/stats$ becomes ^/stats/?\Z. (A $
+        # would also match before a line break.)
         self.path_regex = re.compile(self.path_regex.pattern.rstrip("/$") + r"/?\Z")
         self.method, self.body = method, body
         self.query = query or (NO_QUERY if access == "token" else ANY_QUERY)
@@ -1227,8 +1227,8 @@ REMEDIES = {
     "42P05": POOLER_REMEDY,
     "53300": "lower DB_POOL_SIZE, or raise the server's max_connections",
 }
-# SQLSTATEs, or how they begin, that say "not now" (PostgreSQL manual, Appendix A): connection lost,
-# login refused, deadlock; out of connections or space, object not ready, shutdown or timeout;
+# SQLSTATEs, or prefixes of them, that mean "not now" (PostgreSQL manual, Appendix A): connection
+# lost, login refused, deadlock; out of connections or space, object not ready, shutdown or timeout;
 # read-only, no such database, a right that the role lacks; and what a pooler loses.
 UNAVAILABLE_SQLSTATES = ("08", "28", "40", "53", "55", "57", "25006", "3D000", "42501", *REMEDIES)
 # asyncpg raises these for connections that have just ended, and where no host of DATABASE_URL is
@@ -1472,7 +1472,7 @@ class Statement:
 
     - `-- read` changes nothing, so identical calls may share one result; `-- write` runs each call.
     - `-- read, batch` is executed once for many calls: each parameter is an array, with one element
-      per call. The others are executed once per call, which is enough for most routes.
+      per call. Without `batch`, it is executed once per call, which is fine for most routes.
     - `-- read, at most 30 s, 1 at once` may be slow. Its calls have a limit of their own, each is
       sent by itself, and at most that many at the same time.
 
@@ -1559,8 +1559,8 @@ class Batcher:
       bad call cannot fail the others.
     - After a lost connection or a timeout, nothing is run again: the batch may be committed.
     - Writes with the same first parameter, an incident's id or a key, go in separate batches.
-    - A statement does not wait for an incident that another transaction holds. It passes that call
-      over, and the call is run again a little later. So one held incident delays no other.
+    - A statement skips an incident that another transaction holds, and the call is run again
+      shortly after. So one held incident delays nobody else.
     - Identical reads that are still waiting share one result. A read never joins one that was
       already sent, because it could then miss what its own caller has just written.
     """
@@ -1605,7 +1605,7 @@ class Batcher:
         if place not in self.waiting:
             if len(self.waiting) >= MAX_WAITING:
                 raise Problem(503, "Too many requests wait; try again soon.")
-            # Start a worker when those that are free will take only calls that wait already.
+            # Start another worker if the free ones will be filled by calls that already wait.
             is_worker_needed = len(self.waiting) >= self.free_workers * self.statement.batch_size
             if is_worker_needed and len(self.workers) < self.statement.workers:
                 self.workers.add(asyncio.create_task(self.run_worker()))
@@ -1699,9 +1699,13 @@ def list_servers(url: str) -> dict[str, dict[str, Any]]:
     hosts = str(parts.get("host", "")).split(",")
     ports = str(parts.get("port", "")).split(",")
     ports = ports * len(hosts) if len(ports) == 1 else ports
+    default_port = os.environ.get("PGPORT", "5432")
     return {
         # Without a host, the driver uses PGHOST or its default.
-        f"{host or 'localhost'}:{port or 5432}": {"host": host or None, "port": port or "5432"}
+        f"{host or 'localhost'}:{port or default_port}": {
+            "host": host or None,
+            "port": port or default_port,
+        }
         for host, port in zip(hosts, ports, strict=True)
     }
 
@@ -1881,7 +1885,7 @@ class Feed:
         self.listeners += 1
         try:
             if self.settled_id > after:
-                # A listener that is behind reads full pages. This leaves time to the writers.
+                # This listener is behind and will read full pages; pause so that writers get time.
                 await asyncio.sleep(2 * FEED_PAUSE_PER_LISTENER * self.listeners)
             elif not self.is_closing:
                 if not self.watcher or self.watcher.done():
@@ -2229,7 +2233,7 @@ def choose_user(data_dir: Path) -> dict[str, Any]:
 
 
 # ── How it is run: HTTP ───────────────────────────────────────────────────────────────────────────
-# uvicorn and its parser zttp speak HTTP. Here is only what they leave open: a limit on time,
+# uvicorn and its parser zttp speak HTTP. This section adds only what they lack: a limit on time,
 # refusals as problem documents, and clients that do not read.
 
 MAX_HEAD_SECONDS = 10  # for the first head of a connection
@@ -2368,7 +2372,7 @@ async def lifespan(_: Any) -> AsyncIterator[None]:
     settings = get_settings()
     with contextlib.ExitStack() as stack:
         url = settings.database_url or stack.enter_context(embedded_postgres(settings.data_dir))
-        waiting_for_end = asyncio.create_task(end_when_told())
+        signal_watcher = asyncio.create_task(stop_on_signal())
         await database.open(url)
         await ensure_migrated()
         del sys.tracebacklimit
@@ -2383,12 +2387,12 @@ async def lifespan(_: Any) -> AsyncIterator[None]:
         try:
             yield
         finally:
-            waiting_for_end.cancel()
+            signal_watcher.cancel()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(database.pool.close(), timeout=2)
 
 
-async def end_when_told() -> None:
+async def stop_on_signal() -> None:
     """On a signal, end streams, or abort a start that is waiting for its database.
 
     uvicorn would wait for both and offers no hook for a signal, so find its server through the
@@ -2410,7 +2414,7 @@ class OrderlyServer(uvicorn.Server):
     """uvicorn's server, for which a second Ctrl-C is like the first, and the exit code is 0."""
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """Finish the requests that were read, close the database, then end."""
+        """Give running requests three seconds, close the database, then end."""
         self.should_exit = True
 
 

@@ -1,8 +1,8 @@
 -- write, batch
 --
 -- Apply events of monitoring tools. A trigger opens an incident. While the one that its key points
--- to is unresolved, a trigger is counted instead, and where it says something else than the trigger
--- before it, the incident is changed. An acknowledge moves the incident from open to in_progress, a
+-- to is unresolved, a trigger is counted instead, and where it differs from the trigger before
+-- it, the incident is changed. An acknowledge moves the incident from open to in_progress, a
 -- resolve moves it from either of them to resolved. An event that is older than the newest trigger
 -- of its key does not change an unresolved incident; where the incident is resolved or closed, even
 -- an older trigger opens a new one.
@@ -15,10 +15,10 @@
 --   $2 action       text[]         trigger, acknowledge or resolve
 --   $3 actor        text[]
 --   $4 description  text[]         what a trigger says, for its incident
---   $5 labels       jsonb[]        the same
---   $6 happened_at  timestamptz[]  by the sender's clock, null when it tells no time
--- In the steps, what an event says has plain names, what its key said before begins with last_, and
--- what its incident has begins with old_ or new_.
+--   $5 labels       jsonb[]        likewise
+--   $6 happened_at  timestamptz[]  by the sender's clock, null if not given
+-- In the steps, names without a prefix are the event's values, last_ marks those stored with its
+-- key, and old_ and new_ those of its incident.
   WITH -- The events, each with its key. SKIP LOCKED skips a key that another transaction
        -- holds: it has nulls here, and is_outdated is true for it below.
        with_keys AS MATERIALIZED (

@@ -38,10 +38,11 @@
 
        -- One half is empty and the other is in order, so array_agg() needs no ORDER BY.
        arrays AS (
-       SELECT array_agg(id) AS ids, array_agg(created_at) AS times, array_agg(line) AS lines
+       SELECT array_agg(id) AS ids, array_agg(created_at) AS creation_times,
+              array_agg(line) AS lines
          FROM page)
 
 SELECT join_lines(lines[:$6], $7) AS body,
        coalesce(cardinality(ids) > $6, false) AS has_more,
-       ROW(times[$6], ids[$6]) AS position
+       ROW(creation_times[$6], ids[$6]) AS position
   FROM arrays;

@@ -1,7 +1,8 @@
 -- read, at most 5 s, 6 at once
 --
--- One page of the incidents that pass every filter that is given: a text in the description, in any
--- case, labels, and a dedup_key that points to them. It returns what incident_page.sql does.
+-- One page of the incidents that pass every filter that is given: a text in the description
+-- (case-insensitively), labels, and a dedup_key that points to them. It returns what
+-- incident_page.sql does.
 --   $1 statuses           text[]       null for no filter, and then $2 must be null too
 --   $2 sources            text[]       null for no filter, and then $1 must be null too
 --   $3 since              timestamptz  created at this time or later, null for no bound
@@ -13,8 +14,8 @@
 --   $9 has_accents        boolean      whether a letter in it may also be two characters: é
 --   $10 label_filter      jsonpath     for the operator @@; null for any labels
 --   $11 dedup_key         text         of any actor; null for no such filter
--- Only the part of the union that choice names reads rows: 'keys', or what choose_search() in
--- 0002.functions.sql returns, 'list', 'by_status', 'texts' or 'labels'.
+-- choice picks one branch of the union; the others read nothing. It is 'keys' when $11 is given,
+-- and otherwise what choose_search() in 0002.functions.sql returns.
   WITH choice AS MATERIALIZED (
        SELECT CASE WHEN $11::text IS NOT NULL THEN 'keys'
                    ELSE choose_search(
@@ -48,10 +49,11 @@
 
         UNION ALL
 
-       -- Few have the text, the labels or the dedup_key: indexes find them. The index of labels is
-       -- used only where its own condition, labels <> '{}', is repeated. A dedup_key points to one
-       -- incident of each actor that uses it. With OFFSET 0, PostgreSQL fetches the incidents one
-       -- by one, and stops when the page is full.
+       -- Few have the text, the labels or the dedup_key: indexes find them. incident_texts has a
+       -- copy of every description and labels, which triggers keep up to date. The index of labels
+       -- is used only where its own condition, labels <> '{}', is repeated. A dedup_key points to
+       -- one incident of each actor that uses it. With OFFSET 0, PostgreSQL fetches the incidents
+       -- one by one, and stops when the page is full.
        (SELECT hit.created_at, hit.id, incident
           FROM (SELECT created_at, id
                   FROM incident_texts
@@ -81,11 +83,11 @@
         LIMIT $6 + 1),
 
        arrays AS (
-       SELECT array_agg(id) AS ids, array_agg(created_at) AS times,
+       SELECT array_agg(id) AS ids, array_agg(created_at) AS creation_times,
               array_agg(incident_line(incident, $7)) AS lines
          FROM page)
 
 SELECT join_lines(lines[:$6], $7) AS body,
        coalesce(cardinality(ids) > $6, false) AS has_more,
-       ROW(times[$6], ids[$6]) AS position
+       ROW(creation_times[$6], ids[$6]) AS position
   FROM arrays;
