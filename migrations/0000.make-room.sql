@@ -24,7 +24,7 @@ BEGIN
      WHERE attrelid = to_regclass('incidents') AND attnum > 0 AND NOT attisdropped;
     IF columns = 'id integer, description character varying, status incidentstatus, '
                  'source incidentsource, created_at timestamp with time zone' THEN
-        -- What 0003 could not copy is refused here, while the replaced system can still run.
+        -- A word that 0003 could not copy is refused here, while the replaced system can still run.
         LOCK TABLE incidents;
         SELECT id, status, source INTO unknown
           FROM incidents

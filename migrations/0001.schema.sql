@@ -1,8 +1,9 @@
 -- depends: 0000.make-room
--- The tables. Every statement may be run twice: yoyo commits a migration and its note of it on two
--- connections, and a crash may come between. A statement waits for a lock for three seconds at
--- most, because every later query on the table queues behind it. Databases of the previous version
--- have a migration of this name already, so this file does not run there; 0003 adds what they lack.
+-- The tables. yoyo records a migration on a second connection, so a crash can leave it applied but
+-- unrecorded. Every statement can therefore be run twice. A statement waits for a lock for three
+-- seconds at most, because every later query on the table queues behind it. Databases of the
+-- previous version have a migration of this name already, so this file does not run there; 0003
+-- adds what they lack.
 SET lock_timeout = '3s';
 
 -- Domains, because PostgreSQL parses and plans the CHECK constraints of a table for every
@@ -63,8 +64,8 @@ CREATE TABLE IF NOT EXISTS timeline (
 );
 -- timeline_page.sql: the timeline of one incident, oldest first.
 CREATE INDEX IF NOT EXISTS timeline_incident_id_idx ON timeline (incident_id, id);
--- timeline_page.sql: the entries of one kind. Reporting an incident does not become slower, because
--- its entry 'created' is not here.
+-- timeline_page.sql: the entries of one kind. 'created' entries are left out, so that reporting an
+-- incident costs no more.
 CREATE INDEX IF NOT EXISTS timeline_kind_id_idx ON timeline (kind, id) WHERE kind <> 'created';
 
 -- The descriptions and labels once more, to search in. An update writes to every index of a table:
@@ -76,7 +77,7 @@ CREATE TABLE IF NOT EXISTS incident_texts (
     description text NOT NULL, -- in the form of search_form()
     labels jsonb NOT NULL DEFAULT '{}'
 );
-CREATE EXTENSION IF NOT EXISTS pg_trgm; -- finds parts of words, from three characters on
+CREATE EXTENSION IF NOT EXISTS pg_trgm; -- matches substrings of three or more characters
 -- incident_search.sql: the texts. GIN keeps new rows in a pending list, which every search reads
 -- from end to end, so the list is kept short: 256 KiB, which are 32 pages.
 CREATE INDEX IF NOT EXISTS incident_texts_description_idx
@@ -99,8 +100,8 @@ CREATE TABLE IF NOT EXISTS idempotency_keys (
 -- claim_idempotency_keys(): the keys that are old enough to be deleted.
 CREATE INDEX IF NOT EXISTS idempotency_keys_used_at_idx ON idempotency_keys (used_at);
 
--- Keys by which monitoring tools name a problem: its incident, how often a key came for it, and
--- when last. Each actor has keys of its own, because tools number their problems from 1 on.
+-- Keys by which monitoring tools name a problem: its incident, how many triggers came for it, and
+-- when the last one. Each actor has keys of its own, because tools number their problems from 1 up.
 CREATE TABLE IF NOT EXISTS dedup_keys (
     key text NOT NULL CHECK (char_length(key) BETWEEN 1 AND 255),
     actor text NOT NULL,

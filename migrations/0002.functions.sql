@@ -1,6 +1,6 @@
 -- depends: 0001.schema
--- The functions and triggers. PostgreSQL puts the body of a simple SQL function in the place of its
--- call, so that its conditions can use indexes. The body of one that takes a row of a table must be
+-- The functions and triggers. PostgreSQL inlines a simple SQL function, so that its conditions can
+-- use indexes. The body of one that takes a row of a table must be
 -- between $$: with RETURN instead, PostgreSQL's releases since autumn 2026 refuse to add a column
 -- with a default to that table.
 SET lock_timeout = '3s';
@@ -82,7 +82,8 @@ BEGIN
 END
 $$;
 
--- The incidents from `since` on, up to a place in the list (a time and an id); null for no bound.
+-- Incidents created at or after `since` and listed after a given place (created_at, id); null means
+-- no bound.
 CREATE OR REPLACE FUNCTION incidents_between(
     since timestamptz, before_created_at timestamptz, before_id bigint)
     RETURNS SETOF incidents LANGUAGE sql STABLE PARALLEL SAFE AS $$
@@ -91,8 +92,8 @@ CREATE OR REPLACE FUNCTION incidents_between(
        AND (created_at, id) < (coalesce(before_created_at, 'infinity'), coalesce(before_id, 0))
 $$;
 
--- The same, of one status and one source. Only the index that begins with these fits comparisons of
--- rows: with equal signs, PostgreSQL might choose that of the creation times.
+-- Like incidents_between(), for one status and source. Row comparisons fit only the index that
+-- starts with (status, source); with =, PostgreSQL might choose that of the creation times.
 CREATE OR REPLACE FUNCTION incidents_of(
     a_status text, a_source text, since timestamptz, before_created_at timestamptz,
     before_id bigint) RETURNS SETOF incidents LANGUAGE sql STABLE PARALLEL SAFE AS $$
@@ -129,7 +130,8 @@ $$;
 -- filter. The sample is the 1,001st to the 2,000th newest within the bounds; newer ones may be a
 -- burst of one problem. If ten of them pass, a page of 50 is full after about 5,000.
 --   'list'       read the list from its newest incident: many pass, it is short, or no index helps
---   'by_status'  the same by status and source: few have those, but many of them pass the rest
+--   'by_status'  read the lists of the wanted statuses and sources: few incidents have these, but
+--                many of those pass the other filters
 --   'texts'      use the index of texts: few incidents have the text
 --   'labels'     use the index of labels: few incidents have the labels
 -- In PL/pgSQL, because a session keeps its plan. Before PostgreSQL 18, an SQL function is planned
@@ -246,7 +248,7 @@ BEGIN
 END
 $$;
 
--- Note the time when an incident is in progress, or resolved, for the first time.
+-- Record when an incident is first in progress, and first resolved.
 CREATE OR REPLACE FUNCTION set_first_times() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF NEW.status = 'in_progress' THEN

@@ -8,10 +8,10 @@
 -- an older trigger opens a new one.
 --
 -- incident_id is the one that the key points to, null for an unknown key. When must_retry is true,
--- the event has done nothing and is to be run again: another transaction holds its incident or its
+-- the event has done nothing and must be run again: another transaction holds its incident or its
 -- key, or has just changed or added the key. The statement itself waits for a row in one case only:
 -- another transaction is adding the same key.
---   $1 key          text[]         no key twice, not even for two actors
+--   $1 key          text[]         no key twice (Batcher compares keys only, not actors)
 --   $2 action       text[]         trigger, acknowledge or resolve
 --   $3 actor        text[]
 --   $4 description  text[]         what a trigger says, for its incident
@@ -19,8 +19,8 @@
 --   $6 happened_at  timestamptz[]  by the sender's clock, null if not given
 -- In the steps, names without a prefix are the event's values, last_ marks those stored with its
 -- key, and old_ and new_ those of its incident.
-  WITH -- The events, each with its key. SKIP LOCKED skips a key that another transaction
-       -- holds: it has nulls here, and is_outdated is true for it below.
+  WITH -- The events, each with its key. SKIP LOCKED skips a key that another transaction holds: it
+       -- has nulls here, and is_outdated is true for it below.
        with_keys AS MATERIALIZED (
        SELECT input.*, existing.*
          FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::jsonb[], $6::timestamptz[])
@@ -33,10 +33,10 @@
                WHERE dedup_keys.key = input.key AND dedup_keys.actor = input.actor
                  FOR NO KEY UPDATE SKIP LOCKED) AS existing ON true),
 
-       -- seen is the key in this statement's snapshot, and locked_key is its current version. Both
-       -- are null: the key does not exist. Only locked_key is null: another transaction holds the
-       -- key. They differ: another transaction has just changed or added the key, and perhaps its
-       -- incident. In the last two cases the key is outdated.
+       -- seen is the key as this statement's snapshot has it; locked_key is its newest version.
+       -- Both are null: there is no such key. Only locked_key is null: another transaction holds
+       -- the key. They differ: another transaction has just changed the key, perhaps to an incident
+       -- that this snapshot cannot see. In the last two cases, the key is outdated.
        compared AS MATERIALIZED (
        SELECT with_keys.*,
               (SELECT status FROM incidents WHERE id = with_keys.incident_id) AS status,
@@ -110,14 +110,15 @@
        -- A trigger that is only counted changes no text: it repeats the last one, or is older.
        changed_keys AS (
        UPDATE dedup_keys AS existing
-          SET incident_id = id,
+          SET incident_id = ready.id,
               times = CASE effect WHEN 'open' THEN 1 WHEN 'move' THEN times ELSE times + 1 END,
               last_seen_at = CASE effect WHEN 'move' THEN last_seen_at ELSE clock_timestamp() END,
               description = CASE WHEN effect IN ('open', 'edit') THEN ready.description
                                  ELSE existing.description END,
               labels = CASE WHEN effect IN ('open', 'edit') THEN ready.labels
                             ELSE existing.labels END,
-              -- A new incident begins with its own trigger, also after one with a later time.
+              -- A new incident begins with its own trigger, even after one with a later time. A
+              -- trigger that tells no time leaves the time as it was.
               started_at = CASE effect WHEN 'open' THEN coalesce(happened_at, existing.started_at)
                                        WHEN 'move' THEN existing.started_at
                                        ELSE greatest(happened_at, existing.started_at) END,

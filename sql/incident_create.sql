@@ -4,7 +4,7 @@
 -- carried out once: when the key was used before, is_replay is true, id is what the key's first
 -- request made, and body and etag are null. is_same_request tells whether that first request was
 -- the same as this one.
---   $1 idempotency_key  text[]   null for none
+--   $1 idempotency_key  text[]   null for none; no key twice
 --   $2 digest           bytea[]  of the request, null without a key
 --   $3 actor            text[]
 --   $4 description      text[]

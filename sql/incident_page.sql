@@ -7,7 +7,7 @@
 --   $2 sources            text[]       null for no filter, and then $1 must be null too
 --   $3 since              timestamptz  created at this time or later, null for no bound
 --   $4 before_created_at  timestamptz  before this place in the list, null for its beginning
---   $5 before_id          bigint
+--   $5 before_id          bigint       the id at that place
 --   $6 size               integer      incidents at most
 --   $7 format             text         json, ndjson or csv
 -- The parameters decide which half of the union has rows, so one generic plan serves both. One row

@@ -4,7 +4,7 @@
 -- or when must_retry is true, because another transaction holds the incident; Batcher then runs the
 -- call again.
 -- An Idempotency-Key works as in incident_create.sql.
---   $1 idempotency_key  text[]    null for none
+--   $1 idempotency_key  text[]    null for none; no key twice
 --   $2 digest           bytea[]   of the request, null without a key
 --   $3 actor            text[]
 --   $4 incident_id      bigint[]
@@ -23,7 +23,7 @@
               actor, incident_id, note, ordinal, last_entry_at,
               locked.id IS NOT NULL AS is_possible
          FROM unnest($1::text[], $3::text[], $4, $5::text[])
-              WITH ORDINALITY AS input (idempotency_key, actor, incident_id, note, ordinal)
+              WITH ORDINALITY AS request (idempotency_key, actor, incident_id, note, ordinal)
               LEFT JOIN locked ON locked.id = incident_id),
 
        with_ids AS MATERIALIZED (

@@ -5,9 +5,9 @@
 -- when entries follow, and incident_exists is false when there is no such incident. With up_to, a
 -- standby refuses this (SQLSTATE 25006): it may lack some entries before that one.
 --   $1 incident_id    bigint   only the entries of this incident, null for all
---   $2 kinds          text[]   only entries of these kinds, each of them once
+--   $2 kinds          text[]   only entries of these kinds, no duplicates
 --   $3 after          bigint   only entries after this one
---   $4 up_to          bigint   only entries up to this one, null for all of an incident
+--   $4 up_to          bigint   only entries up to this one; required unless incident_id is given
 --   $5 size           integer  entries at most
 --   $6 format         text     json, ndjson or sse (Server-Sent Events)
 --   $7 with_incident  boolean  whether each entry shows its incident, as it is now

@@ -4,8 +4,7 @@
 -- seconds, or null.
 --   $1 statuses  text[]  open and in_progress
 --   $2 sources   text[]
--- All of it is in one index. The incidents themselves are read only as far as they were not
--- vacuumed.
+-- An index-only scan: incidents are read only where they changed since the last vacuum.
 SELECT array_agg(status) AS statuses,
        array_agg(source) AS sources,
        array_agg(number) AS numbers,

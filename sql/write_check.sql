@@ -4,7 +4,7 @@
 -- wait for a synchronous standby as any other write does. Logical replication slots get a message,
 -- which nobody needs to read. A standby and a read-only database refuse to lock rows, and so they
 -- refuse this, although no row is locked.
--- It is marked as a read, so that probes share one call, and so that its success does not end the
--- log lines of a failing database: it also succeeds while the disk has no room for rows.
+-- Marked as a read so that concurrent probes share one call, and so that a success does not count
+-- as a recovery: it succeeds even when the disk is full.
 SELECT pg_logical_emit_message(true, 'incidents', 'ready'),
        EXISTS (SELECT FROM incidents WHERE false FOR KEY SHARE);
