@@ -1459,6 +1459,7 @@ async def update_unresolved() -> None:
 # enough; you may skip its methods.
 
 QUERY_TIMEOUT = 4.5  # seconds until a call gets a 503; a write that was sent may still be stored
+SLOW_CHECK_TIMEOUT = 1.5  # seconds; a frozen server is noticed after twice as long
 BATCH_SIZE = 32  # calls that go to the server together
 WORKERS = 3  # batches of one statement that are on their way at once
 
@@ -1616,13 +1617,14 @@ class Batcher:
 
     async def run_worker(self) -> None:
         """Send batch after batch until no call waits."""
+        # A slow statement may run long, so first find out soon whether the server answers at all.
+        seconds = SLOW_CHECK_TIMEOUT if self.statement.is_slow else QUERY_TIMEOUT
         while self.waiting:
             batch: list[PendingCall] = []
             try:
-                async with self.database.pool.acquire(timeout=QUERY_TIMEOUT) as connection:
+                async with self.database.pool.acquire(timeout=seconds) as connection:
                     if self.statement.is_slow:
-                        # It may run long, so ask first whether the server answers at all.
-                        await connection.fetchval("SELECT 1")
+                        await connection.fetchval("SELECT 1", timeout=seconds)
                     # Only now, because more calls may have arrived meanwhile.
                     batch = self.take_batch()
                     if batch:
