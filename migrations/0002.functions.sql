@@ -6,8 +6,7 @@
 SET lock_timeout = '3s';
 -- Dropping the functions of the previous version also drops its triggers. This locks incidents
 -- before timeline, as the writes of the service do: the other order could end in a deadlock.
-DROP FUNCTION IF EXISTS copy_new_descriptions, copy_changed_description, incident_texts_between
-    CASCADE;
+DROP FUNCTION IF EXISTS copy_new_descriptions, copy_changed_description CASCADE;
 
 -- A timestamp as RFC 3339 in UTC. It differs from PostgreSQL's own text only by the T and the Z
 -- (the service sets DateStyle to ISO). to_char() would make a page a sixth slower.
@@ -101,6 +100,16 @@ CREATE OR REPLACE FUNCTION incidents_of(
      WHERE (status, source, created_at) >= (a_status, a_source, coalesce(since, '-infinity'))
        AND (status, source, created_at, id)
            < (a_status, a_source, coalesce(before_created_at, 'infinity'), coalesce(before_id, 0))
+$$;
+
+-- Like incidents_between(), for the copies to search in. Only processes of the previous version use
+-- this, until they are replaced.
+CREATE OR REPLACE FUNCTION incident_texts_between(
+    since timestamptz, before_created_at timestamptz, before_id bigint)
+    RETURNS SETOF incident_texts LANGUAGE sql STABLE PARALLEL SAFE AS $$
+    SELECT * FROM incident_texts
+     WHERE created_at >= coalesce(since, '-infinity')
+       AND (created_at, id) < (coalesce(before_created_at, 'infinity'), coalesce(before_id, 0))
 $$;
 
 -- The form in which texts are compared (Unicode's NFC, which most texts have): a letter with an
