@@ -466,16 +466,7 @@ async def list_timeline(request: Request) -> Response:
     after = int(last_id) if last_id else query.after
     list_format = choose_format(request, EVENT_STREAM, NDJSON, JSON)
     wait = 0 if request.method == "HEAD" else query.wait
-    is_live = wait > 0 or list_format is EVENT_STREAM
-    if after == "latest" or feed.settled_id < 0 or not is_live:
-        # Long polls and streams rely on the feed's watcher for settled_id. Other requests must look
-        # for it now. So must the first request of a process, so that a standby refuses before a
-        # stream has sent its 200.
-        is_known = await feed.update_settled_id_soon()
-        if after == "latest":
-            if not is_known:
-                raise Problem(503, "The newest entry is not known yet; try again.")
-            after = feed.settled_id
+    after = await find_start(after, is_live=wait > 0 or list_format is EVENT_STREAM)
     if list_format is EVENT_STREAM:
         events = iter(()) if request.method == "HEAD" else stream_entries(query, after)
         headers = {"X-Accel-Buffering": "no", "Vary": "Accept"}  # The first is for nginx.
@@ -489,6 +480,18 @@ async def list_timeline(request: Request) -> Response:
             page = await fetch_after(page["position"])
     headers = {"Timeline-Position": str(page["position"])}
     return list_response(request, list_format, query.limit, page, fetch_after, **headers)
+
+
+async def find_start(after: int | str, *, is_live: bool) -> int:
+    """Return the id after which the response begins; 503 when the latest one is not known yet."""
+    if after == "latest" or feed.settled_id < 0 or not is_live:
+        # Long polls and streams rely on the feed's watcher for settled_id. Other requests must look
+        # for it now. So must the first request of a process, so that a standby refuses before a
+        # stream has sent its 200.
+        is_known = await feed.update_settled_id_soon()
+        if after == "latest" and not is_known:
+            raise Problem(503, "The newest entry is not known yet; try again.")
+    return feed.settled_id if after == "latest" else int(after)
 
 
 async def fetch_entries(query: FeedQuery, list_format: ListFormat, after: int) -> Any:
@@ -1150,12 +1153,16 @@ def validate(values: Any, noun: str, model: type[Model]) -> Model:
     """Validate a body or a query; 422 with everything that is wrong with it."""
     try:
         return model.model_validate(values)
-    except ValidationError as validation_error:
-        error = validation_error
+    except ValidationError as error:
+        raise validation_problem(error, noun, model) from None
+
+
+def validation_problem(error: ValidationError, noun: str, model: type[BaseModel]) -> Problem:
+    """Make a 422 that says everything that is wrong with a body or a query."""
     names = ", ".join(model.model_fields) or "none"
     if error.error_count() > MAX_ERRORS:
         detail = f"There are {error.error_count()} errors. Allowed {noun}s: {names}."
-        raise Problem(422, detail)
+        return Problem(422, detail)
     texts = {
         "missing": f"This {noun} is required.",
         "extra_forbidden": f"Unknown {noun}; allowed: {names}.",
@@ -1176,7 +1183,7 @@ def validate(values: Any, noun: str, model: type[Model]) -> Model:
     first = f"{errors[0]['pointer']}: {errors[0]['detail']}".removeprefix("#: ")
     problem = Problem(422, f"Correct this and send it again. {first}")
     problem.errors = errors
-    raise problem
+    return problem
 
 
 def make_json_pointer(path: Iterable[str | int]) -> str:
